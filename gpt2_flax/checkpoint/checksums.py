@@ -1,0 +1,51 @@
+"""SHA256SUMS, the file that says whether a folder is still as it was written; `sha256sum -c` reads it too."""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from gpt2_flax.errors import ExitCode, UserError, quote
+
+SUMS = "SHA256SUMS"
+
+_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+
+
+def write_sums(folder: Path) -> None:
+    """Writes the sums of all files of `folder`, sorted by name."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != SUMS)
+    lines = [f"{_sha256(folder / name)}  {name}\n" for name in names]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def check_sums(folder: Path, names: Iterable[str]) -> None:
+    """Raises `UserError` (DATA) for the first of `names` that differs from its sum; what has no sum is not checked."""
+    path = folder / SUMS
+    if not path.is_file():
+        return
+    expected = _read_sums(path)
+    for name in names:
+        if name in expected and _sha256(folder / name) != expected[name]:
+            fix = f"copy or export it again; if it was changed on purpose, delete {SUMS}"
+            raise UserError(ExitCode.DATA, "damaged file (sha256 differs)", folder / name, fix)
+
+
+def _read_sums(path: Path) -> dict[str, str]:
+    fix = "copy or export the folder again, or delete this file"
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError:
+        raise UserError(ExitCode.DATA, f"{SUMS} is not text", path, fix) from None
+    sums = {}
+    for number, line in enumerate(lines, 1):
+        found = _LINE.fullmatch(line)
+        if not found:
+            raise UserError(ExitCode.DATA, f"not a checksum: {quote(line)}", f"{path}:{number}", fix)
+        sums[found[2]] = found[1]
+    return sums
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

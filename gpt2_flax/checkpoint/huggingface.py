@@ -1,0 +1,233 @@
+"""GPT-2 in the names and shapes of `transformers`: one table that serves both directions.
+
+Weights are the flat dict of the model tree (path -> float32, blocks stacked). `transformers` keeps one tensor a layer
+and flattens heads; its Conv1D is [in, out] like Flax, so that reshapes are all it takes.
+
+Dimension key: V vocab_size, N n_positions, D n_embd, H n_head, K head size, F 4 * n_embd; 3 is q, k, v.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import ValidationError
+from safetensors import SafetensorError
+
+from gpt2_flax.checkpoint.checksums import check_sums
+from gpt2_flax.checkpoint.tensor_files import MAX_CONFIG, MAX_TENSORS, Tensor, open_tensors, read_json
+from gpt2_flax.config import ModelConfig
+from gpt2_flax.errors import ExitCode, UserError, quote
+
+CONFIG = "config.json"
+
+
+class Entry(NamedTuple):
+    """One parameter: our path, their name (`{}` is the layer) and its axes, in groups that are one axis of theirs."""
+
+    path: str
+    name: str
+    axes: str
+
+    @property
+    def stacked(self) -> bool:
+        return "{}" in self.name
+
+
+TABLE = (
+    Entry("wte/embedding", "wte.weight", "V D"),
+    Entry("wpe/embedding", "wpe.weight", "N D"),
+    Entry("h/ln_1/scale", "h.{}.ln_1.weight", "D"),
+    Entry("h/ln_1/bias", "h.{}.ln_1.bias", "D"),
+    Entry("h/attn/c_attn/kernel", "h.{}.attn.c_attn.weight", "D 3HK"),
+    Entry("h/attn/c_attn/bias", "h.{}.attn.c_attn.bias", "3HK"),
+    Entry("h/attn/c_proj/kernel", "h.{}.attn.c_proj.weight", "HK D"),
+    Entry("h/attn/c_proj/bias", "h.{}.attn.c_proj.bias", "D"),
+    Entry("h/ln_2/scale", "h.{}.ln_2.weight", "D"),
+    Entry("h/ln_2/bias", "h.{}.ln_2.bias", "D"),
+    Entry("h/mlp/c_fc/kernel", "h.{}.mlp.c_fc.weight", "D F"),
+    Entry("h/mlp/c_fc/bias", "h.{}.mlp.c_fc.bias", "F"),
+    Entry("h/mlp/c_proj/kernel", "h.{}.mlp.c_proj.weight", "F D"),
+    Entry("h/mlp/c_proj/bias", "h.{}.mlp.c_proj.bias", "D"),
+    Entry("ln_f/scale", "ln_f.weight", "D"),
+    Entry("ln_f/bias", "ln_f.bias", "D"),
+)
+
+_PREFIX = "transformer."
+_HEAD = "lm_head.weight"
+_MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks that old versions stored
+
+_SAME_FIELDS = (
+    *("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"),
+    *("embd_pdrop", "attn_pdrop", "resid_pdrop", "layer_norm_epsilon", "initializer_range"),
+)
+# What our model computes; the first value is what a config without the field means.
+_ONLY = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh approximation
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+    "quantization_config": (None,),
+}
+
+
+def to_state_dict(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns `weights` under the names of GPT2LMHeadModel: contiguous, the tied head stored once, as wte."""
+    state_dict = {}
+    for entry in TABLE:
+        stack = weights[entry.path] if entry.stacked else weights[entry.path][None]
+        for layer, array in enumerate(stack):
+            name = _PREFIX + entry.name.format(layer)
+            state_dict[name] = np.ascontiguousarray(array).reshape(_grouped(entry, array.shape))
+    return state_dict
+
+
+def from_state_dict(
+    state_dict: Mapping[str, np.ndarray], config: ModelConfig, where: object = "state dict"
+) -> dict[str, np.ndarray]:
+    """Returns float32 weights; names may lack `transformer.`, stored causal masks are left out.
+
+    Raises `UserError` (DATA) that names the first tensors that are missing, surplus or of another shape or type.
+    """
+    tensors = {name: Tensor(a.shape, a.dtype.name, lambda a=a: a) for name, a in state_dict.items()}
+    return _assemble(tensors, config, where)
+
+
+def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    """Returns the config and float32 weights of a `transformers` GPT-2 folder; data is read after all else fits.
+
+    Raises `UserError`: NO_INPUT when a file is missing, DATA when one is damaged, hostile or of another model,
+    USAGE when only pytorch_model.bin is there and torch is not installed.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        what = "no config.json in folder" if folder.is_dir() else "folder not found"
+        raise UserError(ExitCode.NO_INPUT, what, folder, "give a folder as `save_pretrained` of transformers writes it")
+    try:
+        check_sums(folder, [CONFIG])
+        config = from_hf_config(read_json(path, MAX_CONFIG), path)
+        with open_tensors(folder) as tensors:
+            return config, _assemble(tensors, config, folder)
+    except SafetensorError as error:
+        what = f"damaged safetensors file ({quote(str(error))})"
+        raise UserError(ExitCode.DATA, what, folder, "copy or download it again") from None
+    except OSError as error:
+        fix = f"the system says: {error.strerror}"
+        raise UserError(ExitCode.NO_INPUT, "cannot be read", error.filename or folder, fix) from None
+
+
+def to_hf_config(config: ModelConfig, bos_id: int, eos_id: int, pad_id: int | None) -> dict[str, Any]:
+    """Returns what config.json of an exported model holds."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        **{field: getattr(config, field) for field in _SAME_FIELDS},
+        "n_inner": None,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        # Left out, they would mean 50256, an id that most vocabularies lack: generation would never stop.
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": eos_id if pad_id is None else pad_id,
+        "dtype": "float32",
+        "torch_dtype": "float32",  # the name of `dtype` before transformers 4.56
+    }
+
+
+def from_hf_config(values: Mapping[str, Any], where: object) -> ModelConfig:
+    """Returns the config of a model that computes what config.json says.
+
+    Raises `UserError` (DATA) naming the field that is malformed, or that asks for what our model does not compute.
+    """
+    if values.get("model_type") != "gpt2":
+        raise _unsupported("model_type", values.get("model_type"), ("gpt2",), where)
+    for field, allowed in _ONLY.items():
+        if values.get(field, allowed[0]) not in allowed:
+            raise _unsupported(field, values[field], allowed, where)
+    fields = {"vocab_size": 50257} | {field: values[field] for field in _SAME_FIELDS if field in values}
+    fix = "the file is damaged or of another model"
+    try:
+        config = ModelConfig(**fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "config"
+        raise UserError(ExitCode.DATA, f"bad value of {field}: {first['msg']}", where, fix) from None
+    if config.vocab_size is None:
+        raise UserError(ExitCode.DATA, "bad value of vocab_size: null", where, fix)
+    if len(TABLE) * config.n_layer > MAX_TENSORS or max(config.vocab_size, config.n_positions, config.n_embd) >= 2**31:
+        raise UserError(ExitCode.DATA, "model of impossible size", where, fix)
+    if values.get("n_inner") not in (None, 4 * config.n_embd):
+        raise _unsupported("n_inner", values["n_inner"], (None, 4 * config.n_embd), where)
+    return config
+
+
+def _unsupported(field: str, value: object, allowed: tuple, where: object) -> UserError:
+    fix = f"only {' or '.join(map(repr, allowed))} can be used"
+    return UserError(ExitCode.DATA, f"{field} {quote(value)} is not supported", where, fix)
+
+
+def _assemble(tensors: Mapping[str, Tensor], config: ModelConfig, where: object) -> dict[str, np.ndarray]:
+    """Checks names, shapes and types of all tensors, then loads them into stacked float32 arrays."""
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(_MASKS)}
+    found = {name.removeprefix(_PREFIX): tensor for name, tensor in kept.items()}
+    if len(found) < len(kept):
+        what = f"a tensor stands there twice, with and without {_PREFIX!r}"
+        raise UserError(ExitCode.DATA, what, where, "save the model again")
+    _check(found, config, where)
+    if _HEAD in found and not np.array_equal(found[_HEAD].load(), found["wte.weight"].load()):
+        what = f"{_HEAD} differs from wte.weight: untied heads are not supported yet"
+        raise UserError(ExitCode.DATA, what, where, "use a model whose output layer is its token embedding")
+    sizes = _sizes(config)
+    weights = {}
+    for entry in TABLE:
+        shape = tuple(sizes[axis] for axis in entry.axes.replace(" ", ""))
+        layers = config.n_layer if entry.stacked else 1
+        stack = np.empty((layers, *shape), np.float32)
+        for layer in range(layers):
+            stack[layer] = found[entry.name.format(layer)].load().reshape(shape)
+        weights[entry.path] = stack if entry.stacked else stack[0]
+    return weights
+
+
+def _check(found: Mapping[str, Tensor], config: ModelConfig, where: object) -> None:
+    expected = _expected_shapes(config)
+    problems = []
+    for name in sorted(expected.keys() | found.keys()):
+        tensor, shape = found.get(name), expected.get(name)
+        if tensor is None:
+            if name != _HEAD:
+                problems.append(f"{name} missing, {shape} expected")
+        elif shape is None:
+            problems.append(f"{quote(name)} {tensor.shape} not expected")
+        elif tensor.shape != shape:
+            problems.append(f"{name} {tensor.shape}, {shape} expected")
+        elif tensor.dtype not in ("float32", "float16", "bfloat16"):
+            problems.append(f"{name} {quote(tensor.dtype)}, float32, float16 or bfloat16 expected")
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        what = f"tensors do not fit the model: {'; '.join(problems[:5])}{more}"
+        raise UserError(ExitCode.DATA, what, where, "weights and config.json are of different models, or damaged")
+
+
+def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Their name, without prefix -> shape; the head is optional."""
+    sizes = _sizes(config)
+    shapes = {_HEAD: (sizes["V"], sizes["D"])}
+    for entry in TABLE:
+        shape = _grouped(entry, [sizes[axis] for axis in entry.axes.replace(" ", "")])
+        shapes |= {entry.name.format(layer): shape for layer in range(config.n_layer if entry.stacked else 1)}
+    return shapes
+
+
+def _grouped(entry: Entry, sizes: Any) -> tuple[int, ...]:
+    """Returns their shape from the size of each of our axes, the layer left out."""
+    remaining = iter(sizes)
+    return tuple(math.prod(next(remaining) for _ in group) for group in entry.axes.split())
+
+
+def _sizes(config: ModelConfig) -> dict[str, int]:
+    sizes = {"3": 3, "V": config.vocab_size, "N": config.n_positions, "D": config.n_embd}
+    return sizes | {"H": config.n_head, "K": config.head_size, "F": 4 * config.n_embd}

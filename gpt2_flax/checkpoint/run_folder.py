@@ -1,0 +1,86 @@
+"""A run's folder, and every file name in it.
+
+    config.toml                  the resolved config
+    tokenizer/                   the dataset's, so that the run can be used without the dataset
+    checkpoints/ sha256/ damaged/   see `store`
+    metrics.jsonl tensorboard/   numbers over the run
+    lock                         held by the process that trains
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from gpt2_flax.config import Config, dump_config, load_config
+from gpt2_flax.errors import ExitCode, UserError
+
+
+class RunFolder:
+    """Names the parts of a run; nothing is touched until a method says so."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.config = self.path / "config.toml"
+        self.tokenizer = self.path / "tokenizer"
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+
+    def create(self) -> None:
+        """Makes the folder. Raises `UserError` (CANT_CREATE) when that fails or it holds something that is no run."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            foreign = any(self.path.iterdir()) and not (self.config.exists() or (self.path / "lock").exists())
+            writable = os.access(self.path, os.W_OK)
+        except OSError as error:
+            fix = f"check the path and its permissions ({error.strerror})"
+            raise UserError(ExitCode.CANT_CREATE, "output folder cannot be made", self.path, fix) from None
+        if foreign:
+            fix = "it holds files but no config.toml of a run: choose another output"
+            raise UserError(ExitCode.CANT_CREATE, "output folder exists and is not a run", self.path, fix)
+        if not writable:
+            raise UserError(ExitCode.CANT_CREATE, "output folder is not writable", self.path, "check its permissions")
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other processes out until the block ends; the kernel lets go when this process dies, however it dies."""
+        with open(self.path / "lock", "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                fix = f"wait for {file.read().strip() or 'it'}, stop it, or choose another output"
+                raise UserError(ExitCode.CANT_CREATE, "another process trains in this folder", self.path, fix) from None
+            file.truncate(0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+            file.flush()
+            yield
+
+    def write_config(self, config: Config, tokenizer: Path) -> None:
+        """Writes the resolved config, and copies the tokenizer the first time."""
+        temporary = self.config.with_suffix(".tmp")
+        temporary.write_text(dump_config(config), encoding="utf-8")
+        temporary.replace(self.config)
+        if not self.tokenizer.exists():
+            shutil.copytree(tokenizer, self.tokenizer)
+
+    def read_config(self) -> Config | None:
+        """Returns the config of the run so far, None for a new one."""
+        return load_config(self.config) if self.config.exists() else None
+
+    def metrics_at(self, step: int) -> dict[str, float]:
+        """Returns the newest value of each metric up to `step`, {} when there are none."""
+        newest: dict[str, float] = {}
+        if self.metrics.exists():
+            for line in self.metrics.read_text(encoding="utf-8").split("\n"):
+                with contextlib.suppress(ValueError):  # a line cut short by a kill
+                    record = json.loads(line)
+                    newest |= record if record["step"] <= step else {}
+        return newest

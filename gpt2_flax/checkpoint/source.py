@@ -1,0 +1,87 @@
+"""What a user may name where a model is wanted: a run, one of its checkpoints, or a `transformers` folder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+
+from gpt2_flax.checkpoint.huggingface import read_folder
+from gpt2_flax.checkpoint.run_folder import RunFolder
+from gpt2_flax.checkpoint.store import CheckpointStore
+from gpt2_flax.checkpoint.weights import Weights, abstract_model, model_from_weights, weights_of
+from gpt2_flax.config import Config, ModelConfig
+from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.folders import new_folder
+from gpt2_flax.text.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights in memory and what belongs to them; what only a run can say is empty for other sources."""
+
+    origin: str
+    model: ModelConfig
+    weights: Weights
+    tokenizer_folder: Path
+    config: Config | None = None
+    step: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def load_source(path: Path, step: int | None = None) -> Source:
+    """Reads the model at `path`; of a run the newest whole checkpoint, or `step`.
+
+    Raises `UserError`: NO_INPUT when there is nothing of the kind, DATA or IO when it is damaged.
+    """
+    if (path / "config.json").is_file():
+        model, weights = read_folder(path)
+        return Source(f"transformers folder {path}", model, weights, path)
+    if path.parent.name == "checkpoints" and path.name.isdecimal():
+        path, step = path.parent.parent, int(path.name)
+    run = RunFolder(path)
+    if not run.checkpoints.is_dir():
+        fix = "give a run folder, RUN/checkpoints/STEP, or a transformers folder"
+        raise UserError(ExitCode.NO_INPUT, "no model found", path, fix)
+    with CheckpointStore(run.checkpoints) as store:
+        step = _choose(store, step)
+        model = ModelConfig.model_validate(store.meta(step)["model"])
+        on_one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        layout = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_one_device), abstract_model(model)
+        )
+        weights = weights_of(store.restore(step, model=layout)["model"])
+    origin = f"{path} at step {step}"
+    return Source(origin, model, weights, run.tokenizer, run.read_config(), step, run.metrics_at(step))
+
+
+def save_as_run(source: Source, output: Path, overwrite: bool = False) -> None:
+    """Writes `source` as a run that has only a checkpoint 0: weights and tokenizer, no optimizer.
+
+    Raises `UserError`: CANT_CREATE when `output` may not be written, DATA when the tokenizer does not fit the model.
+    """
+    tokenizer = load_tokenizer(source.tokenizer_folder)
+    if tokenizer.vocab_size > source.model.vocab_size:
+        what = f"tokenizer has {tokenizer.vocab_size} tokens, the model {source.model.vocab_size}"
+        raise UserError(ExitCode.DATA, what, source.tokenizer_folder, "use the tokenizer that the model came with")
+    with new_folder(output, "checkpoints/0/_CHECKPOINT_METADATA", overwrite) as folder:
+        run = RunFolder(folder)
+        run.tokenizer.mkdir()
+        tokenizer.save(run.tokenizer, model_max_length=source.model.n_positions)
+        meta = {"model": source.model.model_dump(), "tokenizer_fingerprint": tokenizer.fingerprint, "step": 0}
+        with CheckpointStore(run.checkpoints, keep=1) as store:
+            store.save(0, model_from_weights(source.model, source.weights), None, meta)
+
+
+def _choose(store: CheckpointStore, step: int | None) -> int:
+    steps = store.steps()
+    if not steps:
+        raise UserError(ExitCode.NO_INPUT, "no checkpoint yet", store.folder, "wait for the first save of the run")
+    if step is not None and step not in steps:
+        saved = ", ".join(map(str, steps))
+        raise UserError(ExitCode.NO_INPUT, f"no checkpoint {step}", store.folder, f"there are {saved}")
+    for candidate in reversed(steps) if step is None else [step]:
+        if store.damage(candidate) is None:
+            return candidate
+    what = "no usable checkpoint" if step is None else f"checkpoint {step} is damaged"
+    raise UserError(ExitCode.IO, what, store.folder, "use another step, or train again")

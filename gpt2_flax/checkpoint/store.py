@@ -1,0 +1,185 @@
+"""Checkpoints of a run, in orbax: `checkpoints/STEP/` with the items `model`, `opt_state` and `meta`.
+
+Arrays lie under their paths (`h/attn/c_attn/kernel`), so the format does not depend on the framework's classes.
+Orbax commits a step by renaming its folder; `sha256/STEP.json` is added when that is seen, and a step that does not
+match it is moved to `damaged/` instead of being restored: one flipped bit would otherwise go unnoticed.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from gpt2_flax.errors import ExitCode, UserError, io_error
+from gpt2_flax.parallel.rules import path_of
+
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+class CheckpointStore:
+    """Saves in the background and restores the newest step that is whole, in any sharding.
+
+    Without `keep`, the number of newest steps that stay, it only reads. All processes of a run call the same methods.
+    Use as a context: leaving it waits for the last save.
+    """
+
+    def __init__(self, folder: Path, keep: int | None = None):
+        self.folder, self._writes = folder, keep is not None
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, cleanup_tmp_directories=self._writes)
+        if self._writes and jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+        handlers = {item: ocp.StandardCheckpointHandler() for item in ("model", "opt_state")}
+        handlers["meta"] = ocp.JsonCheckpointHandler()
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+
+    def __enter__(self) -> "CheckpointStore":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._seal()
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Returns the committed steps, ascending."""
+        return sorted(self._manager.all_steps(read=True))
+
+    def save(self, step: int, model: Any, opt_state: Any | None, meta: dict[str, Any]) -> None:
+        """Starts writing a step; returns when the arrays may be changed. Raises `UserError` (IO) when a disk is full."""
+        items = {"model": ocp.args.StandardSave(_to_dict(model)), "meta": ocp.args.JsonSave(meta)}
+        if opt_state is not None:
+            items["opt_state"] = ocp.args.StandardSave(_to_dict(opt_state))
+        self._seal()
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items))
+        except OSError as error:
+            raise io_error(error, self.folder / str(step)) from error
+
+    def newest_whole(self, tell: Callable[[str], None]) -> int | None:
+        """Returns the newest step whose files match their sha256, None when there is no step at all.
+
+        Damaged steps are moved to `damaged/` and told of. Raises `UserError` (IO) when all are damaged.
+        """
+        steps = self.steps()
+        for tried, step in enumerate(reversed(steps), start=1):
+            damage = self.damage(step)
+            if damage is None:
+                return step
+            if jax.process_index() == 0:
+                target = self.folder.parent / "damaged" / str(step)
+                target.parent.mkdir(exist_ok=True)
+                (self.folder / str(step)).rename(target.with_name(f"{step}-{len(list(target.parent.iterdir()))}"))
+                self._sums(step).unlink(missing_ok=True)
+                tell(f"warning: checkpoint {step} is damaged ({damage}), moved to {target.parent}")
+            self._manager.reload()
+            if tried == len(steps):
+                what = "no usable checkpoint"
+                fix = f"{tried} tried, all damaged; to start anew choose another output"
+                raise UserError(ExitCode.IO, what, self.folder, fix)
+        return None
+
+    def damage(self, step: int) -> str | None:
+        """Returns what is wrong with a step's files, None when nothing is or when it was never sealed."""
+        try:
+            expected = json.loads(self._sums(step).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None if (self.folder / str(step) / "_CHECKPOINT_METADATA").is_file() else "it is not complete"
+        except ValueError:
+            return f"{self._sums(step).name} is not JSON"
+        found = _sha256_of(self.folder / str(step))
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                return f"file {name}: {'missing' if name not in found else 'sha256 differs'}"
+        return None
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """Returns what was saved beside the arrays."""
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+    def restore(self, step: int, **abstract: Any) -> dict[str, Any]:
+        """Returns the items named (`model=`, `opt_state=`), laid out as the given trees of ShapeDtypeStructs.
+
+        Raises `UserError`: CONFIG when names, shapes or dtypes differ (before an array is read), IO when an item is
+        not there or cannot be read.
+        """
+        items = {}
+        for item, tree in abstract.items():
+            self._check_layout(step, item, tree)
+            items[item] = ocp.args.StandardRestore(_to_dict(tree))
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise UserError(ExitCode.IO, "checkpoint cannot be read", self.folder / str(step), reason) from error
+        return {item: _from_dict(tree, restored[item]) for item, tree in abstract.items()}
+
+    def _check_layout(self, step: int, item: str, tree: Any) -> None:
+        metadata = self._manager.item_metadata(step).get(item)
+        if metadata is None:
+            what = f"checkpoint {step} holds no {item}"
+            raise UserError(ExitCode.IO, what, self.folder, "to start from its weights, name it as init_from")
+        saved = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(metadata)}
+        expected = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        differences = []
+        for path in sorted(saved.keys() | expected.keys()):
+            shown = [_shown(leaves.get(path)) for leaves in (saved, expected)]
+            if shown[0] != shown[1]:
+                differences.append(f"{path} {shown[0]} saved, {shown[1]} expected")
+        if differences:
+            what = f"checkpoint differs from the configured {item}"
+            raise UserError(ExitCode.CONFIG, what, self.folder / str(step), "; ".join(differences[:5]))
+
+    def _seal(self) -> None:
+        """Waits for the save under way, then notes the sha256 of every new step."""
+        try:
+            self._manager.wait_until_finished()
+        except OSError as error:
+            raise io_error(error, self.folder) from error
+        if jax.process_index() != 0 or not self._writes:
+            return
+        for step in self.steps():
+            path = self._sums(step)
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text(json.dumps(_sha256_of(self.folder / str(step)), indent=1), encoding="utf-8")
+                temporary.rename(path)
+        for path in self._sums(0).parent.glob("*.json"):
+            if not (self.folder / path.stem).exists():
+                path.unlink()
+
+    def _sums(self, step: int) -> Path:
+        return self.folder.parent / "sha256" / f"{step}.json"
+
+
+def _shown(leaf: Any) -> str:
+    return "nothing" if leaf is None else f"{tuple(leaf.shape)} {leaf.dtype}"
+
+
+def _sha256_of(folder: Path) -> dict[str, str]:
+    sums = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                sums[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def _to_dict(tree: Any) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        *parents, name = path_of(key_path).split("/")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[name] = leaf
+    return nested
+
+
+def _from_dict(tree: Any, nested: dict[str, Any]) -> Any:
+    flat = {path_of(key_path): leaf for key_path, leaf in jax.tree_util.tree_leaves_with_path(nested)}
+    return jax.tree_util.tree_map_with_path(lambda key_path, _: flat[path_of(key_path)], tree)

@@ -1,0 +1,157 @@
+"""Weight files of a `transformers` folder, opened without trusting them: names, shapes and types before any data.
+
+A folder holds model.safetensors, or shards named by model.safetensors.index.json, or pytorch_model.bin.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes  # noqa: F401 -- teaches numpy bfloat16, without which safetensors cannot return such a tensor
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from gpt2_flax.checkpoint.checksums import check_sums
+from gpt2_flax.errors import ExitCode, UserError, quote
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TORCH_WEIGHTS = "pytorch_model.bin"
+
+MAX_HEADER = MAX_INDEX = 16 * 2**20
+MAX_CONFIG = 2**20
+MAX_TENSORS = 10_000
+MAX_INDEX_ENTRIES = 100_000
+
+_SAFETENSORS_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DAMAGED = "copy or download it again"
+
+
+class Tensor(NamedTuple):
+    """A tensor that has not been read yet; `dtype` is a numpy name where it has one."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    load: Callable[[], np.ndarray]
+
+
+@contextlib.contextmanager
+def open_tensors(folder: Path) -> Iterator[dict[str, Tensor]]:
+    """A context that yields every tensor of a folder by name; it can be loaded while the context is open.
+
+    Raises `UserError`: NO_INPUT when there are no weights, DATA for a damaged or hostile file, USAGE when torch would
+    be needed and is not installed.
+    """
+    name = next((name for name in (WEIGHTS, INDEX, TORCH_WEIGHTS) if (folder / name).is_file()), None)
+    if name is None:
+        fix = f"it should have {WEIGHTS}, {INDEX} or {TORCH_WEIGHTS}"
+        raise UserError(ExitCode.NO_INPUT, "no weights in folder", folder, fix)
+    index = _read_index(folder / INDEX) if name == INDEX else None
+    files = [name] if index is None else sorted(set(index.values()))
+    check_sums(folder, files)
+    if name == TORCH_WEIGHTS:
+        yield _torch_tensors(folder / name)
+        return
+    with ExitStack() as stack:
+        tensors, where = {}, {}
+        for file in files:
+            found = _safetensors_tensors(folder / file, stack)
+            tensors |= found
+            where |= dict.fromkeys(found, file)
+        if index is not None and (wrong := sorted(where.items() ^ index.items())):
+            what = f"{len(wrong)} names differ between index and shards, first {quote(wrong[0][0])}"
+            raise UserError(ExitCode.DATA, what, folder / INDEX, _DAMAGED)
+        yield tensors
+
+
+def read_json(path: Path, limit: int) -> dict[str, Any]:
+    """Returns the JSON object in a file of at most `limit` bytes; raises `UserError` (DATA) for anything else."""
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise UserError(ExitCode.DATA, f"file is larger than {limit} bytes", path, "it should be a short JSON file")
+    try:
+        values = json.loads(data, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise UserError(ExitCode.DATA, f"not a JSON file ({quote(str(error))})", path, _DAMAGED) from None
+    if not isinstance(values, dict):
+        raise UserError(ExitCode.DATA, "not a JSON object", path, _DAMAGED)
+    return values
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key stands there twice")
+    return values
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Returns tensor name -> shard name, every shard a plain file beside the index."""
+    names = read_json(path, MAX_INDEX).get("weight_map")
+    if not isinstance(names, dict) or not names or len(names) > MAX_INDEX_ENTRIES:
+        what = f"weight_map is not an object of 1 to {MAX_INDEX_ENTRIES} names"
+        raise UserError(ExitCode.DATA, what, path, _DAMAGED)
+    checked = set()
+    for name in names.values():
+        if isinstance(name, str) and name in checked:
+            continue
+        # transformers follows `..` here: a downloaded index could name any file of the machine.
+        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
+            raise UserError(ExitCode.DATA, f"not a plain file name: {quote(name)}", path, "do not use this folder")
+        shard = path.with_name(name)
+        if shard.is_symlink() or not shard.is_file():
+            raise UserError(ExitCode.DATA, f"shard missing or not a plain file: {quote(name)}", path, _DAMAGED)
+        checked.add(name)
+    return names
+
+
+def _safetensors_tensors(path: Path, stack: ExitStack) -> dict[str, Tensor]:
+    with open(path, "rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+    if header_size > MAX_HEADER:
+        what = f"header of {header_size} bytes where {MAX_HEADER} are allowed"
+        raise UserError(ExitCode.DATA, what, path, f"not a safetensors file, or damaged: {_DAMAGED}")
+    try:
+        file = stack.enter_context(safe_open(path, framework="numpy"))
+    except SafetensorError as error:
+        raise UserError(ExitCode.DATA, f"damaged safetensors file ({quote(str(error))})", path, _DAMAGED) from None
+    names = file.keys()
+    if len(names) > MAX_TENSORS:
+        what = f"{len(names)} tensors where {MAX_TENSORS} are allowed"
+        raise UserError(ExitCode.DATA, what, path, "not a GPT-2 model")
+    tensors = {}
+    for name in names:
+        header = file.get_slice(name)
+        dtype = _SAFETENSORS_TYPES.get(header.get_dtype(), header.get_dtype())
+        tensors[name] = Tensor(tuple(header.get_shape()), dtype, partial(file.get_tensor, name))
+    return tensors
+
+
+def _torch_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        import torch
+    except ImportError:
+        what = f"reading {TORCH_WEIGHTS} needs torch, which is not installed"
+        raise UserError(ExitCode.USAGE, what, path, "run: pip install 'gpt2_flax[export]'") from None
+    try:
+        # mmap: the file is only mapped, so that shapes are known before data is read.
+        state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged zip, pickle or storage raises nearly anything
+        first_line = str(error).partition("\n")[0]
+        what = f"damaged or unsafe PyTorch file ({type(error).__name__}: {quote(first_line)})"
+        raise UserError(ExitCode.DATA, what, path, "use a model.safetensors file instead") from None
+    if not isinstance(state_dict, dict) or len(state_dict) > MAX_TENSORS:
+        what = f"not a state dict of at most {MAX_TENSORS} tensors"
+        raise UserError(ExitCode.DATA, what, path, "use a model.safetensors file instead")
+    tensors = {}
+    for name, tensor in state_dict.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise UserError(ExitCode.DATA, f"not a tensor: {quote(name)}", path, "use a model.safetensors file instead")
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        tensors[name] = Tensor(tuple(tensor.shape), dtype, lambda tensor=tensor: tensor.detach().float().numpy())
+    return tensors

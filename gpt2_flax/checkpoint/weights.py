@@ -1,0 +1,45 @@
+"""The model's parameters as a flat dict of numpy arrays, path -> float32: what checkpoints, export and import share.
+
+Dimension key: V vocabulary, D n_embd.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gpt2_flax.config import ModelConfig
+from gpt2_flax.model.gpt2 import GPT2
+from gpt2_flax.parallel.rules import path_of
+
+Weights = dict[str, np.ndarray]
+
+
+def abstract_model(config: ModelConfig) -> GPT2:
+    """Returns the model with ShapeDtypeStructs in place of arrays."""
+    return jax.eval_shape(lambda: GPT2(config, rngs=nnx.Rngs(0)))
+
+
+def weights_of(model: GPT2) -> Weights:
+    """Returns the parameters as float32 numpy arrays, the embedding cut to the vocabulary."""
+    leaves = jax.tree_util.tree_leaves_with_path(model)
+    weights = {path_of(key_path): np.asarray(leaf, np.float32) for key_path, leaf in leaves}
+    return weights | {"wte/embedding": weights["wte/embedding"][: model.cfg.vocab_size]}
+
+
+def model_from_weights(config: ModelConfig, weights: Weights) -> GPT2:
+    """Returns a model on the default device; the inverse of `weights_of`. Raises KeyError or ValueError on a misfit."""
+    padding = config.padded_vocab_size - config.vocab_size
+    weights = weights | {"wte/embedding": np.pad(weights["wte/embedding"], ((0, padding), (0, 0)))}
+    model = abstract_model(config)
+    surplus = weights.keys() - {path_of(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(model)}
+    if surplus:
+        raise KeyError(f"not parameters of the model: {sorted(surplus)}")
+
+    def place(key_path, leaf):
+        array = weights[path_of(key_path)]
+        if array.shape != leaf.shape:
+            raise ValueError(f"{path_of(key_path)} has shape {array.shape}, expected {leaf.shape}")
+        return jnp.asarray(array, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(place, model)

@@ -1,0 +1,48 @@
+"""What goes wrong for a user: one clear sentence and an exit code that scripts can trust."""
+
+import enum
+import errno
+import os
+
+
+class ExitCode(enum.IntEnum):
+    """Exit codes after BSD's sysexits.h. A wrapper restarts on `TRY_AGAIN` and on signals, on nothing else."""
+
+    OK = 0
+    USAGE = 64  # the command line itself
+    DATA = 65  # a corpus, vocabulary, dataset or weight file is damaged or does not fit
+    NO_INPUT = 66  # an input is missing
+    BUG = 70  # ours; the traceback is kept in a file
+    CANT_CREATE = 73  # an output exists, is in use, or is not writable
+    IO = 74  # reading or writing failed, disk full, no usable checkpoint
+    TRY_AGAIN = 75  # stopped and saved; the same command goes on
+    DIVERGED = 76  # loss or gradient not finite
+    CONFIG = 78  # the configuration
+    INTERRUPTED = 130  # a second Ctrl-C
+
+
+class UserError(Exception):
+    """A failure that its reader can mend: printed as `error: <what>: <where>; <fix>`, without a traceback."""
+
+    def __init__(self, exit_code: ExitCode, what: str, where: object, fix: str):
+        self.exit_code, self.what, self.where, self.fix = exit_code, what, str(where), fix
+        super().__init__(f"{what}: {where}; {fix}")
+
+    def __reduce__(self) -> tuple[type, tuple[ExitCode, str, str, str]]:
+        return type(self), (self.exit_code, self.what, self.where, self.fix)  # so that a worker can hand it over
+
+
+def quote(text: object, limit: int = 80) -> str:
+    """Returns `text` as printable ASCII, at most `limit` characters: safe to show whatever a file holds."""
+    shown = ascii(text)
+    return shown if len(shown) <= limit else shown[: limit - 4] + "..." + shown[0]
+
+
+def io_error(error: OSError, where: object) -> UserError:
+    """Turns what the operating system says into a sentence with the right exit code."""
+    if error.errno == errno.ENOSPC:
+        return UserError(ExitCode.IO, "disk full", where, "free some space and run the same command again")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(ExitCode.CANT_CREATE, "no permission", where, "check who owns it and its mode")
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return UserError(ExitCode.IO, "reading or writing failed", where, f"the system says: {reason}")

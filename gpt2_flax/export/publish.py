@@ -1,0 +1,56 @@
+"""From a loaded model to a published folder: what is known of the run goes onto the model card."""
+
+from pathlib import Path
+from typing import Any
+
+from gpt2_flax.checkpoint.source import Source
+from gpt2_flax.config import Config
+from gpt2_flax.data.token_dataset import TokenDataset
+from gpt2_flax.errors import UserError
+from gpt2_flax.export.model_card import CardFacts, model_card
+from gpt2_flax.export.transformers_folder import export_folder
+from gpt2_flax.export.verify import Verification
+from gpt2_flax.text.tokenizer import load_tokenizer
+from gpt2_flax.text.wordpiece import WordPieceTokenizer
+
+
+def publish(source: Source, output: Path, *, torch_bin: bool, overwrite: bool, **card: str | None) -> Verification | None:
+    """Exports `source`; `card` holds the fields of `CardFacts` that only a person knows. As `export_folder`."""
+    tokenizer = load_tokenizer(source.tokenizer_folder)
+    facts = CardFacts(
+        model=source.model,
+        wordpiece=isinstance(tokenizer, WordPieceTokenizer),
+        parameters=sum(array.size for array in source.weights.values()),
+        **(_run_facts(source, source.config) if source.config else {}),
+        **card,
+    )
+    return export_folder(
+        source.weights,
+        source.model,
+        tokenizer,
+        output,
+        card=model_card(facts),
+        torch_bin=torch_bin,
+        overwrite=overwrite,
+    )
+
+
+def _run_facts(source: Source, config: Config) -> dict[str, Any]:
+    facts = {
+        "seq_length": config.data.seq_length,
+        "steps": source.step,
+        "batch_rows": config.data.global_batch_size,
+        "optimizer": "AdamW, betas {0.b1:g} and {0.b2:g}, weight decay {0.weight_decay:g}".format(config.optimizer),
+        "learning_rate": config.optimizer.learning_rate,
+        "schedule": f"{config.optimizer.schedule} after {config.warmup_steps:,} steps of warm-up",
+        "training_loss": source.metrics.get("train/loss"),
+        "validation_loss": source.metrics.get("validation/loss"),
+        "bits_per_character": source.metrics.get("validation/bits_per_character"),
+    }
+    try:
+        dataset = TokenDataset(config.data.dataset)
+    except UserError:  # moved or deleted since: its counts are left out
+        return facts
+    train = dataset.train
+    counts = {"documents": train.n_documents, "tokens": train.n_tokens, "characters": train.n_characters}
+    return facts | counts | {"sources": tuple(dataset.info.sources)}

@@ -1,0 +1,57 @@
+"""Folders that appear whole or not at all: written under a temporary name, renamed when finished."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from gpt2_flax.errors import ExitCode, UserError, io_error
+
+
+def check_output(output: Path, marker: str, overwrite: bool) -> None:
+    """Raises `UserError` when `output` may not be written: it exists and overwriting was not asked, or is not ours.
+
+    `marker` is a file that every finished folder of this kind holds; a folder without it is never replaced.
+    """
+    if not os.path.lexists(output):
+        return
+    if not output.is_dir():
+        raise UserError(ExitCode.CANT_CREATE, "output exists and is not a folder", output, "choose another name")
+    if not any(output.iterdir()):
+        return
+    if not (output / marker).is_file():
+        fix = f"it holds no {marker}, so it is not ours to replace: choose another name"
+        raise UserError(ExitCode.CANT_CREATE, "output folder exists", output, fix)
+    if not overwrite:
+        raise UserError(ExitCode.CANT_CREATE, "output folder exists", output, "choose another name or add --overwrite")
+
+
+@contextlib.contextmanager
+def new_folder(output: Path, marker: str, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty folder beside `output` that takes its name when the block ends without an exception.
+
+    Nothing is left behind when the block fails. Raises `UserError` as `check_output` does, or when the place
+    cannot be written.
+    """
+    check_output(output, marker, overwrite)
+    temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        what = "output folder cannot be made"
+        fix = f"check the path and its permissions ({error.strerror})"
+        raise UserError(ExitCode.CANT_CREATE, what, output, fix) from None
+    try:
+        yield temporary
+        if not (temporary / marker).is_file():
+            raise RuntimeError(f"{temporary} was finished without {marker}")
+        check_output(output, marker, overwrite)  # again: the work may have taken hours
+        if output.is_dir():
+            shutil.rmtree(output)
+        temporary.rename(output)
+    except OSError as error:
+        raise io_error(error, output) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

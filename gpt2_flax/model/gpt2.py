@@ -1,0 +1,206 @@
+"""GPT-2 (Radford et al., 2019) as a Flax NNX module that is also a plain JAX pytree.
+
+Blocks are stacked: every parameter under `h` has a leading layer axis, so a block is compiled once and the tree has
+16 arrays at any depth. Nothing is assigned outside `__init__`; the gradient of a `GPT2` is a `GPT2`.
+
+Dimension key: B batch, T sequence, D n_embd, H heads, K head size, F 4 * n_embd, V vocabulary, L layers, S cache length.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gpt2_flax.config import ModelConfig
+from gpt2_flax.model.attention import attention, document_mask, dropout
+from gpt2_flax.model.loss import logits
+from gpt2_flax.parallel.rules import constrain_BTD
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, Any]]
+"""(q_BTHK, k_BTHK, v_BTHK, dropout_key) -> (out_BTHK, whatever the caller wants to keep of the layer)."""
+
+
+class Attention(nnx.Module):
+    """The projections around multi-head attention."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        heads = (cfg.n_head, cfg.head_size)
+        linear = partial(nnx.LinearGeneral, dtype=jnp.dtype(cfg.dtype), rngs=rngs)
+        self.c_attn = linear(cfg.n_embd, (3, *heads), kernel_init=nnx.initializers.normal(cfg.initializer_range))
+        self.c_proj = linear(heads, cfg.n_embd, axis=(-2, -1), kernel_init=_residual_init(cfg))
+
+    def __call__(self, x_BTD: jax.Array, attend: Attend, dropout_key: jax.Array | None) -> tuple[jax.Array, Any]:
+        q_BTHK, k_BTHK, v_BTHK = jnp.unstack(_by_token(self.c_attn, x_BTD), axis=2)
+        out_BTHK, kept = attend(q_BTHK, k_BTHK, v_BTHK, dropout_key)
+        return _by_token(self.c_proj, out_BTHK), kept
+
+
+class Mlp(nnx.Module):
+    """Two dense layers around a tanh-approximated GELU (`gelu_new` in transformers)."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        linear = partial(nnx.Linear, dtype=jnp.dtype(cfg.dtype), rngs=rngs)
+        normal = nnx.initializers.normal(cfg.initializer_range)
+        self.c_fc = linear(cfg.n_embd, 4 * cfg.n_embd, kernel_init=normal)
+        self.c_proj = linear(4 * cfg.n_embd, cfg.n_embd, kernel_init=_residual_init(cfg))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return _by_token(lambda x_ND: self.c_proj(nnx.gelu(self.c_fc(x_ND), approximate=True)), x_BTD)
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.ln_1 = _layer_norm(cfg, rngs)
+        self.attn = Attention(cfg, rngs=rngs)
+        self.ln_2 = _layer_norm(cfg, rngs)
+        self.mlp = Mlp(cfg, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array, attend: Attend, dropout_key: jax.Array | None) -> tuple[jax.Array, Any]:
+        attend_key, attn_key, mlp_key = _split(dropout_key, 3)
+        attn_BTD, kept = self.attn(self.ln_1(x_BTD), attend, attend_key)
+        x_BTD += dropout(attn_BTD, self.cfg.resid_pdrop, attn_key)
+        x_BTD += dropout(self.mlp(self.ln_2(x_BTD)), self.cfg.resid_pdrop, mlp_key)
+        return constrain_BTD(x_BTD), kept
+
+
+class Cache(NamedTuple):
+    """Keys and values of the columns seen so far, for generation; column `length` is written next."""
+
+    k_LBSHK: jax.Array
+    v_LBSHK: jax.Array
+    length: jax.Array
+
+    @classmethod
+    def empty(cls, cfg: ModelConfig, batch_size: int, length: int) -> "Cache":
+        shape = (cfg.n_layer, batch_size, length, cfg.n_head, cfg.head_size)
+        return cls(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype), jnp.zeros((), jnp.int32))
+
+
+class GPT2(nnx.Module):
+    """Decoder-only language model whose head is its token embedding."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        embed = partial(nnx.Embed, dtype=jnp.dtype(cfg.dtype), rngs=rngs)
+        normal = nnx.initializers.normal(cfg.initializer_range)
+        self.wte = embed(cfg.padded_vocab_size, cfg.n_embd, embedding_init=_zero_rows_from(cfg.vocab_size, normal))
+        self.wpe = embed(cfg.n_positions, cfg.n_embd, embedding_init=normal)
+        self.h = jax.vmap(lambda key: Block(cfg, rngs=nnx.Rngs(key)))(jax.random.split(rngs.params(), cfg.n_layer))
+        self.ln_f = _layer_norm(cfg, rngs)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        segments_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns float32 logits_BTV over `vocab_size` tokens; arguments as `hidden`."""
+        x_BTD = self.hidden(tokens_BT, segments_BT, positions_BT, dropout_key)
+        return logits(x_BTD, self.wte.embedding[...], self.cfg.vocab_size)[..., : self.cfg.vocab_size]
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        segments_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns what the head sees, x_BTD in the compute dtype.
+
+        tokens_BT: int32 ids. segments_BT: attention stays inside runs of one number (default: one segment a row).
+        positions_BT: default 0..T-1. Passing a `dropout_key` is what turns dropout on.
+        """
+        if segments_BT is None:
+            segments_BT = jnp.ones_like(tokens_BT)
+        mask_BTT = document_mask(segments_BT)
+
+        def attend(q_BTHK, k_BTHK, v_BTHK, key, _):
+            return attention(q_BTHK, k_BTHK, v_BTHK, mask_BTT, self.cfg.attn_pdrop, key), None
+
+        embed_key, layers_key = _split(dropout_key, 2)
+        x_BTD, _ = self._blocks(self._embed(tokens_BT, positions_BT, embed_key), attend, None, layers_key)
+        return x_BTD
+
+    def decode(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, first_column_B: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Returns float32 logits_BV after the last of `tokens_BT`, and the cache with these T columns added.
+
+        Rows are padded on the left: the columns of the cache before `first_column_B` are never looked at.
+        """
+        columns_S = jnp.arange(cache.k_LBSHK.shape[2])
+        query_columns_T = cache.length + jnp.arange(tokens_BT.shape[1])
+        mask_BTS = (columns_S <= query_columns_T[:, None]) & (columns_S >= first_column_B[:, None, None])
+        # A padding column sees itself: a softmax over nothing is not a number.
+        mask_BTS |= columns_S == query_columns_T[:, None]
+
+        def attend(q_BTHK, k_BTHK, v_BTHK, _, layer_cache):
+            start = (0, cache.length, 0, 0)
+            k_BSHK, v_BSHK = (
+                jax.lax.dynamic_update_slice(old, new, start)
+                for old, new in zip(layer_cache, (k_BTHK, v_BTHK), strict=True)
+            )
+            return attention(q_BTHK, k_BSHK, v_BSHK, mask_BTS), (k_BSHK, v_BSHK)
+
+        x_BTD = self._embed(tokens_BT, positions_BT, None)
+        x_BTD, (k_LBSHK, v_LBSHK) = self._blocks(x_BTD, attend, (cache.k_LBSHK, cache.v_LBSHK), None)
+        logits_BV = logits(x_BTD[:, -1:], self.wte.embedding[...], self.cfg.vocab_size)[:, 0, : self.cfg.vocab_size]
+        return logits_BV, Cache(k_LBSHK, v_LBSHK, cache.length + tokens_BT.shape[1])
+
+    def _embed(self, tokens_BT, positions_BT, key) -> jax.Array:
+        if positions_BT is None:
+            positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+        x_BTD = self.wte(tokens_BT) + self.wpe(positions_BT)
+        return constrain_BTD(dropout(x_BTD, self.cfg.embd_pdrop, key))
+
+    def _blocks(self, x_BTD, attend, per_layer, key) -> tuple[jax.Array, Any]:
+        """Runs the stack and the last norm; `attend` gets each layer's part of `per_layer`, what it keeps is stacked."""
+
+        def layer(x_BTD, block_and_more):
+            block, key, of_layer = block_and_more
+            return block(x_BTD, lambda q, k, v, key: attend(q, k, v, key, of_layer), key)
+
+        unrolled = jax.default_backend() == "cpu"  # a third faster there; elsewhere compile time and memory decide
+        if self.cfg.remat:
+            layer = jax.checkpoint(layer, prevent_cse=unrolled)
+        keys = None if key is None else jax.random.split(key, self.cfg.n_layer)
+        x_BTD, kept = jax.lax.scan(layer, x_BTD, (self.h, keys, per_layer), unroll=unrolled)
+        return self.ln_f(x_BTD), kept
+
+
+def _by_token(layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Applies `layer` to x (B, T, ...) as (B * T, ...): XLA's CPU matrix products are twice as fast on two dimensions."""
+    out = layer(x.reshape(-1, *x.shape[2:]))
+    return out.reshape(*x.shape[:2], *out.shape[1:])
+
+
+def _layer_norm(cfg: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # The fast variance, E[x^2] - E[x]^2, cancels: off by 1e-4 where a mean is large.
+    return nnx.LayerNorm(
+        cfg.n_embd, epsilon=cfg.layer_norm_epsilon, use_fast_variance=False, dtype=jnp.dtype(cfg.dtype), rngs=rngs
+    )
+
+
+def _residual_init(cfg: ModelConfig) -> nnx.Initializer:
+    """GPT-2 shrinks the projections that write to the residual stream by sqrt(2 * layers)."""
+    return nnx.initializers.normal(cfg.initializer_range / (2 * cfg.n_layer) ** 0.5)
+
+
+def _zero_rows_from(row: int, init: nnx.Initializer) -> nnx.Initializer:
+    """Draws the rows before `row`, so that padding does not change what is drawn, and leaves the others zero."""
+
+    def padded(key, shape, dtype=jnp.float32, **kwargs):
+        return jnp.zeros(shape, dtype).at[:row].set(init(key, (row, *shape[1:]), dtype, **kwargs))
+
+    return padded
+
+
+def _split(key: jax.Array | None, num: int) -> Any:
+    return [None] * num if key is None else jax.random.split(key, num)

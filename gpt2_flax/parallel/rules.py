@@ -1,0 +1,75 @@
+"""Where every array lives: one ordered table from parameter paths to layouts over the mesh."""
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.parallel.mesh import BATCH_AXES
+
+# First match wins; every dimension is named, the leading one of `h/` being the layer. The token embedding is split
+# over the vocabulary only: splitting n_embd too makes XLA replicate activations around the look-up ("Involuntary
+# full rematerialization"). Optimizer moments lie as their parameters do, because their paths end alike.
+RULES = (
+    (r"wte/embedding$", P(("tensor", "fsdp"), None)),
+    (r"wpe/embedding$", P(None, None)),
+    (r"h/ln_[12]/(scale|bias)$", P(None, None)),
+    (r"h/attn/c_attn/kernel$", P(None, "fsdp", None, "tensor", None)),
+    (r"h/attn/c_attn/bias$", P(None, None, "tensor", None)),
+    (r"h/attn/c_proj/kernel$", P(None, "tensor", None, "fsdp")),
+    (r"h/attn/c_proj/bias$", P(None, None)),
+    (r"h/mlp/c_fc/kernel$", P(None, "fsdp", "tensor")),
+    (r"h/mlp/c_fc/bias$", P(None, "tensor")),
+    (r"h/mlp/c_proj/kernel$", P(None, "tensor", "fsdp")),
+    (r"h/mlp/c_proj/bias$", P(None, None)),
+    (r"ln_f/(scale|bias)$", P(None)),
+)
+
+
+def path_of(key_path: tuple[Any, ...]) -> str:
+    """Returns a leaf's place as `h/attn/c_attn/kernel`, without the `value` that Flax puts under each parameter."""
+    return jax.tree_util.keystr(key_path, simple=True, separator="/").removesuffix("/value")
+
+
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Returns the layout of one array; scalars are replicated.
+
+    Raises `UserError` (CONFIG) when a dimension cannot be split as the table says, ValueError when no rule matches.
+    """
+    if not shape:
+        return P()
+    spec = next((spec for pattern, spec in RULES if re.search(pattern, path)), None)
+    if spec is None or len(spec) != len(shape):
+        raise ValueError(f"no rule for {path} of shape {shape}")
+    for size, axes in zip(shape, spec, strict=True):
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        parts = 1
+        for name in names:
+            parts *= mesh.shape[name]
+        if size % parts:
+            what = f"{path} of shape {shape} cannot be split {parts} ways along its dimension of {size}"
+            fix = f"lower mesh.{' or mesh.'.join(names)}, or change n_embd or n_head to a multiple of it"
+            raise UserError(ExitCode.CONFIG, what, "section [mesh]", fix)
+    return spec
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Returns `tree` with a NamedSharding for each array (or ShapeDtypeStruct)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda key_path, leaf: NamedSharding(mesh, spec_of(path_of(key_path), leaf.shape, mesh)), tree
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `data` and `fsdp`; everything else whole."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def constrain_BTD(x_BTD: jax.Array) -> jax.Array:
+    """Pins the residual stream to rows over `data` and `fsdp`: the one activation layout. No-op without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x_BTD
+    return jax.lax.with_sharding_constraint(x_BTD, P(BATCH_AXES, None, None))

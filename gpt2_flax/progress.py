@@ -1,0 +1,61 @@
+"""Progress bars for people at a terminal; silence for everything else."""
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class RateColumn(ProgressColumn):
+    """Units a second, with SI prefixes."""
+
+    def __init__(self, unit: str):
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{si(speed)}{self.unit}/s")
+
+
+class _Bar(AbstractContextManager):
+    def __init__(self, description: str, total: float | None, unit: str):
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+        self.progress = Progress(*columns, RateColumn(unit), TimeRemainingColumn(), console=Console(stderr=True))
+        self.task = self.progress.add_task(description, total=total)
+
+    def __enter__(self) -> Callable[[float], None]:
+        self.progress.start()
+        return lambda amount: self.progress.advance(self.task, amount)
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+
+def progress_bar(description: str, total: float | None, unit: str) -> AbstractContextManager[Callable[[float], None]]:
+    """A context that yields `advance(amount)`; draws on stderr, and only when that is a terminal."""
+    if sys.stderr.isatty():
+        return _Bar(description, total, unit)
+    return nullcontext(lambda amount: None)
+
+
+def si(number: float) -> str:
+    """Returns `number` with three digits and an SI prefix, ending in a blank or the prefix: `1.23 M`."""
+    for limit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g} {prefix}"
+    return f"{number:.3g} "
+
+
+def duration(seconds: float) -> str:
+    """Returns a time for people: `42s`, `3m05s`, `2h07m`, `3d04h`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    for size, big, small_size, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{big}{whole % size // small_size:02d}{small}"
+    raise AssertionError(seconds)

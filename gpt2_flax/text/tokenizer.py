@@ -1,0 +1,88 @@
+"""One small interface to every tokenizer, and the way from a path to the right one."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from gpt2_flax.errors import ExitCode, UserError, io_error
+from gpt2_flax.text.fast import read_fast_tokenizer
+from gpt2_flax.text.spm import SentencePieceTokenizer
+from gpt2_flax.text.wordpiece import WordPieceTokenizer
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. The special ids stand around a document and are never made from its text."""
+
+    vocab_size: int
+    """One more than the largest id."""
+    bos_id: int
+    eos_id: int
+    pad_id: int | None
+    unk_id: int | None
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of all that decides ids, the same before `save` and after `load_tokenizer`."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns int32 ids of each text, without special ids."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of `ids`, special ids left out."""
+        ...
+
+    def save(self, folder: Path, model_max_length: int | None = None) -> None:
+        """Writes files into `folder`, which exists, that `transformers.AutoTokenizer` loads with the same ids."""
+        ...
+
+
+def load_tokenizer(path: Path, lowercase: bool | None = None) -> Tokenizer:
+    """Returns the tokenizer of a `vocab.txt`, a SentencePiece `.model`, a `tokenizer.json`, or a folder that has one.
+
+    `lowercase` is for a `vocab.txt` alone: by default what the folder's tokenizer_config.json says, else True.
+    Raises `UserError`: NO_INPUT when there is none, DATA when it is damaged.
+    """
+    try:
+        file = _tokenizer_file(path)
+        if file.suffix == ".txt":
+            return WordPieceTokenizer(file.read_bytes(), file, _lowercase(file) if lowercase is None else lowercase)
+        if file.suffix == ".model":
+            return SentencePieceTokenizer(file.read_bytes(), file)
+        return read_fast_tokenizer(file)
+    except OSError as error:
+        raise io_error(error, path) from None
+
+
+def _tokenizer_file(path: Path) -> Path:
+    fix = "give a vocab.txt, a SentencePiece .model, a tokenizer.json, or a folder with one of them"
+    if not path.exists():
+        raise UserError(ExitCode.NO_INPUT, "tokenizer not found", path, fix)
+    if path.is_dir():
+        # The originals come first: a tokenizer.json beside them was made from them.
+        for name in ("vocab.txt", "spiece.model", "tokenizer.model", "tokenizer.json"):
+            if (path / name).is_file():
+                return path / name
+        raise UserError(ExitCode.NO_INPUT, "no tokenizer in the folder", path, fix)
+    if path.suffix not in (".txt", ".model", ".json"):
+        raise UserError(ExitCode.DATA, "not a tokenizer of a known kind", path, fix)
+    return path
+
+
+def _lowercase(vocabulary: Path) -> bool:
+    """What the configuration beside a `vocab.txt` says about lower-casing."""
+    path = vocabulary.with_name("tokenizer_config.json")
+    if not path.is_file():
+        return True
+    try:
+        lowercase = json.loads(path.read_bytes()).get("do_lower_case", True)
+    except (ValueError, AttributeError, RecursionError):
+        lowercase = None
+    if not isinstance(lowercase, bool):
+        fix = "restore it, or delete it for a lower-casing tokenizer"
+        raise UserError(ExitCode.DATA, "do_lower_case cannot be read", path, fix)
+    return lowercase

@@ -1,0 +1,99 @@
+"""BERT WordPiece from a `vocab.txt`: the ids of `transformers.BertTokenizer`, without special tokens."""
+
+import codecs
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.text.fast import FastTokenizer, tokenizer_spec
+
+SPECIAL_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "bos_token": "[CLS]",
+    "eos_token": "[SEP]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+}
+MASK = "[MASK]"  # kept when a vocabulary has it, not needed by us
+LONGEST_WORD = 100  # characters; a longer one is [UNK], as in `transformers` (Google's own code says 200)
+
+# Chinese characters, kana, and the punctuation and full-width forms that go with them: no blanks stand there.
+_CJK = "\u2e80-\u9fff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff—…“”‘’·"
+
+
+class WordPieceTokenizer(FastTokenizer):
+    """The tokenizer of a vocabulary given as the bytes of `vocab.txt`; `where` names it in errors.
+
+    Raises `UserError` (DATA) for a vocabulary that cannot be read without doubt.
+    """
+
+    def __init__(self, vocabulary: bytes, where: object, lowercase: bool = True):
+        self._vocabulary, self._lowercase = vocabulary, lowercase
+        ids = read_vocabulary(vocabulary, where)
+        special_tokens = SPECIAL_TOKENS | ({"mask_token": MASK} if MASK in ids else {})
+        super().__init__(tokenizer_spec(_backend(ids, special_tokens, lowercase)), special_tokens)
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"wordpiece lowercase={self._lowercase}\n".encode() + self._vocabulary).hexdigest()
+
+    def save(self, folder: Path, model_max_length: int | None = None) -> None:
+        super().save(folder, model_max_length)
+        (folder / "vocab.txt").write_bytes(self._vocabulary)
+
+    def _config(self) -> dict[str, Any]:
+        return super()._config() | {"do_lower_case": self._lowercase}  # what BertTokenizer reads
+
+
+def read_vocabulary(content: bytes, where: object) -> dict[str, int]:
+    """Returns token -> id of a `vocab.txt`: one token a line, its id the number of the line.
+
+    Only LF ends a line: some published vocabularies hold U+2028 as a token, which `str.splitlines` takes for an end.
+    Raises `UserError` (DATA) naming the line of a byte order mark, bad UTF-8, a carriage return or a second occurrence,
+    and for missing special tokens.
+    """
+    if content.startswith(codecs.BOM_UTF8):
+        raise _vocabulary_error("byte order mark in the vocabulary", where, 1, "save it as UTF-8 without BOM")
+    lines = content.removesuffix(b"\n").split(b"\n")
+    ids: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            token = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            what = f"not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02X})"
+            raise _vocabulary_error(what, where, number, "restore the original file") from None
+        if "\r" in token:
+            raise _vocabulary_error("carriage return in the vocabulary", where, number, "save it with LF line ends")
+        if token in ids:
+            what = f"token {quote(token)} twice in the vocabulary, first in line {ids[token] + 1}"
+            raise _vocabulary_error(what, where, number, "ids would be ambiguous: restore the original file")
+        ids[token] = number - 1
+    if missing := [token for token in dict.fromkeys(SPECIAL_TOKENS.values()) if token not in ids]:
+        what = f"vocabulary without {' '.join(missing)}"
+        raise UserError(ExitCode.DATA, what, where, "give the vocab.txt of a BERT tokenizer")
+    return ids
+
+
+def bert_normalizer(lowercase: bool) -> normalizers.Normalizer:
+    """Removes control characters, puts blanks around Chinese characters; lower-casing also strips accents."""
+    return normalizers.BertNormalizer(clean_text=True, handle_chinese_chars=True, lowercase=lowercase)
+
+
+def _backend(ids: dict[str, int], special_tokens: dict[str, str], lowercase: bool) -> Tokenizer:
+    unknown = special_tokens["unk_token"]
+    backend = Tokenizer(models.WordPiece(ids, unk_token=unknown, max_input_chars_per_word=LONGEST_WORD))
+    backend.normalizer = bert_normalizer(lowercase)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    joints = decoders.Replace(Regex(f"(?<=[{_CJK}]) | (?=[{_CJK}])"), "")
+    backend.decoder = decoders.Sequence([decoders.WordPiece(prefix="##"), decoders.Fuse(), joints])
+    tokens = sorted(set(special_tokens.values()), key=ids.__getitem__)
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+    return backend
+
+
+def _vocabulary_error(what: str, where: object, line: int, fix: str) -> UserError:
+    return UserError(ExitCode.DATA, what, f"{where}:{line}", fix)

@@ -1,0 +1,42 @@
+"""SIGTERM and SIGINT as a question that the loop asks once a step."""
+
+import signal
+import threading
+from contextlib import AbstractContextManager
+from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
+
+from gpt2_flax.errors import ExitCode, UserError
+
+
+class StopRequest(AbstractContextManager):
+    """While the block runs, the first signal asks for a stop; a second one ends the process at once with 130.
+
+    Of several processes all stop at one step: the coordination service of JAX tells them of SIGTERM.
+    """
+
+    def __enter__(self) -> "StopRequest":
+        self._asked, self._several = False, jax.process_count() > 1
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            # With several processes SIGTERM is the coordination service's: a handler of ours would disable it.
+            signals = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
+            self._previous = {number: signal.signal(number, self._handle) for number in signals}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def __call__(self, step: int) -> bool:
+        """Returns whether to stop after `step`, the same in every process."""
+        if self._several:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked or self._several:
+            raise UserError(ExitCode.INTERRUPTED, "interrupted", "training", "the newest checkpoint is kept")
+        self._asked = True
