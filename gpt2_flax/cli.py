@@ -41,7 +41,7 @@ def tokenizer(
     output: Annotated[Path, typer.Option(help="Folder to make: tokenizer files that transformers reads.")],
     kind: Annotated[
         Literal["wordpiece", "sentencepiece"],
-        typer.Option(help="wordpiece: a BERT vocabulary, read by BertTokenizer; sentencepiece: any text, any language."),
+        typer.Option(help="wordpiece: a BERT vocabulary, for BertTokenizer; sentencepiece: any text, any language."),
     ] = "wordpiece",
     vocab_size: Annotated[int, typer.Option(min=1, help="Most tokens the vocabulary may have.")] = 21128,
     model_type: Annotated[

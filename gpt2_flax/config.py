@@ -33,9 +33,9 @@ class ModelConfig(Section):
     layer_norm_epsilon: float = Field(1e-5, gt=0, description="added to the variance in layer norms")
     initializer_range: float = Field(0.02, gt=0, description="standard deviation of freshly drawn weights")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="type of activations; parameters, softmax, statistics and loss are float32"
+        "bfloat16", description="type of activations; parameters, softmax and loss stay float32"
     )
-    remat: bool = Field(False, description="recompute activations in the backward pass: less memory, a third more work")
+    remat: bool = Field(False, description="recompute activations going backward: less memory, a third more work")
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "ModelConfig":
@@ -69,12 +69,14 @@ class OptimizerConfig(Section):
 
     learning_rate: float = Field(1e-4, gt=0, description="highest learning rate, reached when warm-up ends")
     schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="decay after warm-up")
-    warmup: int | float = Field(0.1, ge=0, description="rise from 0: steps if whole, share of total_steps if a fraction")
+    warmup: int | float = Field(0.1, ge=0, description="rise from 0: steps, or as a fraction the share of total_steps")
     min_learning_rate_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate over the highest")
     b1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
     b2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices; not of embeddings, biases, layer norms")
+    weight_decay: float = Field(
+        0.1, ge=0, description="decoupled decay of matrices; not of embeddings, biases, layer norms"
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are scaled down to this global norm; 0 turns it off")
 
     @model_validator(mode="after")
@@ -115,7 +117,7 @@ class Config(Section):
     """One training run."""
 
     output: str = Field(description="run folder: checkpoints, metrics, resolved config")
-    init_from: str | None = Field(None, description="run, checkpoint or transformers folder whose weights to start from")
+    init_from: str | None = Field(None, description="run, checkpoint or transformers folder to take weights from")
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
@@ -164,7 +166,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         fix = "give the path of a TOML file, such as configs/quickstart.toml"
         raise UserError(ExitCode.NO_INPUT, "config not found", path, fix) from None
     except OSError as error:
-        raise UserError(ExitCode.NO_INPUT, "config cannot be read", path, f"the system says: {error.strerror}") from None
+        raise UserError(
+            ExitCode.NO_INPUT, "config cannot be read", path, f"the system says: {error.strerror}"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(ExitCode.CONFIG, "not a TOML file", path, f"mend it: {error}") from None
     for override in overrides:

@@ -18,7 +18,7 @@ class RateColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{si(speed)}{self.unit}/s")
+        return Text("" if speed is None else f"{si(speed)} {self.unit}/s")
 
 
 class _Bar(AbstractContextManager):
@@ -43,11 +43,11 @@ def progress_bar(description: str, total: float | None, unit: str) -> AbstractCo
 
 
 def si(number: float) -> str:
-    """Returns `number` with three digits and an SI prefix, ending in a blank or the prefix: `1.23 M`."""
+    """Returns `number` with three digits and an SI prefix: `1.23M`."""
     for limit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= limit:
-            return f"{number / limit:.3g} {prefix}"
-    return f"{number:.3g} "
+            return f"{number / limit:.3g}{prefix}"
+    return f"{number:.3g}"
 
 
 def duration(seconds: float) -> str:

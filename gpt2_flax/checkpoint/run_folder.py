@@ -1,10 +1,10 @@
 """A run's folder, and every file name in it.
 
-    config.toml                  the resolved config
-    tokenizer/                   the dataset's, so that the run can be used without the dataset
-    checkpoints/ sha256/ damaged/   see `store`
-    metrics.jsonl tensorboard/   numbers over the run
-    lock                         held by the process that trains
+config.toml                  the resolved config
+tokenizer/                   the dataset's, so that the run can be used without the dataset
+checkpoints/ sha256/ damaged/   see `store`
+metrics.jsonl tensorboard/   numbers over the run
+lock                         held by the process that trains
 """
 
 import contextlib
@@ -49,7 +49,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps other processes out until the block ends; the kernel lets go when this process dies, however it dies."""
+        """Keeps other processes out until the block ends; the kernel lets go however this process dies."""
         with open(self.path / "lock", "a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from gpt2_flax.errors import ExitCode, UserError, io_error
 from gpt2_flax.parallel.rules import path_of
@@ -33,6 +34,8 @@ class CheckpointStore:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, cleanup_tmp_directories=self._writes)
         if self._writes and jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoints")
         handlers = {item: ocp.StandardCheckpointHandler() for item in ("model", "opt_state")}
         handlers["meta"] = ocp.JsonCheckpointHandler()
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
@@ -49,7 +52,7 @@ class CheckpointStore:
         return sorted(self._manager.all_steps(read=True))
 
     def save(self, step: int, model: Any, opt_state: Any | None, meta: dict[str, Any]) -> None:
-        """Starts writing a step; returns when the arrays may be changed. Raises `UserError` (IO) when a disk is full."""
+        """Starts writing a step; returns when the arrays may change. Raises `UserError` (IO), or for an earlier save."""
         items = {"model": ocp.args.StandardSave(_to_dict(model)), "meta": ocp.args.JsonSave(meta)}
         if opt_state is not None:
             items["opt_state"] = ocp.args.StandardSave(_to_dict(opt_state))

@@ -20,7 +20,16 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_flax.data.token_dataset import MARKER, SPLITS, DatasetInfo, Shard, ShardWriter, token_dtype, write_info
+from gpt2_flax.data.token_dataset import (
+    MARKER,
+    SPLITS,
+    DatasetInfo,
+    Shard,
+    ShardWriter,
+    TokenSplit,
+    token_dtype,
+    write_info,
+)
 from gpt2_flax.errors import ExitCode, UserError, io_error
 from gpt2_flax.folders import new_folder
 from gpt2_flax.progress import progress_bar
@@ -49,26 +58,50 @@ def prepare(
     """
     units = corpus_units(sources, separator, unit_bytes)
     with new_folder(output, MARKER, overwrite) as folder:
-        (folder / "tokenizer").mkdir()
-        tokenizer.save(folder / "tokenizer")
-        job = _Job(folder, validation_fraction)
-        with progress_bar("tokenizing", sum(unit.size for unit in units), "B") as advance:
-            shards: dict[int, Shards] = {}
-            for index, pair in job.run(units) if workers == 1 else _run_in_processes(job, units, workers):
-                shards[index] = pair
-                advance(units[index].size)
-        info = DatasetInfo(
-            dtype=token_dtype(tokenizer.vocab_size),
-            vocab_size=tokenizer.vocab_size,
-            bos_id=tokenizer.bos_id,
-            eos_id=tokenizer.eos_id,
-            tokenizer_fingerprint=tokenizer.fingerprint,
-            sources=[os.fsencode(source).decode("utf-8", "backslashreplace") for source in sources],
-            shards={split: [shards[index][split] for index in range(len(units))] for split in SPLITS},
-        )
+        info = _write_shards(folder, sources, units, tokenizer, validation_fraction, workers)
         _check_splits(info, validation_fraction)
         write_info(folder, info)
     return info
+
+
+def prepare_text(sources: Sequence[str], tokenizer: Tokenizer, folder: Path, separator: Separator) -> TokenSplit:
+    """Writes all documents into `folder`, which exists, as one validation split, and returns it opened.
+
+    Raises `UserError` as `corpus_units`.
+    """
+    units = corpus_units(sources, separator)
+    info = _write_shards(folder, sources, units, tokenizer, validation_fraction=1.0, workers=1)
+    split = TokenSplit(folder, "validation", info)
+    if not split.n_documents:
+        raise empty_corpus(sources)
+    return split
+
+
+def _write_shards(
+    folder: Path,
+    sources: Sequence[str],
+    units: Sequence[Unit],
+    tokenizer: Tokenizer,
+    validation_fraction: float,
+    workers: int,
+) -> DatasetInfo:
+    (folder / "tokenizer").mkdir()
+    tokenizer.save(folder / "tokenizer")
+    job = _Job(folder, validation_fraction)
+    with progress_bar("tokenizing", sum(unit.size for unit in units), "B") as advance:
+        shards: dict[int, Shards] = {}
+        for index, pair in job.run(units) if workers == 1 else _run_in_processes(job, units, workers):
+            shards[index] = pair
+            advance(units[index].size)
+    return DatasetInfo(
+        dtype=token_dtype(tokenizer.vocab_size),
+        vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        sources=[os.fsencode(source).decode("utf-8", "backslashreplace") for source in sources],
+        shards={split: [shards[index][split] for index in range(len(units))] for split in SPLITS},
+    )
 
 
 def split_of(document: str, validation_fraction: float) -> str:

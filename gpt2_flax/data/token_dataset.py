@@ -12,6 +12,7 @@ Dimension key: B rows, S tokens of a window.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -177,7 +178,7 @@ class TokenSplit:
     def documents(self) -> Iterator[np.ndarray]:
         """Yields the int32 ids of each document, special ids included."""
         bounds = np.append(self.document_starts(0, self.n_tokens), self.n_tokens).tolist()
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in itertools.pairwise(bounds):
             yield self.read(start, stop)
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:

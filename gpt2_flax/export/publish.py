@@ -14,7 +14,9 @@ from gpt2_flax.text.tokenizer import load_tokenizer
 from gpt2_flax.text.wordpiece import WordPieceTokenizer
 
 
-def publish(source: Source, output: Path, *, torch_bin: bool, overwrite: bool, **card: str | None) -> Verification | None:
+def publish(
+    source: Source, output: Path, *, torch_bin: bool, overwrite: bool, **card: str | None
+) -> Verification | None:
     """Exports `source`; `card` holds the fields of `CardFacts` that only a person knows. As `export_folder`."""
     tokenizer = load_tokenizer(source.tokenizer_folder)
     facts = CardFacts(
@@ -36,13 +38,14 @@ def publish(source: Source, output: Path, *, torch_bin: bool, overwrite: bool, *
 
 
 def _run_facts(source: Source, config: Config) -> dict[str, Any]:
+    optimizer = config.optimizer
     facts = {
         "seq_length": config.data.seq_length,
         "steps": source.step,
         "batch_rows": config.data.global_batch_size,
-        "optimizer": "AdamW, betas {0.b1:g} and {0.b2:g}, weight decay {0.weight_decay:g}".format(config.optimizer),
-        "learning_rate": config.optimizer.learning_rate,
-        "schedule": f"{config.optimizer.schedule} after {config.warmup_steps:,} steps of warm-up",
+        "optimizer": f"AdamW, betas {optimizer.b1:g} and {optimizer.b2:g}, weight decay {optimizer.weight_decay:g}",
+        "learning_rate": optimizer.learning_rate,
+        "schedule": f"{optimizer.schedule} after {config.warmup_steps:,} steps of warm-up",
         "training_loss": source.metrics.get("train/loss"),
         "validation_loss": source.metrics.get("validation/loss"),
         "bits_per_character": source.metrics.get("validation/bits_per_character"),

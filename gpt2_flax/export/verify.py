@@ -94,8 +94,13 @@ def _our_logits(weights: Mapping[str, np.ndarray], config: ModelConfig, tokens_B
 
 
 def _load(transformers: ModuleType, folder: Path, name: str) -> Any:
+    # ignore_mismatched_sizes: to be told of them like of the others, not by an exception.
     model, info = transformers.GPT2LMHeadModel.from_pretrained(
-        folder, output_loading_info=True, local_files_only=True, use_safetensors=name == WEIGHTS
+        folder,
+        output_loading_info=True,
+        local_files_only=True,
+        use_safetensors=name == WEIGHTS,
+        ignore_mismatched_sizes=True,
     )
     problems = [f"{kind} {quote(sorted(map(str, info[kind]))[:5])}" for kind in info if info[kind]]
     if problems:

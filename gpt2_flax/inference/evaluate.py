@@ -99,7 +99,7 @@ def evaluate_source(
 
 def _split(source: Source, data: str, folder: Path, separator: Separator) -> TokenSplit:
     tokenizer = load_tokenizer(source.tokenizer_folder)
-    if not Path(data, MARKER).is_file() and Path(data).exists() or data.startswith("package:"):
+    if (not Path(data, MARKER).is_file() and Path(data).exists()) or data.startswith("package:"):
         return prepare_text([data], tokenizer, folder, separator)
     dataset = TokenDataset(data)
     if dataset.info.tokenizer_fingerprint != tokenizer.fingerprint:

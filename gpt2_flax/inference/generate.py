@@ -37,7 +37,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     eos_id: int,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    sampling: Sampling = Sampling(),
     seed: int = 0,
 ) -> list[list[int]]:
     """Returns the new ids after each prompt, up to and without `eos_id`.

@@ -3,7 +3,8 @@
 Blocks are stacked: every parameter under `h` has a leading layer axis, so a block is compiled once and the tree has
 16 arrays at any depth. Nothing is assigned outside `__init__`; the gradient of a `GPT2` is a `GPT2`.
 
-Dimension key: B batch, T sequence, D n_embd, H heads, K head size, F 4 * n_embd, V vocabulary, L layers, S cache length.
+Dimension key: B batch, T sequence, N = B * T tokens, D n_embd, H heads, K head size, V vocabulary, L layers, S columns
+of the cache.
 """
 
 from collections.abc import Callable
@@ -176,7 +177,7 @@ class GPT2(nnx.Module):
 
 
 def _by_token(layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """Applies `layer` to x (B, T, ...) as (B * T, ...): XLA's CPU matrix products are twice as fast on two dimensions."""
+    """Applies `layer` to x (B, T, ...) as (N, ...): XLA's products on a CPU are twice as fast in two dimensions."""
     out = layer(x.reshape(-1, *x.shape[2:]))
     return out.reshape(*x.shape[:2], *out.shape[1:])
 

@@ -11,9 +11,6 @@ import jax.numpy as jnp
 from gpt2_flax.data.packing import IGNORE
 
 
-
-
-
 class LossSums(NamedTuple):
     """Sums over the trained-on positions of a batch, float32: divide by `targets` for means."""
 

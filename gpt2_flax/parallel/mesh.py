@@ -23,9 +23,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if config.data == -1:
         sizes[0] = len(devices) // (config.fsdp * config.tensor)
     if sizes[0] * sizes[1] * sizes[2] != len(devices):
-        what = f"mesh data {config.data} x fsdp {config.fsdp} x tensor {config.tensor} does not fit {len(devices)} devices"
+        mesh = f"data {config.data} x fsdp {config.fsdp} x tensor {config.tensor}"
         fix = "choose sizes whose product is the number of devices, or leave mesh.data at -1"
-        raise UserError(ExitCode.CONFIG, what, "section [mesh]", fix)
+        raise UserError(ExitCode.CONFIG, f"mesh {mesh} does not fit {len(devices)} devices", "section [mesh]", fix)
     # Auto axes on purpose: jax.make_mesh makes Explicit ones unless told, and kernels do not carry those yet.
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 

@@ -1,0 +1,114 @@
+"""How a run starts: what must hold before, and where its first state comes from."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gpt2_flax.checkpoint.run_folder import RunFolder
+from gpt2_flax.checkpoint.source import load_source
+from gpt2_flax.checkpoint.store import CheckpointStore
+from gpt2_flax.config import Config, config_keys
+from gpt2_flax.data.token_dataset import TokenDataset
+from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.parallel.feed import row_shards
+from gpt2_flax.training.step import TrainState, initial_state, state_layout
+
+# What may differ between the parts of a run without being asked for: it changes speed and reports, not the numbers.
+FREE_TO_CHANGE = (
+    "output",
+    "init_from",
+    "data.dataset",  # moved; what it holds is compared by fingerprint
+    "model.remat",
+    "training.accumulation_steps",
+    "training.log_every",
+    "training.evaluate_every",
+    "training.evaluation_batches",
+    "training.save_every",
+    "training.keep_checkpoints",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+)
+
+
+def start_or_resume(
+    config: Config, mesh: Mesh, store: CheckpointStore, dataset: TokenDataset, say: Callable[[str], None]
+) -> tuple[TrainState, int]:
+    """1 the run's own newest checkpoint, 2 `init_from`, 3 scratch. Returns the state and the samples it has seen."""
+    layout = state_layout(config, mesh)
+    step = store.newest_whole(say)
+    if step is not None:
+        meta = store.meta(step)
+        _check_tokenizer(meta["tokenizer_fingerprint"], dataset)
+        restored = store.restore(step, model=layout.model, opt_state=layout.opt_state)
+        say(f"resumed from step {step} of {config.output}")
+        count = jax.device_put(jnp.int32(step), layout.step.sharding)
+        return TrainState(restored["model"], restored["opt_state"], count), meta["samples_seen"]
+    if config.init_from is None:
+        say(f"starting from scratch with seed {config.training.seed}")
+        return initial_state(config, layout), 0
+    source = load_source(Path(config.init_from))
+    _check_fits(config, source.model)
+    say(f"starting from {source.origin}: {len(source.weights)} parameter arrays, fresh optimizer")
+    return initial_state(config, layout, source.weights), 0
+
+
+def with_vocab_size(config: Config, dataset: TokenDataset) -> Config:
+    has, wants = dataset.info.vocab_size, config.model.vocab_size
+    if wants not in (None, has):
+        what = f"model.vocab_size is {wants} but the dataset's vocabulary has {has} tokens"
+        fix = "prepare the dataset with the model's tokenizer, or leave model.vocab_size out"
+        raise UserError(ExitCode.CONFIG, what, dataset.folder, fix)
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": has})})
+
+
+def check_rows(config: Config, mesh: Mesh) -> None:
+    shards, parts, n_rows = row_shards(mesh), config.training.accumulation_steps, config.data.global_batch_size
+    if n_rows % (shards * parts):
+        near = [count for count in (n_rows // (shards * parts), n_rows // (shards * parts) + 1) if count]
+        what = f"data.global_batch_size {n_rows} cannot be shared by {shards} devices (mesh data x fsdp)"
+        if parts > 1:
+            what += f" in {parts} accumulation steps"
+        fix = "take " + " or ".join(str(count * shards * parts) for count in near)
+        raise UserError(ExitCode.CONFIG, what, "config", fix)
+
+
+def check_same_run(config: Config, run: RunFolder, dataset: TokenDataset, allow_change: Sequence[str]) -> None:
+    keys = config_keys()
+    for key in allow_change:
+        if key not in keys:
+            raise UserError(ExitCode.USAGE, f"unknown key {key}", "--allow-change", "give a key of the config")
+    before = run.read_config()
+    if before is None or not run.checkpoints.is_dir() or not any(run.checkpoints.iterdir()):
+        return
+    for key in keys:
+        old, new = _value(before, key), _value(config, key)
+        if old != new and key not in FREE_TO_CHANGE and key not in allow_change:
+            what = f"{key} is {new} but the run has {old}"
+            fix = f"change it back, choose another output, or add --allow-change {key}"
+            raise UserError(ExitCode.CONFIG, what, run.path, fix)
+
+
+def _check_tokenizer(fingerprint: str, dataset: TokenDataset) -> None:
+    if fingerprint != dataset.info.tokenizer_fingerprint:
+        what = "the dataset was prepared with another tokenizer than the run's"
+        raise UserError(ExitCode.CONFIG, what, dataset.folder, "give the dataset that the run was started with")
+
+
+def _check_fits(config: Config, model: Any) -> None:
+    for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "layer_norm_epsilon"):
+        old, new = getattr(model, name), getattr(config.model, name)
+        if old != new:
+            what = f"model.{name} is {new} but {old} in init_from"
+            raise UserError(ExitCode.CONFIG, what, config.init_from, f"set model.{name} = {old}")
+
+
+def _value(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
