@@ -52,7 +52,7 @@ class CheckpointStore:
         return sorted(self._manager.all_steps(read=True))
 
     def save(self, step: int, model: Any, opt_state: Any | None, meta: dict[str, Any]) -> None:
-        """Starts writing a step; returns when the arrays may change. Raises `UserError` (IO), or for an earlier save."""
+        """Starts writing a step; returns when the arrays may change. Raises `UserError` (IO), for earlier saves too."""
         items = {"model": ocp.args.StandardSave(_to_dict(model)), "meta": ocp.args.JsonSave(meta)}
         if opt_state is not None:
             items["opt_state"] = ocp.args.StandardSave(_to_dict(opt_state))

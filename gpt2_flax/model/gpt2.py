@@ -162,7 +162,7 @@ class GPT2(nnx.Module):
         return constrain_BTD(dropout(x_BTD, self.cfg.embd_pdrop, key))
 
     def _blocks(self, x_BTD, attend, per_layer, key) -> tuple[jax.Array, Any]:
-        """Runs the stack and the last norm; `attend` gets each layer's part of `per_layer`, what it keeps is stacked."""
+        """Runs blocks and last norm; `attend` gets each layer's part of `per_layer`, and what it keeps is stacked."""
 
         def layer(x_BTD, block_and_more):
             block, key, of_layer = block_and_more

@@ -1,0 +1,31 @@
+# Sourced by the other scripts. make_environment FOLDER EXTRAS puts a virtual environment with this project into
+# FOLDER and sets PATH so that its programs come first; nothing outside FOLDER is touched.
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "error: no Python 3.11 to 3.13: PATH; install one, or name it: PYTHON=/path/to/python bash $0" >&2
+    return 69
+}
+
+make_environment() {
+    local folder=$1 extras=$2 python made_from
+    python=$(find_python) || return
+    # Another version, other requirements or other extras: install again. Otherwise the second call is instant.
+    made_from=$("$python" --version; echo "$extras"; cat setup.cfg pyproject.toml scripts/constraints.txt)
+    unset PYTHONPATH PYTHONHOME
+    if [ "$made_from" != "$(cat "$folder/made-from" 2>/dev/null)" ]; then
+        echo "installing into $folder (some minutes the first time)"
+        "$python" -m venv --clear "$folder"
+        "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip
+        "$folder/bin/python" -m pip install --quiet --disable-pip-version-check \
+            --constraint scripts/constraints.txt --editable ".[$extras]"
+        echo "$made_from" >"$folder/made-from"
+    fi
+    export PATH="$PWD/$folder/bin:$PATH" VIRTUAL_ENV="$PWD/$folder"
+}

@@ -1,0 +1,78 @@
+"""Eight simulated CPU devices, quick compilation, and one small corpus, tokenizer and dataset for all tests."""
+
+import os
+import random
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import jax
+import pytest
+
+jax.config.update("jax_disable_most_optimizations", True)  # compile time is most of what tests wait for
+
+CHARACTERS = "这是很久之前的事情了我们在北京看见一只大鸟飞过山河人说好天水火木金土日月年时书车马"
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A text file of 400 documents of 1 to 60 characters, with a pattern that a model can learn."""
+    draw = random.Random(0)
+    lines = []
+    for _ in range(400):
+        start, length = draw.randrange(len(CHARACTERS)), draw.randint(1, 60)
+        lines.append("".join(CHARACTERS[(start + i) % len(CHARACTERS)] for i in range(length)))
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(corpus, tmp_path_factory):
+    from gpt2_flax.text.train_tokenizer import train_wordpiece
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_wordpiece(corpus.read_text(encoding="utf-8").splitlines(), vocab_size=100).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset_folder(corpus, tokenizer_folder, tmp_path_factory):
+    from gpt2_flax.data.prepare import prepare
+    from gpt2_flax.text.tokenizer import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("dataset") / "dataset"
+    prepare([str(corpus)], load_tokenizer(tokenizer_folder), folder, validation_fraction=0.1)
+    return folder
+
+
+@pytest.fixture
+def config(dataset_folder, tmp_path):
+    """A run of a tiny model on the small corpus, in float32 and without dropout."""
+    from gpt2_flax.config import parse_config
+
+    values = {
+        "output": str(tmp_path / "run"),
+        "model": {"n_positions": 32, "n_layer": 2, "n_head": 8, "n_embd": 32, "dtype": "float32"}
+        | dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0),
+        "data": {"dataset": str(dataset_folder), "seq_length": 16, "global_batch_size": 16},
+        "optimizer": {"learning_rate": 1e-2, "warmup": 2},
+        "training": {"total_steps": 6, "log_every": 1, "save_every": 3, "evaluate_every": 3, "evaluation_batches": 1},
+    }
+    return parse_config(values, "conftest.py")
+
+
+def changed(config, **keys):
+    """Returns `config` with dotted keys, dots written as `__`, set to other values."""
+    from gpt2_flax.config import parse_config
+
+    values = config.model_dump(exclude_none=True)
+    for key, value in keys.items():
+        *sections, last = key.split("__")
+        place = values
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    return parse_config(values, "test")

@@ -1,0 +1,151 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gpt2_flax.checkpoint.weights import model_from_weights, weights_of
+from gpt2_flax.config import ModelConfig
+from gpt2_flax.data.packing import IGNORE, rows_of_windows
+from gpt2_flax.model.attention import attention, document_mask
+from gpt2_flax.model.gpt2 import GPT2, Cache
+from gpt2_flax.model.loss import cross_entropy
+
+CFG = ModelConfig(vocab_size=64, n_positions=16, n_layer=2, n_head=2, n_embd=16, dtype="float32")
+TOKENS_BT = np.random.default_rng(0).integers(0, 64, (4, 16)).astype(np.int32)
+
+
+run = jax.jit(lambda model, *arguments, **more: model(*arguments, **more))
+
+
+@jax.jit
+def gradient(model):
+    return jax.grad(lambda m: cross_entropy(m.hidden(TOKENS_BT), m.wte.embedding[...], TOKENS_BT, 64).nats)(model)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return GPT2(CFG, rngs=nnx.Rngs(0))
+
+
+def test_future_tokens_do_not_change_past_logits(model):
+    changed_BT = TOKENS_BT.copy()
+    changed_BT[:, 10:] = (changed_BT[:, 10:] + 1) % 64
+    np.testing.assert_array_equal(run(model, TOKENS_BT)[:, :10], run(model, changed_BT)[:, :10])
+
+
+def test_past_tokens_do_change_future_logits(model):
+    changed_BT = TOKENS_BT.copy()
+    changed_BT[:, 0] = (changed_BT[:, 0] + 1) % 64
+    assert not np.allclose(run(model, TOKENS_BT)[:, -1], run(model, changed_BT)[:, -1])
+
+
+def test_attention_equals_float64_numpy():
+    draw = np.random.default_rng(1)
+    q_BTHK, k_BTHK, v_BTHK = draw.normal(size=(3, 2, 7, 3, 4))
+    segments_BT = np.array([[1, 1, 1, 2, 2, 3, 3], [1] * 7])
+    out_BTHK = attention(*(x.astype(np.float32) for x in (q_BTHK, k_BTHK, v_BTHK)), document_mask(segments_BT))
+    expected_BTHK = np.zeros_like(q_BTHK)
+    for b, t, h in np.ndindex(2, 7, 3):
+        seen = [s for s in range(t + 1) if segments_BT[b, s] == segments_BT[b, t]]
+        weights = np.exp(k_BTHK[b, seen, h] @ q_BTHK[b, t, h] / 2.0)
+        expected_BTHK[b, t, h] = weights @ v_BTHK[b, seen, h] / weights.sum()
+    np.testing.assert_allclose(out_BTHK, expected_BTHK, rtol=1e-5, atol=1e-6)
+
+
+def test_loss_equals_float64_numpy(model):
+    x_BTD = model.hidden(TOKENS_BT)
+    targets_BT = np.where(np.arange(16) % 3 == 0, IGNORE, TOKENS_BT)
+    sums = cross_entropy(x_BTD, model.wte.embedding[...], targets_BT, 64)
+    logits_BTV = np.asarray(x_BTD, np.float64) @ np.asarray(model.wte.embedding[...], np.float64)[:64].T
+    nats_BT = np.log(np.exp(logits_BTV).sum(-1)) - np.take_along_axis(logits_BTV, TOKENS_BT[..., None], -1)[..., 0]
+    counted_BT = targets_BT != IGNORE
+    np.testing.assert_allclose(sums.nats, nats_BT[counted_BT].sum(), rtol=1e-6)
+    assert sums.targets == counted_BT.sum()
+    assert sums.correct == (logits_BTV.argmax(-1) == TOKENS_BT)[counted_BT].sum()
+
+
+def test_documents_packed_in_a_row_get_the_logits_they_get_alone(model):
+    segments_1T = np.array([[1] * 5 + [2] * 8 + [3] * 3])
+    positions_1T = np.concatenate([np.arange(5), np.arange(8), np.arange(3)])[None]
+    packed_TV = run(model, TOKENS_BT[:1], segments_1T, positions_1T)[0]
+    for start, stop in ((0, 5), (5, 13), (13, 16)):
+        alone_TV = run(model, TOKENS_BT[:1, start:stop])[0]
+        np.testing.assert_allclose(packed_TV[start:stop], alone_TV, atol=1e-6)
+
+
+def test_dropout_is_off_without_a_key_and_reproducible_with_one():
+    model = GPT2(CFG.model_copy(update={"attn_pdrop": 0.5}), rngs=nnx.Rngs(0))
+    key = jax.random.key(3)
+    plain, dropped = run(model, TOKENS_BT), run(model, TOKENS_BT, dropout_key=key)
+    np.testing.assert_array_equal(dropped, run(model, TOKENS_BT, dropout_key=key))
+    assert not np.allclose(plain, dropped)
+    assert not np.allclose(dropped, run(model, TOKENS_BT, dropout_key=jax.random.key(4)))
+
+
+@pytest.mark.parametrize("rate", ["embd_pdrop", "attn_pdrop", "resid_pdrop"])
+def test_each_dropout_keeps_the_mean_and_does_something(rate):
+    model = GPT2(
+        CFG.model_copy(update={"embd_pdrop": 0, "attn_pdrop": 0, "resid_pdrop": 0, rate: 0.2}), rngs=nnx.Rngs(0)
+    )
+    run = jax.jit(jax.vmap(lambda key: model.hidden(TOKENS_BT, dropout_key=key)))
+    x_NBTD = run(jax.random.split(jax.random.key(0), 400))
+    assert float(x_NBTD.std(0).mean()) > 0.01
+    assert float(jnp.abs(x_NBTD.mean(0) - model.hidden(TOKENS_BT)).mean()) < 0.1
+
+
+def test_rematerialisation_changes_no_gradient(model):
+    twin = model_from_weights(CFG.model_copy(update={"remat": True}), weights_of(model))
+    for plain, rematted in zip(jax.tree.leaves(gradient(model)), jax.tree.leaves(gradient(twin)), strict=True):
+        np.testing.assert_allclose(plain, rematted, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_follows_float32(model):
+    half = model_from_weights(CFG.model_copy(update={"dtype": "bfloat16"}), weights_of(model))
+    assert half.hidden(TOKENS_BT).dtype == jnp.bfloat16
+    assert run(half, TOKENS_BT).dtype == jnp.float32
+    np.testing.assert_allclose(run(half, TOKENS_BT), run(model, TOKENS_BT), atol=0.02)
+
+
+def test_padding_rows_of_the_vocabulary_are_zero_get_no_gradient_and_no_probability(model):
+    assert model.wte.embedding[...].shape == (128, 16)
+    assert not model.wte.embedding[...][64:].any()
+    assert run(model, TOKENS_BT).shape[-1] == 64
+    embedding_VD = gradient(model).wte.embedding[...]
+    assert not embedding_VD[64:].any()
+    assert embedding_VD[:64].any()
+
+
+def test_weights_round_trip_exactly(model):
+    weights = weights_of(model)
+    again = weights_of(model_from_weights(CFG, weights))
+    assert weights.keys() == again.keys()
+    for path, array in weights.items():
+        np.testing.assert_array_equal(array, again[path])
+
+
+@pytest.mark.parametrize(("first", "padding"), [(1, [0, 0]), (6, [0, 5]), (9, [3, 1])])
+def test_decoding_with_a_cache_gives_the_logits_of_the_whole_sequence(model, first, padding):
+    length, decode = 12, jax.jit(GPT2.decode)
+    first_column_B = np.array(padding)
+    tokens_BT = np.where(np.arange(length) < first_column_B[:, None], 0, TOKENS_BT[:2, :length])
+    cache = Cache.empty(CFG, 2, 16)
+    bounds = [0, first, *range(first + 1, length + 1)]
+    for start, stop in itertools.pairwise(bounds):
+        positions_BT = np.maximum(np.arange(start, stop) - first_column_B[:, None], 0)
+        logits_BV, cache = decode(model, tokens_BT[:, start:stop], positions_BT, first_column_B, cache)
+    for row, columns in enumerate(padding):
+        whole_TV = run(model, tokens_BT[row : row + 1, columns:])[0]
+        np.testing.assert_allclose(logits_BV[row], whole_TV[-1], atol=1e-5)
+
+
+def test_rows_shift_targets_restart_positions_and_never_train_on_a_first_token():
+    tokens_BS = np.array([[7, 8, 9, 5, 6, 0]], np.int32)
+    segments_BS = np.array([[1, 1, 1, 2, 2, 0]], np.int32)
+    rows = rows_of_windows(tokens_BS, segments_BS)
+    assert rows.tokens_BT.tolist() == [[7, 8, 9, 5, 6]]
+    assert rows.targets_BT.tolist() == [[8, 9, IGNORE, 6, IGNORE]]
+    assert rows.segments_BT.tolist() == [[1, 1, 1, 2, 2]]
+    assert rows.positions_BT.tolist() == [[0, 1, 2, 0, 1]]
