@@ -1,0 +1,155 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt2_flax.config import Config, config_keys, dump_config, load_config, parse_config
+from gpt2_flax.errors import ExitCode, UserError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+LEAST = {"output": "run", "data": {"dataset": "d"}, "training": {"total_steps": 10}}
+KEYS = [
+    "output",
+    "init_from",
+    "model.vocab_size",
+    "model.n_positions",
+    "model.n_layer",
+    "model.n_head",
+    "model.n_embd",
+    "model.embd_pdrop",
+    "model.attn_pdrop",
+    "model.resid_pdrop",
+    "model.layer_norm_epsilon",
+    "model.initializer_range",
+    "model.dtype",
+    "model.remat",
+    "data.dataset",
+    "data.seq_length",
+    "data.global_batch_size",
+    "optimizer.learning_rate",
+    "optimizer.schedule",
+    "optimizer.warmup",
+    "optimizer.min_learning_rate_ratio",
+    "optimizer.b1",
+    "optimizer.b2",
+    "optimizer.eps",
+    "optimizer.weight_decay",
+    "optimizer.max_grad_norm",
+    "training.total_steps",
+    "training.accumulation_steps",
+    "training.seed",
+    "training.log_every",
+    "training.evaluate_every",
+    "training.evaluation_batches",
+    "training.save_every",
+    "training.keep_checkpoints",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+]
+
+
+def refused(values, text):
+    with pytest.raises(UserError, match=text) as error:
+        parse_config(values, "file.toml")
+    assert error.value.exit_code == ExitCode.CONFIG
+    assert "file.toml" in str(error.value)
+
+
+def with_section(section, **values):
+    return LEAST | {section: LEAST.get(section, {}) | values}
+
+
+def test_the_list_of_keys_is_frozen_and_every_key_has_a_line_of_help():
+    assert list(config_keys()) == KEYS
+    assert all(len(field.description) > 15 for field in config_keys().values())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_configs_are_valid_and_say_how_to_run_them(path):
+    config = load_config(path)
+    assert f"gpt2-flax train configs/{path.name}" in path.read_text(encoding="utf-8")
+    assert parse_config(config.model_dump(exclude_none=True), "again") == config
+
+
+def test_the_published_stages_are_as_published():
+    first, second = (load_config(CONFIGS[0].parent / f"cluecorpussmall_seq{n}.toml") for n in (128, 1024))
+    assert second.init_from == first.output
+    assert (first.training.total_steps, second.training.total_steps) == (1_000_000, 250_000)
+    assert (first.data.seq_length, second.data.seq_length) == (128, 1024)
+    assert (first.data.global_batch_size, second.data.global_batch_size) == (64 * 8, 16 * 8)
+    assert (first.optimizer.learning_rate, second.optimizer.learning_rate) == (1e-4, 5e-5)
+    assert first.model == second.model
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        (with_section("optimizer", lerning_rate=1e-4), "unknown key optimizer.lerning_rate.*optimizer.learning_rate"),
+        (LEAST | {"modle": {}}, "unknown key modle"),
+        (with_section("training", seed=2**32), "training.seed.*less than"),
+        (with_section("model", n_layer="12"), "bad value of model.n_layer.*integer, not '12'"),
+        (with_section("model", n_layer=12.0), "bad value of model.n_layer"),
+        (with_section("model", remat=1), "bad value of model.remat"),
+        (with_section("model", dtype="float16"), "bad value of model.dtype.*'float32' or 'bfloat16'"),
+        (with_section("optimizer", learning_rate="1e-4"), "bad value of optimizer.learning_rate"),
+        (with_section("optimizer", learning_rate=float("nan")), "bad value of optimizer.learning_rate"),
+        (with_section("optimizer", warmup=1.5), "optimizer.warmup 1.5 is neither"),
+        (with_section("model", n_head=5), "model.n_embd 768 is not a multiple of model.n_head 5"),
+        (with_section("data", dataset="d", seq_length=2000), "seq_length 2000 is above model.n_positions 1024"),
+        (with_section("training", accumulation_steps=7), "not a multiple of training.accumulation_steps 7"),
+        (with_section("mesh", data=0), "mesh.data must be"),
+        ({"output": "run", "training": {"total_steps": 1}}, "missing key data"),
+    ],
+)
+def test_a_wrong_config_is_refused_by_name(values, text):
+    refused(values, text)
+
+
+def test_overrides_are_applied_left_to_right_and_bare_words_are_strings(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('output = "a"\n[data]\ndataset = "d"\n[training]\ntotal_steps = 5\n')
+    overrides = ["output=runs/two", "model.n_layer=3", "model.n_layer=4", "optimizer.learning_rate=5e-5", "mesh.fsdp=2"]
+    config = load_config(path, overrides)
+    assert (config.output, config.model.n_layer, config.mesh.fsdp) == ("runs/two", 4, 2)
+    assert config.optimizer.learning_rate == 5e-5
+    for wrong in ("n_layer", "=3", "model n_layer=3"):
+        with pytest.raises(UserError, match="not an override") as error:
+            load_config(path, [wrong])
+        assert error.value.exit_code == ExitCode.USAGE
+    with pytest.raises(UserError, match="not a section"):
+        load_config(path, ["output.x=1"])
+
+
+def test_warmup_counts_steps_or_a_share_of_them():
+    assert parse_config(with_section("optimizer", warmup=3), "").warmup_steps == 3
+    assert parse_config(with_section("optimizer", warmup=0.2), "").warmup_steps == 2
+    assert parse_config(with_section("optimizer", warmup=1), "").warmup_steps == 1
+    assert parse_config(with_section("optimizer", warmup=1.0), "").warmup_steps == 10
+
+
+@given(
+    st.builds(
+        dict,
+        output=st.text(min_size=1),
+        model=st.fixed_dictionaries(
+            {}, optional={"vocab_size": st.integers(1, 10**6), "n_layer": st.integers(1, 99), "remat": st.booleans()}
+        ),
+        data=st.fixed_dictionaries({"dataset": st.text(), "seq_length": st.integers(1, 1024)}),
+        optimizer=st.fixed_dictionaries(
+            {},
+            optional={
+                "learning_rate": st.floats(1e-30, 1e30),
+                "warmup": st.one_of(st.integers(0, 10**9), st.floats(0, 1)),
+                "b1": st.floats(0, 0.999),
+            },
+        ),
+        training=st.fixed_dictionaries({"total_steps": st.integers(1, 10**12), "seed": st.integers(0, 2**32 - 1)}),
+    )
+)
+def test_a_dumped_config_is_read_back_equal(tmp_path_factory, values):
+    config = Config.model_validate(values)
+    path = tmp_path_factory.mktemp("config") / "config.toml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(path) == config
