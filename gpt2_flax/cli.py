@@ -1,10 +1,12 @@
 """The command line: one small function a subcommand. What needs jax is imported inside it, so that help is instant."""
 
 import os
+import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -17,13 +19,21 @@ app = typer.Typer(
     name="gpt2-flax",
     help="Pre-train GPT-2 on your own text and hand it over in transformers format.\n\n"
     "The way from text to model: tokenizer, prepare, train, evaluate, generate, export.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 DEBUG = "GPT2_FLAX_DEBUG"  # set to anything to see tracebacks
+
+
+def _utf8(value: str | list[str] | None) -> str | list[str] | None:
+    """Refuses what a terminal of another encoding typed: Python hands it over as lone surrogates."""
+    try:
+        "".join(value or "").encode()
+    except UnicodeEncodeError:
+        raise typer.BadParameter("it is not UTF-8") from None
+    return value
 
 
 Corpus = Annotated[
@@ -33,6 +43,7 @@ Between = Annotated[Separator, typer.Option(help="What stands between two docume
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that an earlier call made.")]
 Model = Annotated[Path, typer.Argument(help="A run folder, RUN/checkpoints/STEP, or a transformers folder.")]
 Step = Annotated[int | None, typer.Option(help="Which checkpoint of a run; the newest when left out.")]
+CardText = partial(typer.Option, callback=_utf8)
 
 
 @app.command()
@@ -48,7 +59,8 @@ def tokenizer(
         Literal["bpe", "unigram"], typer.Option(help="SentencePiece: bpe, or unigram, which takes much longer.")
     ] = "bpe",
     character_coverage: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="SentencePiece: share of characters with a piece; others are bytes.")
+        float,
+        typer.Option(min=0.98, max=1.0, help="SentencePiece: share of characters with a piece; others are bytes."),
     ] = 0.9995,
     cased: Annotated[bool, typer.Option("--cased", help="WordPiece: keep upper case and accents.")] = False,
     separator: Between = "line",
@@ -129,7 +141,7 @@ def prepare(
 @app.command(epilog="The keys: gpt2-flax keys")
 def train(
     config: Annotated[Path, typer.Argument(help="TOML file, such as configs/quickstart.toml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", callback=_utf8)] = None,
     allow_change: Annotated[
         list[str] | None, typer.Option(help="Key that may differ from the run so far, when resuming; repeatable.")
     ] = None,
@@ -190,7 +202,7 @@ def evaluate(
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[list[str], typer.Option(help="Beginning of a text; repeat it for a batch of prompts.")],
+    prompt: Annotated[list[str], typer.Option(callback=_utf8, help="Beginning of a text; repeat it for a batch.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="Lower is safer; 0 takes the likeliest token.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Only the K likeliest tokens; 0 for all.")] = 50,
@@ -216,10 +228,10 @@ def export(
     format: Annotated[
         Literal["safetensors", "bin"], typer.Option(help="bin writes pytorch_model.bin beside model.safetensors.")
     ] = "safetensors",
-    name: Annotated[str | None, typer.Option(help="Title of the model card; the folder's name when left out.")] = None,
-    language: Annotated[str | None, typer.Option(help="Language code for the model card, such as zh.")] = None,
-    license: Annotated[str | None, typer.Option(help="License for the model card, such as apache-2.0.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Example prompt for the model card.")] = None,
+    name: Annotated[str | None, CardText(help="Title of the model card; the folder's name when left out.")] = None,
+    language: Annotated[str | None, CardText(help="Language code for the model card, such as zh.")] = None,
+    license: Annotated[str | None, CardText(help="License for the model card, such as apache-2.0.")] = None,
+    prompt: Annotated[str | None, CardText(help="Example prompt for the model card.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a model as a transformers folder, and check that it computes the same there."""
@@ -265,9 +277,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _exit_code(arguments: Sequence[str] | None) -> int:
+    """Runs a command, prints what went wrong, and returns the exit code."""
     usage_error = typer.BadParameter.__base__  # typer brings its own click since 0.26, and names only this part of it
     try:
         code = app(arguments, prog_name="gpt2-flax", standalone_mode=False)
+        sys.stdout.flush()  # here, where a full disk still becomes an error
         return code if isinstance(code, int) else ExitCode.OK
     except UserError as error:
         failure = error
@@ -276,9 +290,9 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         failure = UserError(ExitCode.USAGE, error.format_message().rstrip("."), command, f"see `{command} --help`")
     except (KeyboardInterrupt, typer.Abort):
         failure = UserError(ExitCode.INTERRUPTED, "interrupted", "by the keyboard", "run it again to start over")
-    except BrokenPipeError:  # the reader of a pipe has seen enough
+    except (BrokenPipeError, SystemExit):  # the reader of a pipe has seen enough; typer makes the latter of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitCode.OK
+        return 128 + signal.SIGPIPE  # not OK: a training run that ends here is not finished
     except OSError as error:
         failure = io_error(error, error.filename or "a file")
     except Exception as error:
@@ -288,5 +302,10 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         failure = UserError(ExitCode.BUG, what, file.name, "please report it with that file")
     if os.environ.get(DEBUG):
         traceback.print_exc()
-    print(f"error: {failure}", file=sys.stderr)
+    print(f"error: {_one_line(str(failure))}", file=sys.stderr)
     return failure.exit_code
+
+
+def _one_line(text: str) -> str:
+    """Escapes what is not printable: file names may hold line ends and terminal sequences."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

@@ -3,17 +3,20 @@
 import hashlib
 import logging
 import math
+import os
 import re
 import runpy
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from weight_folders import random_weights
 
-from gpt2_flax.checkpoint.huggingface import TABLE, read_folder
+from gpt2_flax.checkpoint.huggingface import read_folder
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export import transformers_folder, verify
@@ -29,17 +32,6 @@ N_POSITIONS = 112  # above the max_length=100 of the published example
 
 def config_for(tokenizer) -> ModelConfig:
     return ModelConfig(vocab_size=tokenizer.vocab_size, n_positions=N_POSITIONS, n_layer=2, n_head=2, n_embd=16)
-
-
-def random_weights(config: ModelConfig) -> dict[str, np.ndarray]:
-    sizes = {"3": 3, "V": config.vocab_size, "N": config.n_positions, "D": config.n_embd, "H": config.n_head}
-    sizes |= {"K": config.head_size, "F": 4 * config.n_embd}
-    rng, weights = np.random.default_rng(0), {}
-    for entry in TABLE:
-        shape = [config.n_layer] if entry.stacked else []
-        shape += [sizes[axis] for axis in entry.axes.replace(" ", "")]
-        weights[entry.path] = 0.2 * rng.standard_normal(shape, np.float32) + (entry.path.endswith("scale"))
-    return weights
 
 
 def card_for(config: ModelConfig, wordpiece: bool) -> str:
@@ -253,7 +245,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
 import resource, signal, sys
 from pathlib import Path
 from gpt2_flax.errors import UserError
-from tests.test_export import TEXTS, export_one, train_wordpiece
+from test_export import TEXTS, export_one, train_wordpiece
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 tokenizer = train_wordpiece(TEXTS, 120)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
@@ -262,7 +254,10 @@ try:
 except UserError as error:
     print(int(error.exit_code), error.what)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    tests = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == f"{int(ExitCode.IO)} weights could not be written\n"
     assert list(tmp_path.iterdir()) == []
 

@@ -1,5 +1,6 @@
 """What a user may name where a model is wanted: a run, one of its checkpoints, or a `transformers` folder."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,12 +33,17 @@ class Source:
 def load_source(path: Path, step: int | None = None) -> Source:
     """Reads the model at `path`; of a run the newest whole checkpoint, or `step`.
 
-    Raises `UserError`: NO_INPUT when there is nothing of the kind, DATA or IO when it is damaged.
+    Raises `UserError`: NO_INPUT when there is nothing of the kind, DATA or IO when it is damaged, USAGE for a `step` of
+    what has none.
     """
-    if (path / "config.json").is_file():
+    is_checkpoint = path.parent.name == "checkpoints" and path.name.isdecimal()
+    is_folder = (path / "config.json").is_file()
+    if step is not None and (is_checkpoint or is_folder):
+        raise UserError(ExitCode.USAGE, "--step is for a run folder", path, "leave --step out, or name the run")
+    if is_folder:
         model, weights = read_folder(path)
         return Source(f"transformers folder {path}", model, weights, path)
-    if path.parent.name == "checkpoints" and path.name.isdecimal():
+    if is_checkpoint:
         path, step = path.parent.parent, int(path.name)
     run = RunFolder(path)
     if not run.checkpoints.is_dir():
@@ -81,7 +87,9 @@ def _choose(store: CheckpointStore, step: int | None) -> int:
         saved = ", ".join(map(str, steps))
         raise UserError(ExitCode.NO_INPUT, f"no checkpoint {step}", store.folder, f"there are {saved}")
     for candidate in reversed(steps) if step is None else [step]:
-        if store.damage(candidate) is None:
+        damage = store.damage(candidate)
+        if damage is None:
             return candidate
+        print(f"warning: checkpoint {candidate} of {store.folder} is damaged ({damage})", file=sys.stderr)
     what = "no usable checkpoint" if step is None else f"checkpoint {step} is damaged"
     raise UserError(ExitCode.IO, what, store.folder, "use another step, or train again")

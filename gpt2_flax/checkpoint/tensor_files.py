@@ -141,7 +141,7 @@ def _torch_tensors(path: Path) -> dict[str, Tensor]:
     try:
         # mmap: the file is only mapped, so that shapes are known before data is read.
         state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged zip, pickle or storage raises nearly anything
+    except Exception as error:  # nearly anything, depending on where it is damaged
         first_line = str(error).partition("\n")[0]
         what = f"damaged or unsafe PyTorch file ({type(error).__name__}: {quote(first_line)})"
         raise UserError(ExitCode.DATA, what, path, "use a model.safetensors file instead") from None

@@ -108,20 +108,32 @@ def _generate(model, tokens_BT, first_column_B, key, eos_id: int, sampling: Samp
 
 def _choose(logits_BV: jax.Array, seen_BV: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
     """Returns the next token of each row, int32 (B,)."""
+    logits_BV = filtered_logits(logits_BV, seen_BV, sampling)
+    if sampling.temperature == 0.0:
+        return logits_BV.argmax(-1).astype(jnp.int32)
+    return jax.random.categorical(key, logits_BV).astype(jnp.int32)
+
+
+def filtered_logits(logits_BV: jax.Array, seen_BV: jax.Array, sampling: Sampling) -> jax.Array:
+    """Returns what is sampled from: -inf for the tokens that `sampling` rules out, and never for all of a row.
+
+    seen_BV: bool, the tokens of the prompt and of what was generated so far. Equal logits stay or go together.
+    """
     if sampling.repetition_penalty != 1.0:
         penalty = sampling.repetition_penalty
         punished_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
         logits_BV = jnp.where(seen_BV, punished_BV, logits_BV)
     if sampling.temperature == 0.0:
-        return logits_BV.argmax(-1).astype(jnp.int32)
-    logits_BV = logits_BV / sampling.temperature
+        return logits_BV
+    logits_BV = logits_BV / max(sampling.temperature, 1e-6)  # below that it is greedy, and would overflow
     if 0 < sampling.top_k < logits_BV.shape[-1]:
         least_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
     if sampling.top_p < 1.0:
         sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
         probability_BV = jax.nn.softmax(sorted_BV)
-        before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV  # 0 for the first: one token always stays
-        least_B1 = jnp.where(before_BV < sampling.top_p, sorted_BV, jnp.inf).min(-1, keepdims=True)
+        before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+        stays_BV = (before_BV < sampling.top_p).at[:, 0].set(True)  # also when top_p is 0
+        least_B1 = jnp.where(stays_BV, sorted_BV, jnp.inf).min(-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    return jax.random.categorical(key, logits_BV).astype(jnp.int32)
+    return logits_BV

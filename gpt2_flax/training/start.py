@@ -1,5 +1,6 @@
 """How a run starts: what must hold before, and where its first state comes from."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
-from gpt2_flax.checkpoint.source import load_source
+from gpt2_flax.checkpoint.source import Source, load_source
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.config import Config, config_keys
 from gpt2_flax.data.token_dataset import TokenDataset
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.parallel.feed import row_shards
+from gpt2_flax.text.tokenizer import load_tokenizer
 from gpt2_flax.training.step import TrainState, initial_state, state_layout
 
 # What may differ between the parts of a run without being asked for: it changes speed and reports, not the numbers.
@@ -38,7 +40,10 @@ FREE_TO_CHANGE = (
 def start_or_resume(
     config: Config, mesh: Mesh, store: CheckpointStore, dataset: TokenDataset, say: Callable[[str], None]
 ) -> tuple[TrainState, int]:
-    """1 the run's own newest checkpoint, 2 `init_from`, 3 scratch. Returns the state and the samples it has seen."""
+    """1 the run's own newest checkpoint, 2 `init_from`, 3 scratch. Returns the state and the samples it has seen.
+
+    Raises `UserError`: IO when there are only damaged checkpoints, CONFIG when dataset or `init_from` do not fit.
+    """
     layout = state_layout(config, mesh)
     step = store.newest_whole(say)
     if step is not None:
@@ -48,11 +53,18 @@ def start_or_resume(
         say(f"resumed from step {step} of {config.output}")
         count = jax.device_put(jnp.int32(step), layout.step.sharding)
         return TrainState(restored["model"], restored["opt_state"], count), meta["samples_seen"]
+    damaged = RunFolder(config.output).damaged
+    if damaged.is_dir() and any(
+        damaged.iterdir()
+    ):  # an earlier call has moved them there, and found none to go on from
+        fix = "put a whole copy back into checkpoints, or choose another output to start anew"
+        raise UserError(ExitCode.IO, "no usable checkpoint, only damaged ones", damaged, fix)
     if config.init_from is None:
         say(f"starting from scratch with seed {config.training.seed}")
         return initial_state(config, layout), 0
     source = load_source(Path(config.init_from))
     _check_fits(config, source.model)
+    _warn_of_tokenizer(source, dataset, say)
     say(f"starting from {source.origin}: {len(source.weights)} parameter arrays, fresh optimizer")
     return initial_state(config, layout, source.weights), 0
 
@@ -97,6 +109,13 @@ def _check_tokenizer(fingerprint: str, dataset: TokenDataset) -> None:
     if fingerprint != dataset.info.tokenizer_fingerprint:
         what = "the dataset was prepared with another tokenizer than the run's"
         raise UserError(ExitCode.CONFIG, what, dataset.folder, "give the dataset that the run was started with")
+
+
+def _warn_of_tokenizer(source: Source, dataset: TokenDataset, say: Callable[[str], None]) -> None:
+    # No error: the same ids may come from another kind of file, and some folders hold weights alone.
+    with contextlib.suppress(UserError):
+        if load_tokenizer(source.tokenizer_folder).fingerprint != dataset.info.tokenizer_fingerprint:
+            say(f"warning: {dataset.folder} was not prepared with the tokenizer of {source.origin}: ids may differ")
 
 
 def _check_fits(config: Config, model: Any) -> None:
