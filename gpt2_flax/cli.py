@@ -83,14 +83,14 @@ def tokenizer(
 
     check_output(output, "tokenizer.json", overwrite)
     units = corpus_units(corpus, separator)
+    held = list(sample_documents(units, MEASURING_BYTES))
+    if not held:
+        raise empty_corpus(corpus)
     documents = sample_documents(units, TRAINING_BYTES)
     if kind == "wordpiece":
         made = train_wordpiece(documents, vocab_size, lowercase=not cased)
     else:
         made = train_sentencepiece(documents, vocab_size, model_type, character_coverage)
-    held = list(sample_documents(units, MEASURING_BYTES))
-    if not held:
-        raise empty_corpus(corpus)
     coverage = measure(made, held)
     with new_folder(output, "tokenizer.json", overwrite) as folder:
         made.save(folder)
@@ -141,7 +141,10 @@ def prepare(
 @app.command(epilog="The keys: gpt2-flax keys")
 def train(
     config: Annotated[Path, typer.Argument(help="TOML file, such as configs/quickstart.toml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", callback=_utf8)] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SECTION.KEY=VALUE]...", callback=_utf8, help="What shall differ from the file."),
+    ] = None,
     allow_change: Annotated[
         list[str] | None, typer.Option(help="Key that may differ from the run so far, when resuming; repeatable.")
     ] = None,
@@ -278,32 +281,38 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _exit_code(arguments: Sequence[str] | None) -> int:
     """Runs a command, prints what went wrong, and returns the exit code."""
-    usage_error = typer.BadParameter.__base__  # typer brings its own click since 0.26, and names only this part of it
     try:
         code = app(arguments, prog_name="gpt2-flax", standalone_mode=False)
         sys.stdout.flush()  # here, where a full disk still becomes an error
         return code if isinstance(code, int) else ExitCode.OK
-    except UserError as error:
-        failure = error
-    except usage_error as error:
-        command = error.ctx.command_path if error.ctx else "gpt2-flax"
-        failure = UserError(ExitCode.USAGE, error.format_message().rstrip("."), command, f"see `{command} --help`")
-    except (KeyboardInterrupt, typer.Abort):
-        failure = UserError(ExitCode.INTERRUPTED, "interrupted", "by the keyboard", "run it again to start over")
     except (BrokenPipeError, SystemExit):  # the reader of a pipe has seen enough; typer makes the latter of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE  # not OK: a training run that ends here is not finished
-    except OSError as error:
-        failure = io_error(error, error.filename or "a file")
-    except Exception as error:
-        with tempfile.NamedTemporaryFile("w", prefix="gpt2-flax-crash-", suffix=".log", delete=False) as file:
-            traceback.print_exc(file=file)
-        what = f"a bug in gpt2_flax ({type(error).__name__})"
-        failure = UserError(ExitCode.BUG, what, file.name, "please report it with that file")
-    if os.environ.get(DEBUG):
-        traceback.print_exc()
-    print(f"error: {_one_line(str(failure))}", file=sys.stderr)
-    return failure.exit_code
+    except (Exception, KeyboardInterrupt) as error:
+        failure = _failure(error)
+        if os.environ.get(DEBUG):
+            traceback.print_exc()
+        print(f"error: {_one_line(str(failure))}", file=sys.stderr)
+        return failure.exit_code
+
+
+def _failure(error: BaseException) -> UserError:
+    """Returns what the user is told of `error`; the traceback of one that should not have come up is kept in a file."""
+    if isinstance(error, UserError):
+        return error
+    # typer brings its own click since 0.26, and names only this part of it.
+    if isinstance(error, typer.BadParameter.__base__):
+        command = error.ctx.command_path if error.ctx else "gpt2-flax"
+        return UserError(ExitCode.USAGE, error.format_message().rstrip("."), command, f"see `{command} --help`")
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return UserError(ExitCode.INTERRUPTED, "interrupted", "by the keyboard", "run it again to start over")
+    if isinstance(error, OSError):
+        return io_error(error, error.filename or "a file")
+    log = {"prefix": "gpt2-flax-crash-", "suffix": ".log", "encoding": "utf-8", "errors": "backslashreplace"}
+    with tempfile.NamedTemporaryFile("w", delete=False, **log) as file:
+        traceback.print_exception(error, file=file)
+    what = f"a bug in gpt2_flax ({type(error).__name__})"
+    return UserError(ExitCode.BUG, what, file.name, "please report it with that file")
 
 
 def _one_line(text: str) -> str:

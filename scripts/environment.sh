@@ -14,16 +14,17 @@ find_python() {
 }
 
 make_environment() {
-    local folder=$1 extras=$2 python made_from
+    local folder=$1 extras=$2 python made_from quiet=()
     python=$(find_python) || return
     # Another version, other requirements or other extras: install again. Otherwise the second call is instant.
     made_from=$("$python" --version; echo "$extras"; cat setup.cfg pyproject.toml scripts/constraints.txt)
     unset PYTHONPATH PYTHONHOME
     if [ "$made_from" != "$(cat "$folder/made-from" 2>/dev/null)" ]; then
         echo "installing into $folder (some minutes the first time)"
+        [ -t 1 ] || quiet=(--quiet --quiet) # at a terminal pip's own progress is welcome
         "$python" -m venv --clear "$folder"
-        "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip
-        "$folder/bin/python" -m pip install --quiet --disable-pip-version-check \
+        "$folder/bin/python" -m pip install ${quiet[@]+"${quiet[@]}"} --disable-pip-version-check --upgrade pip
+        "$folder/bin/python" -m pip install ${quiet[@]+"${quiet[@]}"} --disable-pip-version-check \
             --constraint scripts/constraints.txt --editable ".[$extras]"
         echo "$made_from" >"$folder/made-from"
     fi

@@ -71,7 +71,8 @@ def test_greedy_text_is_that_of_transformers_token_for_token(model, theirs, prom
 
 def test_rows_of_a_batch_do_not_know_of_each_other(model, prompts):
     together = generate(model, prompts, NO_END, 20, GREEDY)
-    assert together == [generate(model, [prompt], NO_END, 20, GREEDY)[0] for prompt in prompts]
+    assert generate(model, prompts[::-1], NO_END, 20, GREEDY) == together[::-1]
+    assert generate(model, prompts[3:], NO_END, 20, GREEDY) == together[3:]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(top_k=1), Sampling(top_p=0.0), Sampling(temperature=1e-45)])
