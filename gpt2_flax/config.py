@@ -5,7 +5,7 @@ The resolved config is written into the run folder and is itself a valid input.
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -181,18 +181,15 @@ def parse_config(values: dict[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        errors = error.errors(include_url=False)
+        # A misspelt key is the cause of the missing one beside it.
+        first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
         raise _config_error(first, where) from None
 
 
 def dump_config(config: Config) -> str:
     """Returns the config as TOML; `load_config` reads it back to an equal object."""
     return tomli_w.dumps(config.model_dump(exclude_none=True))
-
-
-def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """Returns the choice most like `word`, or None when nothing is close."""
-    return next(iter(difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)), None)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -212,11 +209,23 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     values[last] = value
 
 
+def _nearest_key(key: str) -> str | None:
+    """Returns the known key or section most like an unknown one: beside it, else anywhere."""
+    prefix, name = key[: key.rfind(".") + 1], key.rpartition(".")[2]
+    beside = {other.removeprefix(prefix).partition(".")[0] for other in config_keys() if other.startswith(prefix)}
+    anywhere = {other.rpartition(".")[2]: other for other in config_keys()}
+    for choices in ({word: prefix + word for word in beside}, anywhere):
+        initials = [word for word in choices if "".join(part[0] for part in word.split("_")) == name]
+        if close := initials or difflib.get_close_matches(name, choices, n=1):
+            return choices[close[0]]
+    return None
+
+
 def _config_error(error: Any, where: str) -> UserError:
     key = ".".join(str(part) for part in error["loc"] if part not in ("int", "float"))  # a union names its member
     if error["type"] == "extra_forbidden":
-        close = nearest(key, config_keys())
-        fix = f"did you mean {close}?" if close else "`gpt2-flax train --help` lists the keys"
+        close = _nearest_key(key)
+        fix = f"did you mean {close}?" if close else "`gpt2-flax keys` lists all"
         return UserError(ExitCode.CONFIG, f"unknown key {key}", where, fix)
     if error["type"] == "missing":
         return UserError(ExitCode.CONFIG, f"missing key {key}", where, "add it, or give it on the command line")

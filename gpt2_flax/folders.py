@@ -14,6 +14,8 @@ def check_output(output: Path, marker: str, overwrite: bool) -> None:
 
     `marker` is a file that every finished folder of this kind holds; a folder without it is never replaced.
     """
+    if not output.name:
+        raise UserError(ExitCode.CANT_CREATE, "output has no name", output.absolute(), "give the name of a new folder")
     if not os.path.lexists(output):
         return
     if not output.is_dir():

@@ -87,7 +87,11 @@ def test_the_published_stages_are_as_published():
     ("values", "text"),
     [
         (with_section("optimizer", lerning_rate=1e-4), "unknown key optimizer.lerning_rate.*optimizer.learning_rate"),
-        (LEAST | {"modle": {}}, "unknown key modle"),
+        (with_section("optimizer", lr=1e-4), "unknown key optimizer.lr: .*did you mean optimizer.learning_rate"),
+        (with_section("training", learning_rate=1.0), "did you mean optimizer.learning_rate"),
+        (LEAST | {"modle": {}}, "unknown key modle: .*did you mean model"),
+        ({"output": "run", "date": {}, "training": {"total_steps": 1}}, "unknown key date: .*did you mean data"),
+        (with_section("model", quux=1), "unknown key model.quux.*gpt2-flax keys"),
         (with_section("training", seed=2**32), "training.seed.*less than"),
         (with_section("model", n_layer="12"), "bad value of model.n_layer.*integer, not '12'"),
         (with_section("model", n_layer=12.0), "bad value of model.n_layer"),

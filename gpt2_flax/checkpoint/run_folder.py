@@ -29,7 +29,6 @@ class RunFolder:
         self.config = self.path / "config.toml"
         self.tokenizer = self.path / "tokenizer"
         self.checkpoints = self.path / "checkpoints"
-        self.damaged = self.path / "damaged"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
 

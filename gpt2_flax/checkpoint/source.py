@@ -86,10 +86,8 @@ def _choose(store: CheckpointStore, step: int | None) -> int:
     if step is not None and step not in steps:
         saved = ", ".join(map(str, steps))
         raise UserError(ExitCode.NO_INPUT, f"no checkpoint {step}", store.folder, f"there are {saved}")
-    for candidate in reversed(steps) if step is None else [step]:
-        damage = store.damage(candidate)
-        if damage is None:
-            return candidate
-        print(f"warning: checkpoint {candidate} of {store.folder} is damaged ({damage})", file=sys.stderr)
-    what = "no usable checkpoint" if step is None else f"checkpoint {step} is damaged"
-    raise UserError(ExitCode.IO, what, store.folder, "use another step, or train again")
+    if step is None:
+        return store.newest_whole(lambda warning: print(warning, file=sys.stderr))
+    if damage := store.damage(step):
+        raise UserError(ExitCode.IO, f"checkpoint {step} is damaged ({damage})", store.folder, "use another step")
+    return step

@@ -6,6 +6,7 @@ match it is moved to `damaged/` instead of being restored: one flipped bit would
 """
 
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -65,24 +66,22 @@ class CheckpointStore:
     def newest_whole(self, tell: Callable[[str], None]) -> int | None:
         """Returns the newest step whose files match their sha256, None when there is no step at all.
 
-        Damaged steps are moved to `damaged/` and told of. Raises `UserError` (IO) when all are damaged.
+        Damaged steps before it are told of and, unless the store only reads, moved to `damaged/`. Raises `UserError`
+        (IO) when all are damaged; all stay where they are then.
         """
-        steps = self.steps()
-        for tried, step in enumerate(reversed(steps), start=1):
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
             damage = self.damage(step)
             if damage is None:
+                for bad, what in damaged.items():
+                    moved = f", moved to {self._move_aside(bad)}" if self._writes else ""
+                    tell(f"warning: checkpoint {bad} is damaged ({what}){moved}; using {step}")
                 return step
-            if jax.process_index() == 0:
-                target = self.folder.parent / "damaged" / str(step)
-                target.parent.mkdir(exist_ok=True)
-                (self.folder / str(step)).rename(target.with_name(f"{step}-{len(list(target.parent.iterdir()))}"))
-                self._sums(step).unlink(missing_ok=True)
-                tell(f"warning: checkpoint {step} is damaged ({damage}), moved to {target.parent}")
-            self._manager.reload()
-            if tried == len(steps):
-                what = "no usable checkpoint"
-                fix = f"{tried} tried, all damaged; to start anew choose another output"
-                raise UserError(ExitCode.IO, what, self.folder, fix)
+            damaged[step] = damage
+        if damaged:
+            found = "; ".join(f"{step}: {damage}" for step, damage in damaged.items())
+            fix = f"all are damaged ({found}): put a whole copy back, or choose another output to start anew"
+            raise UserError(ExitCode.IO, "no usable checkpoint", self.folder, fix)
         return None
 
     def damage(self, step: int) -> str | None:
@@ -154,6 +153,18 @@ class CheckpointStore:
         for path in self._sums(0).parent.glob("*.json"):
             if not (self.folder / path.stem).exists():
                 path.unlink()
+
+    def _move_aside(self, step: int) -> Path:
+        place = self.folder.parent / "damaged"
+        target = next(path for number in itertools.count() if not (path := place / f"{step}-{number}").exists())
+        if jax.process_index() == 0:
+            place.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(target)
+            self._sums(step).unlink(missing_ok=True)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("moved aside")
+        self._manager.reload()
+        return target
 
     def _sums(self, step: int) -> Path:
         return self.folder.parent / "sha256" / f"{step}.json"

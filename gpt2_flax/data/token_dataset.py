@@ -208,6 +208,12 @@ class TokenDataset:
     def tokenizer_folder(self) -> Path:
         return self.folder / "tokenizer"
 
+    def fingerprints(self) -> dict[str, str]:
+        """Returns sha256 sums that tell datasets apart: of the tokenizer and of the training tokens."""
+        shards = "".join(shard.tokens_sha256 + shard.offsets_sha256 for shard in self.info.shards["train"])
+        tokens = hashlib.sha256(shards.encode()).hexdigest()
+        return {"tokenizer_fingerprint": self.info.tokenizer_fingerprint, "tokens_fingerprint": tokens}
+
     def verify(self) -> None:
         """Reads everything and compares sha256; raises `UserError` (DATA) naming the first file that differs."""
         for split, shards in self.info.shards.items():

@@ -16,14 +16,14 @@ from gpt2_flax.config import MeshConfig
 from gpt2_flax.data.loader import Loader
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.data.prepare import prepare_text
-from gpt2_flax.data.token_dataset import MARKER, TokenDataset, TokenSplit
+from gpt2_flax.data.token_dataset import TokenDataset, TokenSplit
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.model.loss import LossSums, cross_entropy
 from gpt2_flax.parallel.feed import device_batch, prefetch, row_shards
 from gpt2_flax.parallel.mesh import make_mesh
 from gpt2_flax.progress import progress_bar
-from gpt2_flax.text.corpus import Separator
+from gpt2_flax.text.corpus import PACKAGE, Separator
 from gpt2_flax.text.tokenizer import load_tokenizer
 
 
@@ -99,7 +99,7 @@ def evaluate_source(
 
 def _split(source: Source, data: str, folder: Path, separator: Separator) -> TokenSplit:
     tokenizer = load_tokenizer(source.tokenizer_folder)
-    if (not Path(data, MARKER).is_file() and Path(data).exists()) or data.startswith("package:"):
+    if Path(data).is_file() or data.startswith(PACKAGE):
         return prepare_text([data], tokenizer, folder, separator)
     dataset = TokenDataset(data)
     if dataset.info.tokenizer_fingerprint != tokenizer.fingerprint:

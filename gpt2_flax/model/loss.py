@@ -29,8 +29,9 @@ def cross_entropy(x_BTD: jax.Array, embedding_VD: jax.Array, targets_BT: jax.Arr
     labels_BT = jnp.maximum(targets_BT, 0)
     label_logits_BT = jnp.take_along_axis(logits_BTV, labels_BT[..., None], -1)[..., 0]
     nats_BT = jax.nn.logsumexp(logits_BTV, -1) - label_logits_BT
-    correct_BT = (logits_BTV.argmax(-1) == labels_BT) * counted_BT
-    return LossSums((nats_BT * counted_BT).sum(), correct_BT.sum(), counted_BT.sum())
+    # By value: an argmax would cost a CPU a quarter of the whole step.
+    correct_BT = label_logits_BT >= jax.lax.stop_gradient(logits_BTV.max(-1))
+    return LossSums((nats_BT * counted_BT).sum(), (correct_BT * counted_BT).sum(), counted_BT.sum())
 
 
 def logits(x_BTD: jax.Array, embedding_VD: jax.Array, vocab_size: int) -> jax.Array:

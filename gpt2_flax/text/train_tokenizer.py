@@ -105,7 +105,7 @@ def train_wordpiece(documents: Iterable[str], vocab_size: int, lowercase: bool =
 
     Characters that occur twice or more are taken first, the most frequent first; what room is left goes to pieces of
     words found by byte-pair merging. The `tokenizers` library has a trainer too, but it gives another vocabulary each
-    time and more tokens than asked for. Raises `UserError` (DATA) for an empty text.
+    time and more tokens than asked for. Raises `UserError` (DATA) for an empty text, or no room for any.
     """
     words = _count_words(documents, lowercase)
     if not words:
@@ -115,7 +115,10 @@ def train_wordpiece(documents: Iterable[str], vocab_size: int, lowercase: bool =
         for piece in word:
             characters[piece] += count
     tokens = [*dict.fromkeys(SPECIAL_TOKENS.values()), MASK]
-    room = max(0, vocab_size - len(tokens))
+    room = vocab_size - len(tokens)
+    if room < 1:
+        fix = f"take more than {len(tokens)}, the number of special tokens"
+        raise UserError(ExitCode.DATA, "vocabulary too small for its characters", f"--vocab-size {vocab_size}", fix)
     frequent = sorted((piece for piece, count in characters.items() if count > 1), key=lambda p: (-characters[p], p))
     tokens += frequent[:room]
     tokens += _merge(words, vocab_size - len(tokens), known=set(tokens))

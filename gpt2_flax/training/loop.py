@@ -36,12 +36,12 @@ def train(config: Config, allow_change: Sequence[str] = (), devices: Sequence[ja
     with contextlib.ExitStack() as stack:
         if leads:
             stack.enter_context(run.lock())
+        check_same_run(config, run, allow_change)
         log = stack.enter_context(MetricsLog(run if leads else None))
-        check_same_run(config, run, dataset, allow_change)
         store = stack.enter_context(CheckpointStore(run.checkpoints, config.training.keep_checkpoints))
         stack.enter_context(jax.set_mesh(mesh))
         stop = stack.enter_context(StopRequest())
-        state, samples_seen = start_or_resume(config, mesh, store, dataset, log.say)
+        state, samples_seen = start_or_resume(config, mesh, store, dataset, allow_change, log.say)
         if leads:
             run.write_config(config, dataset.tokenizer_folder)
         _run(config, mesh, dataset, store, log, stop, state, samples_seen)
@@ -60,12 +60,13 @@ def _run(
     training, n_rows = config.training, config.data.global_batch_size
     total, first_step, first_sample = training.total_steps, int(state.step), samples_seen
     if first_step >= total:
-        log.say(f"{config.output} has all its {total} steps; raise training.total_steps to go on")
+        more = "training.total_steps=N --allow-change training.total_steps"
+        log.say(f"{config.output} has all its {total} steps; to go on add {more}")
         return
     loader = Loader(dataset.train, config.data.seq_length, training.seed)
     held_out = Loader(dataset.validation, config.data.seq_length, training.seed)
     train_step = make_train_step(config, state_layout(config, mesh), mesh)
-    meta = {"model": config.model.model_dump(), "tokenizer_fingerprint": dataset.info.tokenizer_fingerprint}
+    meta = {"model": config.model.model_dump(), **dataset.fingerprints()}
     report = StepReport(config, log, first_step)
 
     def make(step):

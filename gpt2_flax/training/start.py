@@ -1,7 +1,7 @@
 """How a run starts: what must hold before, and where its first state comes from."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from gpt2_flax.training.step import TrainState, initial_state, state_layout
 FREE_TO_CHANGE = (
     "output",
     "init_from",
-    "data.dataset",  # moved; what it holds is compared by fingerprint
+    "data.dataset",  # a place; what lies there is compared by fingerprint
     "model.remat",
     "training.accumulation_steps",
     "training.log_every",
@@ -38,7 +38,12 @@ FREE_TO_CHANGE = (
 
 
 def start_or_resume(
-    config: Config, mesh: Mesh, store: CheckpointStore, dataset: TokenDataset, say: Callable[[str], None]
+    config: Config,
+    mesh: Mesh,
+    store: CheckpointStore,
+    dataset: TokenDataset,
+    allow_change: Sequence[str],
+    say: Callable[[str], None],
 ) -> tuple[TrainState, int]:
     """1 the run's own newest checkpoint, 2 `init_from`, 3 scratch. Returns the state and the samples it has seen.
 
@@ -48,17 +53,12 @@ def start_or_resume(
     step = store.newest_whole(say)
     if step is not None:
         meta = store.meta(step)
-        _check_tokenizer(meta["tokenizer_fingerprint"], dataset)
+        if "data.dataset" not in allow_change:
+            _check_dataset(meta, dataset)
         restored = store.restore(step, model=layout.model, opt_state=layout.opt_state)
         say(f"resumed from step {step} of {config.output}")
         count = jax.device_put(jnp.int32(step), layout.step.sharding)
         return TrainState(restored["model"], restored["opt_state"], count), meta["samples_seen"]
-    damaged = RunFolder(config.output).damaged
-    if damaged.is_dir() and any(
-        damaged.iterdir()
-    ):  # an earlier call has moved them there, and found none to go on from
-        fix = "put a whole copy back into checkpoints, or choose another output to start anew"
-        raise UserError(ExitCode.IO, "no usable checkpoint, only damaged ones", damaged, fix)
     if config.init_from is None:
         say(f"starting from scratch with seed {config.training.seed}")
         return initial_state(config, layout), 0
@@ -89,7 +89,7 @@ def check_rows(config: Config, mesh: Mesh) -> None:
         raise UserError(ExitCode.CONFIG, what, "config", fix)
 
 
-def check_same_run(config: Config, run: RunFolder, dataset: TokenDataset, allow_change: Sequence[str]) -> None:
+def check_same_run(config: Config, run: RunFolder, allow_change: Sequence[str]) -> None:
     keys = config_keys()
     for key in allow_change:
         if key not in keys:
@@ -105,10 +105,12 @@ def check_same_run(config: Config, run: RunFolder, dataset: TokenDataset, allow_
             raise UserError(ExitCode.CONFIG, what, run.path, fix)
 
 
-def _check_tokenizer(fingerprint: str, dataset: TokenDataset) -> None:
-    if fingerprint != dataset.info.tokenizer_fingerprint:
-        what = "the dataset was prepared with another tokenizer than the run's"
-        raise UserError(ExitCode.CONFIG, what, dataset.folder, "give the dataset that the run was started with")
+def _check_dataset(meta: Mapping[str, Any], dataset: TokenDataset) -> None:
+    for name, value in dataset.fingerprints().items():
+        if meta.get(name) != value:
+            what = f"the dataset's {name.removesuffix('_fingerprint')} is not the one this run was started with"
+            fix = "give the same dataset, choose another output, or add --allow-change data.dataset"
+            raise UserError(ExitCode.CONFIG, what, dataset.folder, fix)
 
 
 def _warn_of_tokenizer(source: Source, dataset: TokenDataset, say: Callable[[str], None]) -> None:
