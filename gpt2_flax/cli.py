@@ -12,6 +12,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+import gpt2_flax
 from gpt2_flax.errors import ExitCode, UserError, io_error
 from gpt2_flax.text.corpus import Separator
 
@@ -24,7 +25,22 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-DEBUG = "GPT2_FLAX_DEBUG"  # set to anything to see tracebacks
+DEBUG = "GPT2_FLAX_DEBUG"  # in the environment: show tracebacks
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"gpt2_flax {gpt2_flax.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def everywhere(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Print it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    if debug:
+        os.environ[DEBUG] = "1"
 
 
 def _utf8(value: str | list[str] | None) -> str | list[str] | None:

@@ -74,6 +74,7 @@ def way(corpus, tmp_path_factory):
     call("generate", "generate", "run", "--prompt", PROMPT, "--prompt", "", "--max-new-tokens", "8")
     call("export", "export", "run", "exported", "--prompt", PROMPT)
     call("import", "import", "exported", "imported")
+    call("export again", "export", "imported", "again")
     call("train on", "train", "run.toml", "output=second", "init_from=imported", "training.total_steps=3")
     return folder, printed
 
@@ -96,6 +97,12 @@ def test_every_command_says_what_it_did(way):
     assert losses[120] < 0.5 * losses[1]
     second = json.loads((folder / "second/metrics.jsonl").read_text().splitlines()[0])
     assert second["train/loss"] < 0.5 * losses[1]  # it starts where the first has ended
+
+
+def test_what_was_imported_is_exported_to_the_same_bytes(way):
+    folder, _ = way
+    for name in ("model.safetensors", "vocab.txt", "tokenizer.json", "generation_config.json"):
+        assert (folder / "exported" / name).read_bytes() == (folder / "again" / name).read_bytes()
 
 
 def test_the_published_model_works_as_its_users_call_it(way):

@@ -80,7 +80,7 @@ def _run(
         report.dispatched(step, metrics)
         samples_seen += n_rows
         stopping = stop(step)
-        if step % training.evaluate_every == 0 or step == total:
+        if (step % training.evaluate_every == 0 and not stopping) or step == total:
             report.catch_up()
             report.evaluated(step, evaluate(state.model, held_out, mesh, n_rows, training.evaluation_batches))
         if step % training.save_every == 0 or step == total or stopping:
