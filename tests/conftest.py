@@ -8,10 +8,15 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import hypothesis
 import jax
 import pytest
 
 jax.config.update("jax_disable_most_optimizations", True)  # compile time is most of what tests wait for
+
+# A machine may be busy; and what a gate tries must not depend on chance.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("tests")
 
 CHARACTERS = "这是很久之前的事情了我们在北京看见一只大鸟飞过山河人说好天水火木金土日月年时书车马"
 

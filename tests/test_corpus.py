@@ -76,7 +76,7 @@ def test_a_large_file_is_cut_at_line_ends(write):
     assert len({unit.name for unit in units}) == len(units)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(lines=LINES, ends=st.sampled_from(["\n", "\r\n"]), last=st.booleans(), size=st.integers(1, 40))
 @pytest.mark.parametrize("separator", ["line", "blank-line"])
 def test_units_of_any_size_give_the_documents_of_the_whole_file(tmp_path_factory, lines, ends, last, size, separator):

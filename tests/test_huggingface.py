@@ -29,7 +29,7 @@ def configs(draw):
     return ModelConfig(**sizes, **rates, n_head=heads, n_embd=heads * size, layer_norm_epsilon=draw(st.floats(1e-9, 1)))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(configs())
 def test_names_and_config_round_trip_exactly(config):
     weights = random_weights(config)

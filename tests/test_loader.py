@@ -16,14 +16,12 @@ def split(dataset_folder):
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**32 - 1), st.integers(0, 100))
-@settings(deadline=None)
 def test_permutation_is_a_bijection(size, seed, epoch):
     order = permutation(np.arange(size), size, seed, epoch)
     assert sorted(order.tolist()) == list(range(size))
 
 
 @given(st.integers(1, 2**48), st.integers(0, 2**32 - 1), st.data())
-@settings(deadline=None)
 def test_permutation_of_huge_sizes_stays_inside_and_is_injective(size, seed, data):
     index = np.unique(np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=50))))
     order = permutation(index, size, seed, 0)
@@ -58,7 +56,6 @@ def permuted(value, size, seed, epoch):
 
 
 @given(st.integers(1, 2**48), st.integers(0, 2**32 - 1), st.integers(0, 10**6), st.data())
-@settings(deadline=None)
 def test_permutation_equals_its_definition_in_python_integers(size, seed, epoch, data):
     index = data.draw(st.integers(0, size - 1))
     assert int(permutation(np.array(index), size, seed, epoch)) == permuted(index, size, seed, epoch)
@@ -97,7 +94,7 @@ def test_windows_in_order_are_the_stream(split):
 
 
 @given(st.integers(0, 500), st.lists(st.integers(1, 9), min_size=1, max_size=6))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_hosts_that_take_parts_of_a_batch_see_the_whole_batch(split, start, parts):
     loader = Loader(split, 16, seed=3)
     whole = loader.batch(start, start + sum(parts))

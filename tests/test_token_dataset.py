@@ -55,7 +55,7 @@ def dataset(tmp_path) -> TokenDataset:
     return write_dataset(tmp_path, 100, [[[2, 5, 3], [2, 6, 7, 3]], [], [[2, 99, 3]]])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(corpus=corpora(), data=st.data())
 def test_any_part_of_the_stream_is_read_as_it_was_written(tmp_path_factory, corpus, data):
     vocab_size, shards = corpus
@@ -72,7 +72,7 @@ def test_any_part_of_the_stream_is_read_as_it_was_written(tmp_path_factory, corp
     assert split.document_starts(start, stop).tolist() == [place for place in starts if start <= place < stop]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(corpus=corpora(), length=st.integers(1, 12), data=st.data())
 def test_windows_number_their_documents_from_one_and_fill_the_end_with_zero(tmp_path_factory, corpus, length, data):
     vocab_size, shards = corpus

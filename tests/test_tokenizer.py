@@ -137,7 +137,7 @@ def test_transformers_loads_a_saved_folder_with_the_same_ids(tokenizer, tmp_path
 # WordPiece.
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(texts=st.lists(UNICODE, min_size=1, max_size=20))
 def test_wordpiece_ids_are_those_of_transformers(loaded, reference, texts):
     expected = reference(texts, add_special_tokens=False)["input_ids"]
@@ -229,14 +229,14 @@ def test_trained_wordpiece_keeps_to_its_size_and_does_not_depend_on_order():
 # SentencePiece.
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=UNICODE)
 def test_sentencepiece_round_trips_any_text(bpe, text):
     assume("▁" not in text)  # what SentencePiece itself writes for a blank
     assert bpe.decode(ids_of(bpe, text)) == text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=UNICODE)
 def test_exported_bpe_gives_the_ids_of_sentencepiece(bpe, exported_bpe, text):
     assert exported_bpe.encode(text, add_special_tokens=False) == ids_of(bpe, text)
