@@ -408,7 +408,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(inputs, capsys):
     evaluation = ["evaluate", str(run), "--batch-size", "8", "--batches", "1"]
     assert cli._exit_code(evaluation) == 0
     used, err = capsys.readouterr()
-    assert err.startswith("warning: checkpoint 4 of ")
+    assert err.startswith("warning: checkpoint 4 is damaged ")
     assert "sha256 differs" in err
     assert cli._exit_code([*evaluation, "--step", "2"]) == 0
     assert capsys.readouterr().out == used

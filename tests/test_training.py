@@ -13,12 +13,14 @@ from flax import nnx
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.config import MeshConfig
 from gpt2_flax.data.loader import Loader
+from gpt2_flax.data.prepare import prepare
 from gpt2_flax.data.token_dataset import TokenDataset
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.parallel import rules
 from gpt2_flax.parallel.feed import device_batch, prefetch
 from gpt2_flax.parallel.mesh import make_mesh
+from gpt2_flax.text.tokenizer import load_tokenizer
 from gpt2_flax.training import loop
 from gpt2_flax.training.optimizer import learning_rate, make_optimizer
 from gpt2_flax.training.step import initial_state, make_train_step, state_layout
@@ -221,3 +223,16 @@ def test_init_from_takes_the_weights_and_nothing_else(config, tmp_path, capsys):
     assert "16 parameter arrays, fresh optimizer" in capsys.readouterr().out
     first, second = ([float.fromhex(loss) for loss in logged(run).values()] for run in (config, second))
     assert second[0] < first[2]
+
+
+def test_other_training_tokens_are_refused_at_resume_unless_allowed(config, tokenizer_folder, tmp_path, capsys):
+    loop.train(changed(config, training__total_steps=3))
+    (tmp_path / "other.txt").write_text("".join(f"山河{'大鸟' * n}\n" for n in range(1, 60)), encoding="utf-8")
+    other = tmp_path / "other"
+    prepare([str(tmp_path / "other.txt")], load_tokenizer(tokenizer_folder), other, validation_fraction=0.1)
+    config = changed(config, data__dataset=str(other))
+    with pytest.raises(UserError, match="holds other training tokens") as error:
+        loop.train(config, allow_change=["training.total_steps"])
+    assert error.value.exit_code == ExitCode.CONFIG
+    loop.train(config, allow_change=["training.total_steps", "data.dataset"])
+    assert sorted(logged(config)) == [1, 2, 3, 4, 5, 6]

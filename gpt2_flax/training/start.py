@@ -106,9 +106,12 @@ def check_same_run(config: Config, run: RunFolder, allow_change: Sequence[str]) 
 
 
 def _check_dataset(meta: Mapping[str, Any], dataset: TokenDataset) -> None:
-    for name, value in dataset.fingerprints().items():
-        if meta.get(name) != value:
-            what = f"the dataset's {name.removesuffix('_fingerprint')} is not the one this run was started with"
+    differences = {
+        "tokenizer_fingerprint": "the dataset was prepared with another tokenizer than the run's",
+        "tokens_fingerprint": "the dataset holds other training tokens than the one the run was started with",
+    }
+    for name, what in differences.items():
+        if meta.get(name) != dataset.fingerprints()[name]:
             fix = "give the same dataset, choose another output, or add --allow-change data.dataset"
             raise UserError(ExitCode.CONFIG, what, dataset.folder, fix)
 
