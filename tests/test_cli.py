@@ -74,7 +74,7 @@ def way(corpus, tmp_path_factory):
     call("generate", "generate", "run", "--prompt", PROMPT, "--prompt", "", "--max-new-tokens", "8")
     call("export", "export", "run", "exported", "--prompt", PROMPT)
     call("import", "import", "exported", "imported")
-    call("export again", "export", "imported", "again")
+    call("export again", "export", "imported", "again", "--format", "bin")
     call("train on", "train", "run.toml", "output=second", "init_from=imported", "training.total_steps=3")
     return folder, printed
 

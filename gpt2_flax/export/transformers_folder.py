@@ -84,8 +84,8 @@ def _write_torch(path: Path, state_dict: dict[str, np.ndarray]) -> None:
     except ImportError:
         fix = "run: pip install 'gpt2_flax[export]', or leave that file out"
         raise UserError(ExitCode.USAGE, f"{TORCH_WEIGHTS} needs torch, which is not installed", path, fix) from None
-    # A clone each: a view would drag the whole stack of its layer into the file.
-    torch.save({name: torch.from_numpy(array).clone() for name, array in state_dict.items()}, path)
+    # A copy each: a view would drag the whole stack of its layer into the file.
+    torch.save({name: torch.from_numpy(array.copy()) for name, array in state_dict.items()}, path)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
