@@ -168,7 +168,7 @@ class GPT2(nnx.Module):
             block, key, of_layer = block_and_more
             return block(x_BTD, lambda q, k, v, key: attend(q, k, v, key, of_layer), key)
 
-        unrolled = jax.default_backend() == "cpu"  # a third faster there; elsewhere compile time and memory decide
+        unrolled = jax.default_backend() == "cpu"  # faster there; elsewhere compile time and memory decide
         if self.cfg.remat:
             layer = jax.checkpoint(layer, prevent_cse=unrolled)
         keys = None if key is None else jax.random.split(key, self.cfg.n_layer)
