@@ -1,12 +1,19 @@
-"""Folders that appear whole or not at all: written under a temporary name, renamed when finished."""
+"""Folders that appear whole or not at all, and whether a file is still what was written."""
 
 import contextlib
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from gpt2_flax.errors import ExitCode, UserError, io_error
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the hexadecimal sha256 of a file's bytes, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_output(output: Path, marker: str, overwrite: bool) -> None:

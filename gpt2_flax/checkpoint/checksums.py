@@ -1,11 +1,11 @@
 """SHA256SUMS, the file that says whether a folder is still as it was written; `sha256sum -c` reads it too."""
 
-import hashlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.folders import file_sha256
 
 SUMS = "SHA256SUMS"
 
@@ -15,7 +15,7 @@ _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 def write_sums(folder: Path) -> None:
     """Writes the sums of all files of `folder`, sorted by name."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != SUMS)
-    lines = [f"{_sha256(folder / name)}  {name}\n" for name in names]
+    lines = [f"{file_sha256(folder / name)}  {name}\n" for name in names]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
@@ -26,7 +26,7 @@ def check_sums(folder: Path, names: Iterable[str]) -> None:
         return
     expected = _read_sums(path)
     for name in names:
-        if name in expected and _sha256(folder / name) != expected[name]:
+        if name in expected and file_sha256(folder / name) != expected[name]:
             fix = f"copy or export it again; if it was changed on purpose, delete {SUMS}"
             raise UserError(ExitCode.DATA, "damaged file (sha256 differs)", folder / name, fix)
 
@@ -44,8 +44,3 @@ def _read_sums(path: Path) -> dict[str, str]:
             raise UserError(ExitCode.DATA, f"not a checksum: {quote(line)}", f"{path}:{number}", fix)
         sums[found[2]] = found[1]
     return sums
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,6 @@ Orbax commits a step by renaming its folder; `sha256/STEP.json` is added when th
 match it is moved to `damaged/` instead of being restored: one flipped bit would otherwise go unnoticed.
 """
 
-import hashlib
 import itertools
 import json
 import logging
@@ -18,6 +17,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from gpt2_flax.errors import ExitCode, UserError, io_error
+from gpt2_flax.folders import file_sha256
 from gpt2_flax.parallel.rules import path_of
 
 logging.getLogger("absl").setLevel(logging.ERROR)
@@ -175,12 +175,8 @@ def _shown(leaf: Any) -> str:
 
 
 def _sha256_of(folder: Path) -> dict[str, str]:
-    sums = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with open(path, "rb") as file:
-                sums[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): file_sha256(path) for path in sorted(files)}
 
 
 def _to_dict(tree: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.folders import file_sha256
 
 FORMAT = "gpt2_flax token dataset"
 MARKER = "dataset.json"
@@ -220,9 +221,7 @@ class TokenDataset:
             for index, shard in enumerate(shards):
                 expected = (shard.tokens_sha256, shard.offsets_sha256)
                 for path, sha256 in zip(shard_paths(self.folder, split, index), expected, strict=True):
-                    with open(path, "rb") as file:
-                        found = hashlib.file_digest(file, "sha256").hexdigest()
-                    if found != sha256:
+                    if file_sha256(path) != sha256:
                         raise UserError(ExitCode.DATA, "sha256 differs", path, "prepare the dataset again")
 
 

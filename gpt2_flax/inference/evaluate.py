@@ -56,8 +56,7 @@ def evaluate(
 
     `n_batches` 0 reads the whole split; `done` is told of the positions of each finished batch.
     """
-    needed = -(-loader.n_windows // n_rows)
-    starts = range(0, n_rows * min(needed, n_batches or needed), n_rows)
+    starts = range(0, _rows_to_read(loader, n_rows, n_batches), n_rows)
 
     def make(start):
         return device_batch(mesh, n_rows, lambda first, last: loader.in_order(start + first, start + last))
@@ -92,9 +91,14 @@ def evaluate_source(
         split = _split(source, data or source.config.data.dataset, Path(folder), separator)
         model = jax.device_put(model_from_weights(source.model, source.weights), NamedSharding(mesh, P()))
         loader = Loader(split, seq_length, seed=0)
-        needed = -(-loader.n_windows // n_rows)
-        with progress_bar("evaluating", min(needed, n_batches or needed) * n_rows * seq_length, "tokens") as advance:
+        total = _rows_to_read(loader, n_rows, n_batches) * seq_length
+        with progress_bar("evaluating", total, "tokens") as advance:
             return evaluate(model, loader, mesh, n_rows, n_batches, advance)
+
+
+def _rows_to_read(loader: Loader, n_rows: int, n_batches: int) -> int:
+    needed = -(-loader.n_windows // n_rows)
+    return n_rows * min(needed, n_batches or needed)
 
 
 def _split(source: Source, data: str, folder: Path, separator: Separator) -> TokenSplit:
