@@ -4,13 +4,15 @@ The resolved config is written into the run folder and is itself a valid input.
 """
 
 import difflib
+import sys
 import tomllib
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gpt2_flax.errors import ExitCode, UserError, quote
 
@@ -59,9 +61,29 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """What is read, and in what portions."""
 
-    dataset: str = Field(description="folder made by `gpt2-flax prepare`")
+    dataset: str | dict[str, float] = Field(
+        description='folder made by `gpt2-flax prepare`, or several and their weights: {"data/zh" = 3, "data/en" = 1}'
+    )
     seq_length: int = Field(128, gt=0, description="tokens a row; at most model.n_positions")
     global_batch_size: int = Field(64, gt=0, description="rows an optimizer step, over all devices")
+
+    @field_validator("dataset", mode="before")
+    @classmethod
+    def _folder_or_weights(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return value
+        weights = list(value.values()) if isinstance(value, dict) else []
+        if not weights or not all(type(w) in (int, float) and 0 < w <= sys.float_info.max for w in weights):
+            example = '{"data/zh" = 3, "data/en" = 1}'
+            raise ValueError(f"give a folder, or folders and their weights above 0: {example}, not {quote(value)}")
+        if min(weights) < sum(map(Fraction, weights)) / 10**6:  # the order of samples is exact down to there
+            raise ValueError(f"leave out what weighs less than a millionth of all together in {quote(value)}")
+        return value
+
+    @property
+    def datasets(self) -> dict[str, float]:
+        """The folders and their weights; that of a single one is 1."""
+        return {self.dataset: 1.0} if isinstance(self.dataset, str) else self.dataset
 
 
 class OptimizerConfig(Section):
@@ -93,8 +115,10 @@ class TrainingConfig(Section):
     accumulation_steps: int = Field(1, gt=0, description="parts a batch is computed in, one after the other")
     seed: int = Field(0, ge=0, lt=2**32, description="of initial weights, data order and dropout")
     log_every: int = Field(10, gt=0, description="steps between lines of metrics")
-    evaluate_every: int = Field(1000, gt=0, description="steps between evaluations on the validation split")
-    evaluation_batches: int = Field(0, ge=0, description="global batches an evaluation reads; 0 reads the whole split")
+    evaluate_every: int = Field(1000, gt=0, description="steps between evaluations on validation splits")
+    evaluation_batches: int = Field(
+        0, ge=0, description="global batches an evaluation reads of each dataset; 0 reads whole splits"
+    )
     save_every: int = Field(1000, gt=0, description="steps between checkpoints")
     keep_checkpoints: int = Field(3, gt=0, description="newest checkpoints kept; older ones are deleted")
 
@@ -199,7 +223,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise UserError(ExitCode.USAGE, "not an override", quote(override), fix)
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except tomllib.TOMLDecodeError as error:
+        if text.startswith("{"):
+            fix = f"""mend it, for example 'data.dataset={{"data/zh" = 3, "data/en" = 1}}': {error}"""
+            raise UserError(ExitCode.USAGE, "not a TOML table", quote(override), fix) from None
         value = text  # a bare word is a string: output=runs/two
     *sections, last = key.split(".")
     for section in sections:
@@ -230,6 +257,9 @@ def _config_error(error: Any, where: str) -> UserError:
     if error["type"] == "missing":
         return UserError(ExitCode.CONFIG, f"missing key {key}", where, "add it, or give it on the command line")
     if error["type"] == "value_error":
-        return UserError(ExitCode.CONFIG, str(error["ctx"]["error"]), where, "change one of them")
+        what = str(error["ctx"]["error"])
+        if key in config_keys():  # one key alone, not several that do not go together
+            return UserError(ExitCode.CONFIG, f"bad value of {key}", where, what)
+        return UserError(ExitCode.CONFIG, what, where, "change one of them")
     fix = f"{error['msg']}, not {quote(error['input'])}"
     return UserError(ExitCode.CONFIG, f"bad value of {key}", where, fix[0].lower() + fix[1:])

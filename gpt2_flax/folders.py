@@ -1,9 +1,12 @@
-"""Folders that appear whole or not at all, and whether a file is still what was written."""
+"""Folders that appear whole or not at all, that one process works in, and whether a file is still what was written."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,3 +67,23 @@ def new_folder(output: Path, marker: str, overwrite: bool = False) -> Iterator[P
         raise io_error(error, output) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, in_use: str) -> Iterator[None]:
+    """Keeps other processes out of `folder` until the block ends; the kernel lets go however this process dies.
+
+    Raises `UserError` (CANT_CREATE) that says `in_use`, and by whom, when another process holds the file `lock`.
+    """
+    with open(folder / "lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            fix = f"wait for {file.read().strip() or 'it'}, stop it, or choose another output"
+            raise UserError(ExitCode.CANT_CREATE, in_use, folder, fix) from None
+        file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+        file.flush()
+        yield

@@ -21,25 +21,47 @@ class RateColumn(ProgressColumn):
         return Text("" if speed is None else f"{si(speed)} {self.unit}/s")
 
 
-class _Bar(AbstractContextManager):
-    def __init__(self, description: str, total: float | None, unit: str):
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-        self.progress = Progress(*columns, RateColumn(unit), TimeRemainingColumn(), console=Console(stderr=True))
-        self.task = self.progress.add_task(description, total=total)
+class OutputRateColumn(ProgressColumn):
+    """Mean rate of what comes out."""
 
-    def __enter__(self) -> Callable[[float], None]:
+    def __init__(self, unit: str):
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{si(task.fields['output'] / task.elapsed)} {self.unit}/s" if task.elapsed else "")
+
+
+class _Bar(AbstractContextManager):
+    def __init__(self, description: str, total: float | None, unit: str, output_unit: str | None):
+        columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%")]
+        rates = [RateColumn(unit), *([OutputRateColumn(output_unit)] if output_unit else [])]
+        self.progress = Progress(*columns, *rates, TimeRemainingColumn(), console=Console(stderr=True))
+        self.task = self.progress.add_task(description, total=total, output=0.0)
+        self.output = 0.0
+
+    def __enter__(self) -> Callable[..., None]:
         self.progress.start()
-        return lambda amount: self.progress.advance(self.task, amount)
+        return self._advance
+
+    def _advance(self, amount: float, output: float = 0.0) -> None:
+        self.output += output
+        self.progress.update(self.task, advance=amount, output=self.output)
 
     def __exit__(self, *exception: object) -> None:
         self.progress.stop()
 
 
-def progress_bar(description: str, total: float | None, unit: str) -> AbstractContextManager[Callable[[float], None]]:
-    """A context that yields `advance(amount)`; draws on stderr, and only when that is a terminal."""
+def progress_bar(
+    description: str, total: float | None, unit: str, output_unit: str | None = None
+) -> AbstractContextManager[Callable[..., None]]:
+    """A context that yields `advance(amount)`, or `advance(amount, output)` for what comes out in `output_unit`.
+
+    It draws on stderr, and only when that is a terminal.
+    """
     if sys.stderr.isatty():
-        return _Bar(description, total, unit)
-    return nullcontext(lambda amount: None)
+        return _Bar(description, total, unit, output_unit)
+    return nullcontext(lambda amount, output=0.0: None)
 
 
 def si(number: float) -> str:

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import typer
 
-from gpt2_flax import cli
+from gpt2_flax import __main__ as cli
 from gpt2_flax.config import dump_config
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "这是很久之前的事情了"
-COMMANDS = ("tokenizer", "prepare", "train", "keys", "evaluate", "generate", "export", "import")
+COMMANDS = "tokenizer prepare inspect import-tokens train keys evaluate generate export import".split()
 
 
 def processes_environment(**more: str) -> dict[str, str]:
@@ -461,7 +461,7 @@ def test_keys_names_every_key(capsys):
 
 def test_help_needs_nothing_but_typer():
     code = (
-        "import sys; from gpt2_flax.cli import _exit_code; assert _exit_code(['train', '--help']) == 0;"
+        "import sys; from gpt2_flax.__main__ import _exit_code; assert _exit_code(['train', '--help']) == 0;"
         "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     )
     done = subprocess.run(

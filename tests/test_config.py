@@ -104,6 +104,14 @@ def test_the_published_stages_are_as_published():
         (with_section("data", dataset="d", seq_length=2000), "seq_length 2000 is above model.n_positions 1024"),
         (with_section("training", accumulation_steps=7), "not a multiple of training.accumulation_steps 7"),
         (with_section("mesh", data=0), "mesh.data must be"),
+        *(
+            (with_section("data", dataset=wrong), "bad value of data.dataset: file.toml; give a folder, or folders and")
+            for wrong in (7, ["a"], {}, {"a": 0}, {"a": -1.5}, {"a": True}, {"a": "1"}, {"a": {"b": 1}}, {"a": 10**400})
+        ),
+        (with_section("data", dataset={"a": 1, "b": float("nan")}), "data.dataset.*weights above 0.*'b': nan"),
+        (with_section("data", dataset={"a": float("inf")}), "data.dataset.*weights above 0"),
+        (with_section("data", dataset={"a": 1e308, "b": 1e308, "c": 1.0}), "data.dataset.*less than a millionth"),
+        (with_section("data", dataset={"a": 1, "b": 1_000_000}), "data.dataset.*less than a millionth"),
         ({"output": "run", "training": {"total_steps": 1}}, "missing key data"),
     ],
 )
@@ -126,6 +134,23 @@ def test_overrides_are_applied_left_to_right_and_bare_words_are_strings(tmp_path
         load_config(path, ["output.x=1"])
 
 
+def test_datasets_are_a_folder_or_folders_and_weights(tmp_path):
+    path = tmp_path / "c.toml"
+    least = 'output = "a"\n[training]\ntotal_steps = 5\n[data]\n'
+    path.write_text(least + 'dataset = "d"\n')
+    assert load_config(path).data.datasets == {"d": 1.0}
+    path.write_text(least + 'dataset = {"data/zh" = 3, "data/en" = 1.5}\n')
+    assert load_config(path).data.datasets == {"data/zh": 3.0, "data/en": 1.5}
+    config = load_config(path, ['data.dataset={"b" = 999_999, "a" = 1}'])
+    assert list(config.data.datasets.items()) == [("b", 999_999.0), ("a", 1.0)]
+    path.write_text(dump_config(config))
+    assert list(load_config(path).data.datasets) == ["b", "a"]
+    assert load_config(path, ["data.dataset=data/en"]).data.datasets == {"data/en": 1.0}
+    with pytest.raises(UserError, match=r"not a TOML table.*data\.dataset=.data/zh=1") as error:
+        load_config(path, ["data.dataset={data/zh=1}"])
+    assert error.value.exit_code == ExitCode.USAGE
+
+
 def test_warmup_counts_steps_or_a_share_of_them():
     assert parse_config(with_section("optimizer", warmup=3), "").warmup_steps == 3
     assert parse_config(with_section("optimizer", warmup=0.2), "").warmup_steps == 2
@@ -140,7 +165,14 @@ def test_warmup_counts_steps_or_a_share_of_them():
         model=st.fixed_dictionaries(
             {}, optional={"vocab_size": st.integers(1, 10**6), "n_layer": st.integers(1, 99), "remat": st.booleans()}
         ),
-        data=st.fixed_dictionaries({"dataset": st.text(), "seq_length": st.integers(1, 1024)}),
+        data=st.fixed_dictionaries(
+            {
+                "dataset": st.one_of(
+                    st.text(), st.dictionaries(st.text(), st.floats(1e-3, 100), min_size=1, max_size=9)
+                ),
+                "seq_length": st.integers(1, 1024),
+            }
+        ),
         optimizer=st.fixed_dictionaries(
             {},
             optional={

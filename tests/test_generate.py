@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 from gpt2_flax.checkpoint.weights import weights_of
 from gpt2_flax.config import MeshConfig, ModelConfig
 from gpt2_flax.data.loader import Loader
-from gpt2_flax.data.prepare import split_of
 from gpt2_flax.data.token_dataset import TokenDataset
+from gpt2_flax.data.units import split_of
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export.transformers_folder import export_folder
 from gpt2_flax.inference.evaluate import Evaluation, evaluate

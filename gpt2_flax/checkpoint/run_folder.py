@@ -8,17 +8,15 @@ lock                         held by the process that trains
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
-import socket
-import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from gpt2_flax.config import Config, dump_config, load_config
 from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.folders import folder_lock
 
 
 class RunFolder:
@@ -47,21 +45,9 @@ class RunFolder:
         if not writable:
             raise UserError(ExitCode.CANT_CREATE, "output folder is not writable", self.path, "check its permissions")
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keeps other processes out until the block ends; the kernel lets go however this process dies."""
-        with open(self.path / "lock", "a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                fix = f"wait for {file.read().strip() or 'it'}, stop it, or choose another output"
-                raise UserError(ExitCode.CANT_CREATE, "another process trains in this folder", self.path, fix) from None
-            file.truncate(0)
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
-            file.flush()
-            yield
+    def lock(self) -> AbstractContextManager[None]:
+        """Keeps other processes out until the block ends, see `folder_lock`."""
+        return folder_lock(self.path, "another process trains in this folder")
 
     def write_config(self, config: Config, tokenizer: Path) -> None:
         """Writes the resolved config, and copies the tokenizer the first time."""

@@ -1,9 +1,15 @@
 """Batches as a function of (seed, sample number): nothing to save, nothing to resume, any host can ask for any row.
 
 A window is `seq_length + 1` tokens of the stream and shares one token with the next, so that in an epoch every token
-is a target once. Sample i of a run is window `permutation(i mod n)` of epoch `i div n`: a keyed Feistel network with
-cycle walking (Black and Rogaway, 2002), which needs no memory at any number of windows.
+is a target once. Sample i of a dataset is window `permutation(i mod n)` of epoch `i div n`: a keyed Feistel network
+with cycle walking (Black and Rogaway, 2002), which needs no memory at any number of windows. Which dataset a sample of
+the run belongs to, and which of its samples it is, `deal` computes from the shares alone, so that each dataset has
+epochs of its own.
+Dimension key: B rows.
 """
+
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -21,7 +27,7 @@ class Loader:
         self.n_windows = max(1, -(-(split.n_tokens - 1) // seq_length))
 
     def batch(self, first: int, last: int) -> Batch:
-        """Returns the rows of samples [first, last) of the run; a new epoch has a new order."""
+        """Returns the rows of samples [first, last) of the split; a new epoch has a new order."""
         epochs_B, index_B = np.divmod(np.arange(first, last), self.n_windows)
         windows_B = np.empty_like(index_B)
         for epoch in np.unique(epochs_B):
@@ -35,6 +41,53 @@ class Loader:
 
     def _rows(self, windows_B: np.ndarray) -> Batch:
         return rows_of_windows(*self.split.windows(windows_B * self.seq_length, self.seq_length + 1))
+
+
+class MixedLoader:
+    """Deals the windows of several splits in fixed shares; those of a single one as `Loader` does."""
+
+    def __init__(self, splits: Sequence[TokenSplit], shares: Sequence[Fraction], seq_length: int, seed: int):
+        # Seeds of runs are below 2**32: here no two datasets of any two runs share one, though they may be copies.
+        self.loaders = [Loader(split, seq_length, seed + (number << 32)) for number, split in enumerate(splits)]
+        self.shares = shares
+
+    def batch(self, first: int, last: int) -> Batch:
+        """Returns the rows of samples [first, last) of the run."""
+        datasets_B, samples_B = deal(np.arange(first, last), self.shares)
+        batch = Batch(*(np.empty((last - first, self.loaders[0].seq_length), np.int32) for _ in Batch._fields))
+        for number in np.unique(datasets_B):
+            rows = datasets_B == number  # whose samples follow one another
+            part = self.loaders[number].batch(samples_B[rows][0], samples_B[rows][-1] + 1)
+            for whole_BT, part_BT in zip(batch, part, strict=True):
+                whole_BT[rows] = part_BT
+        return batch
+
+
+def shares_of_rest(weights: Iterable[float]) -> list[Fraction]:
+    """Returns the share that each dataset has of what those before it leave; the last takes it all.
+
+    1 and 2 give the thirds themselves. Denominators stay below 2**20, so that `deal` counts in int64.
+    """
+    exact = [Fraction(weight) for weight in weights]
+    return [(weight / sum(exact[number:])).limit_denominator(2**20) for number, weight in enumerate(exact)]
+
+
+def deal(samples: np.ndarray, shares: Sequence[Fraction]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the dataset of each sample of a run (int64, one dimension, below 2**42) and its number among its samples.
+
+    `shares` are those of `shares_of_rest`. Of the samples before n each dataset has its share of n give or take the
+    number of datasets, and all its samples in order, each once. As `permutation` this is a file format.
+    """
+    datasets_B, samples_B = np.zeros_like(samples), samples.copy()
+    rest = np.arange(len(samples))  # rows that no dataset has taken yet
+    for number, share in enumerate(shares):
+        among_rest = samples_B[rest]
+        taken, taken_after = (n * share.numerator // share.denominator for n in (among_rest, among_rest + 1))
+        takes = taken_after > taken
+        datasets_B[rest] = number
+        samples_B[rest] = np.where(takes, taken, among_rest - taken)
+        rest = rest[~takes]
+    return datasets_B, samples_B
 
 
 def permutation(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:

@@ -1,166 +1,189 @@
 """Text to a token dataset: each unit of the corpus becomes one shard of each split, in any number of processes.
 
 Whether a document is for validation depends on its text alone, so equal documents land in the same split, and the same
-corpus gives the same bytes with any number of workers.
+corpus gives the same bytes with any number of workers. A unit is finished when its record is there; a call that was
+stopped is taken up by the next one with the units that are left.
 """
 
 import contextlib
-import hashlib
-import multiprocessing
+import dataclasses
+import json
 import os
-import signal
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from multiprocessing.connection import wait
-from multiprocessing.synchronize import Event
+import sys
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from gpt2_flax.data.token_dataset import (
-    MARKER,
-    SPLITS,
-    DatasetInfo,
-    Shard,
-    ShardWriter,
-    TokenSplit,
-    token_dtype,
-    write_info,
-)
-from gpt2_flax.errors import ExitCode, UserError, io_error
-from gpt2_flax.folders import new_folder
+import gpt2_flax
+from gpt2_flax.data.dataset_info import MARKER, SPLITS, DatasetInfo, Duplicates, LeftOut, write_info
+from gpt2_flax.data.deduplicate import find_duplicates, hash_units
+from gpt2_flax.data.engines import Engine, run
+from gpt2_flax.data.shards import shard_paths
+from gpt2_flax.data.storage import LocalFolder, Storage, unfinished
+from gpt2_flax.data.token_dataset import TokenSplit
+from gpt2_flax.data.units import MOST_EXAMPLES, RECORDS, UnitRecord, UnitTask, UnitWork, write_whole
+from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.folders import file_sha256
 from gpt2_flax.progress import progress_bar
-from gpt2_flax.text.corpus import Separator, Unit, corpus_units, empty_corpus
-from gpt2_flax.text.tokenizer import Tokenizer, load_tokenizer
+from gpt2_flax.text.corpus import STANDARD_INPUT, Unit, corpus_units, empty_corpus, standard_input_as_file
+from gpt2_flax.text.documents import DEFAULT_OPTIONS, CorpusOptions
+from gpt2_flax.text.encoded import token_dtype
+from gpt2_flax.text.tokenizer import Tokenizer
 
-BATCH_CHARACTERS = 2**18  # encoded together: enough to keep every core busy, little enough to be stopped in a second
-
-Shards = dict[str, Shard]  # one for each split
+SETTINGS = "settings.json"
+HASHES = "hashes/"
+SPOOL = "stdin/"
+NOTHING_DROPPED = np.zeros(0, np.int64)
 
 
 def prepare(
     sources: Sequence[str],
     tokenizer: Tokenizer,
-    output: Path,
+    output: Path | str,
     *,
-    separator: Separator = "line",
+    options: CorpusOptions = DEFAULT_OPTIONS,
     validation_fraction: float = 0.01,
-    workers: int = 1,
+    deduplicate: bool = False,
+    workers: int | None = 1,
+    engine: Engine = "local",
     overwrite: bool = False,
     unit_bytes: int | None = None,
 ) -> DatasetInfo:
-    """Writes the dataset folder `output` and returns what its dataset.json says.
+    """Writes the dataset `output`, a folder or a URL that `fsspec` knows, and returns what its dataset.json says.
 
-    Raises `UserError`: what `corpus_units` and `new_folder` raise, DATA when a split would be empty.
+    Raises `UserError`: what `corpus_units`, `unfinished` and `run` raise, DATA when a split would be empty.
     """
-    units = corpus_units(sources, separator, unit_bytes)
-    with new_folder(output, MARKER, overwrite) as folder:
-        info = _write_shards(folder, sources, units, tokenizer, validation_fraction, workers)
-        _check_splits(info, validation_fraction)
-        write_info(folder, info)
+    with unfinished(str(output), MARKER, overwrite) as storage:
+        settings = {
+            "gpt2_flax": gpt2_flax.__version__,
+            "sources": list(sources),
+            "tokenizer": tokenizer.fingerprint,
+            "validation_fraction": validation_fraction,
+            "deduplicate": deduplicate,
+            "unit_bytes": unit_bytes,
+        } | {name: value for name, value in dataclasses.asdict(options).items() if name != "on_error"}
+        _check_settings(storage, settings, overwrite)
+        with _kept_if_useful(storage):
+            units = corpus_units(_without_standard_input(storage, sources), options, unit_bytes)
+            dropped = _duplicates(storage, units, workers, engine) if deduplicate else [NOTHING_DROPPED] * len(units)
+            tasks = [UnitTask(index, *pair) for index, pair in enumerate(zip(units, dropped, strict=True))]
+            work = UnitWork(storage, tokenizer, validation_fraction, options.on_error)
+            info = _info(sources, tokenizer, _records(work, tasks, workers, engine), deduplicate)
+        _check_splits(storage, info, validation_fraction)
+        _finish(storage, tokenizer, info)
     return info
 
 
-def prepare_text(sources: Sequence[str], tokenizer: Tokenizer, folder: Path, separator: Separator) -> TokenSplit:
+def prepare_text(sources: Sequence[str], tokenizer: Tokenizer, folder: Path, options: CorpusOptions) -> TokenSplit:
     """Writes all documents into `folder`, which exists, as one validation split, and returns it opened.
 
     Raises `UserError` as `corpus_units`.
     """
-    units = corpus_units(sources, separator)
-    info = _write_shards(folder, sources, units, tokenizer, validation_fraction=1.0, workers=1)
+    tasks = [UnitTask(index, unit, NOTHING_DROPPED) for index, unit in enumerate(corpus_units(sources, options))]
+    work = UnitWork(LocalFolder(folder), tokenizer, validation_fraction=1.0, on_error=options.on_error)
+    info = _info(sources, tokenizer, _records(work, tasks, workers=1, engine="local"), deduplicate=False)
     split = TokenSplit(folder, "validation", info)
     if not split.n_documents:
         raise empty_corpus(sources)
     return split
 
 
-def _write_shards(
-    folder: Path,
-    sources: Sequence[str],
-    units: Sequence[Unit],
-    tokenizer: Tokenizer,
-    validation_fraction: float,
-    workers: int,
+def _check_settings(storage: Storage, settings: Mapping[str, Any], overwrite: bool) -> None:
+    """Raises `UserError` (CANT_CREATE) when what is finished so far was made with other settings."""
+    names = storage.names()
+    before = _read_settings(storage) if SETTINGS in names else {}
+    differing = [name for name, value in settings.items() if before.get(name, ...) != value]
+    if any(name.startswith(RECORDS) for name in names) and differing:
+        if not overwrite:
+            what = f"unfinished output of another call, with another {', '.join(differing)}"
+            fix = "repeat that call to go on with it, or add --overwrite to start over"
+            raise UserError(ExitCode.CANT_CREATE, what, storage.where, fix)
+        _remove_scaffold(storage, ())
+    with storage.staging() as folder:
+        write_whole(folder / SETTINGS, json.dumps(settings, ensure_ascii=False, indent=2).encode())
+
+
+def _read_settings(storage: Storage) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        settings = json.loads(storage.read(SETTINGS))
+        return settings if isinstance(settings, dict) else {}
+    return {}
+
+
+@contextlib.contextmanager
+def _kept_if_useful(storage: Storage) -> Iterator[None]:
+    """Leaves nothing behind when the block fails before anything was finished."""
+    try:
+        yield
+    except UserError:
+        if not any(name.startswith(RECORDS) for name in storage.names()):
+            _remove_scaffold(storage, ())
+        raise
+
+
+def _without_standard_input(storage: Storage, sources: Sequence[str]) -> list[str]:
+    """Copies standard input to a file, which several processes can read, and read again after a stop."""
+    if STANDARD_INPUT not in sources:
+        return list(sources)
+    if not isinstance(storage, LocalFolder):
+        fix = "write it to a file that every worker can read"
+        raise UserError(ExitCode.USAGE, "standard input cannot go to another machine", storage.where, fix)
+    path = storage.path / SPOOL / "stdin.txt"
+    path.parent.mkdir(exist_ok=True)
+    files = standard_input_as_file(sources, path)
+    seconds = int(file_sha256(path)[:7], 16)  # equal text has equal times, so that a call can go on with it
+    os.utime(path, (seconds, seconds))
+    return files
+
+
+def _duplicates(storage: Storage, units: Sequence[Unit], workers: int | None, engine: Engine) -> list[np.ndarray]:
+    with storage.scratch(HASHES) as folder:
+        return find_duplicates(hash_units(units, folder, workers, engine))
+
+
+def _records(work: UnitWork, tasks: Sequence[UnitTask], workers: int | None, engine: Engine) -> list[UnitRecord]:
+    """Does the tasks that are not finished yet, and returns the records of all."""
+    records = {task.index: record for task in tasks if (record := work.finished(task))}
+    if records:
+        print(f"going on: {len(records)} of {len(tasks)} parts of the corpus are done", file=sys.stderr)
+    todo = [task for task in tasks if task.index not in records]
+    with progress_bar("tokenizing", sum(task.unit.size for task in todo), "B", "tokens") as advance:
+        records |= run(engine, work, [(task.index, task) for task in todo], workers, advance)
+    return [records[index] for index in range(len(tasks))]
+
+
+def _info(
+    sources: Sequence[str], tokenizer: Tokenizer, records: Sequence[UnitRecord], deduplicate: bool
 ) -> DatasetInfo:
-    (folder / "tokenizer").mkdir()
-    tokenizer.save(folder / "tokenizer")
-    job = _Job(folder, validation_fraction)
-    with progress_bar("tokenizing", sum(unit.size for unit in units), "B") as advance:
-        shards: dict[int, Shards] = {}
-        for index, pair in job.run(units) if workers == 1 else _run_in_processes(job, units, workers):
-            shards[index] = pair
-            advance(units[index].size)
+    dropped = Duplicates(
+        documents=sum(record.duplicates.documents for record in records),
+        characters=sum(record.duplicates.characters for record in records),
+    )
+    left_out = LeftOut(
+        skipped=sum(record.left_out.skipped for record in records),
+        replaced=sum(record.left_out.replaced for record in records),
+        examples=[example for record in records for example in record.left_out.examples][:MOST_EXAMPLES],
+    )
     return DatasetInfo(
         dtype=token_dtype(tokenizer.vocab_size),
         vocab_size=tokenizer.vocab_size,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
+        unk_id=tokenizer.unk_id,
         tokenizer_fingerprint=tokenizer.fingerprint,
         sources=[os.fsencode(source).decode("utf-8", "backslashreplace") for source in sources],
-        shards={split: [shards[index][split] for index in range(len(units))] for split in SPLITS},
+        left_out=left_out,
+        duplicates=dropped if deduplicate else None,
+        shards={split: [record.shards[split] for record in records] for split in SPLITS},
     )
 
 
-def split_of(document: str, validation_fraction: float) -> str:
-    """Returns the split that a document belongs to, a pure function of its text."""
-    digest = hashlib.blake2b(document.encode("utf-8"), digest_size=8, person=b"split").digest()
-    return SPLITS[int.from_bytes(digest, "little") < validation_fraction * 2**64]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What every unit needs; small enough to send to another process."""
-
-    folder: Path
-    validation_fraction: float
-
-    def run(self, units: Sequence[Unit]) -> Iterator[tuple[int, Shards]]:
-        tokenizer = load_tokenizer(self.folder / "tokenizer")
-        for index, unit in enumerate(units):
-            yield index, self.prepare_unit(index, unit, tokenizer)
-
-    def prepare_unit(self, index: int, unit: Unit, tokenizer: Tokenizer, stop: Event | None = None) -> Shards:
-        """Writes the shards of one unit. When `stop` is set by then, raises `_Stopped` before the next batch."""
-        try:
-            with contextlib.ExitStack() as stack:
-                writers = {
-                    split: stack.enter_context(ShardWriter(self.folder, split, index, tokenizer.vocab_size))
-                    for split in SPLITS
-                }
-                for documents in _batches(unit.documents()):
-                    if stop is not None and stop.is_set():
-                        raise _Stopped
-                    for document, ids in zip(documents, tokenizer.encode_batch(documents), strict=True):
-                        if len(ids):
-                            framed = np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id]))
-                            writers[split_of(document, self.validation_fraction)].add(framed, len(document))
-                return {split: writer.close() for split, writer in writers.items()}
-        except OSError as error:
-            raise io_error(error, self.folder) from error
-
-
-class _Stopped(Exception):
-    """Another unit has failed."""
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _check_splits(info: DatasetInfo, validation_fraction: float) -> None:
+def _check_splits(storage: Storage, info: DatasetInfo, validation_fraction: float) -> None:
     documents = {split: sum(shard.documents for shard in info.shards[split]) for split in SPLITS}
+    if not all(documents.values()):
+        _remove_scaffold(storage, ())  # a call that does better has other settings
     if not any(documents.values()):
         raise empty_corpus(info.sources)
     for split, change in zip(SPLITS, ("lower", "raise"), strict=True):
@@ -170,42 +193,25 @@ def _check_splits(info: DatasetInfo, validation_fraction: float) -> None:
             raise UserError(ExitCode.DATA, what, ", ".join(info.sources), fix)
 
 
-def _run_in_processes(job: _Job, units: Sequence[Unit], workers: int) -> Iterator[tuple[int, Shards]]:
-    """As `_Job.run`, in the order of completion. The first failure ends the others at their next batch."""
-    context = multiprocessing.get_context("spawn")  # safe whatever threads this process has
-    stop = context.Event()
-    pool = ProcessPoolExecutor(min(workers, len(units)), context, _start_worker, (job, stop))
-    try:
-        futures = {pool.submit(_prepare_in_worker, index, unit): index for index, unit in enumerate(units)}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool:
-        fix = "it may have run out of memory: take fewer --workers"
-        raise UserError(ExitCode.IO, "a worker process died", f"one of {workers} workers", fix) from None
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
+def _finish(storage: Storage, tokenizer: Tokenizer, info: DatasetInfo) -> None:
+    """Adds what makes a dataset of the shards, and takes the scaffold away."""
+    with storage.staging() as folder:
+        (folder / "tokenizer").mkdir(exist_ok=True)
+        tokenizer.save(folder / "tokenizer")
+    with storage.staging() as folder:
+        write_info(folder, info)
+    names = [
+        path.as_posix()
+        for split, shards in info.shards.items()
+        for index in range(len(shards))
+        for path in shard_paths(Path(), split, index)
+    ]
+    _remove_scaffold(storage, set(names))
 
 
-_worker: tuple[_Job, Tokenizer, Event]  # of this process, when it is a worker
-
-
-def _start_worker(job: _Job, stop: Event) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is enough
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = job, load_tokenizer(job.folder / "tokenizer"), stop
-
-
-def _end_with_parent() -> None:
-    """A worker would wait for work for ever after its parent has been killed."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-
-def _prepare_in_worker(index: int, unit: Unit) -> Shards:
-    job, tokenizer, stop = _worker
-    return job.prepare_unit(index, unit, tokenizer, stop)
+def _remove_scaffold(storage: Storage, kept: Container[str]) -> None:
+    """Removes what a dataset is made with, and shards but those in `kept`."""
+    folders = (RECORDS, HASHES, SPOOL, *(f"{split}/" for split in SPLITS))
+    for name in sorted(storage.names()):
+        if name == SETTINGS or (name.startswith(folders) and name not in kept):
+            storage.remove(name)

@@ -21,9 +21,10 @@ class CardFacts:
     language: str | None = None  # ISO 639-1 code
     license: str | None = None  # identifier of the Hugging Face hub
     sources: tuple[str, ...] = ()  # names of corpus files
-    documents: int | None = None  # of the training split, as are tokens and characters
+    documents: int | None = None  # of the training splits, as are tokens and characters
     tokens: int | None = None
     characters: int | None = None
+    mixture: tuple[tuple[str, float], ...] = ()  # names of datasets and the weights they were read with
     parameters: int | None = None
     seq_length: int | None = None
     steps: int | None = None
@@ -100,6 +101,10 @@ def _data(facts: CardFacts) -> str:
     amount = ", ".join(f"{count:,} {unit}" for count, unit in counts if count is not None)
     sources = ", ".join(f"`{_line(source)}`" for source in facts.sources)
     text = " of ".join(part for part in (amount, sources) if part)
+    if len(facts.mixture) > 1:
+        total = sum(weight for _, weight in facts.mixture)
+        shares = ", ".join(f"{weight / total:.1%} `{_line(name)}`" for name, weight in facts.mixture)
+        text = ". ".join(part for part in (text, f"Rows were mixed from {shares}") if part)
     return f"## Training data\n\n{text}.\n" if text else ""
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from gpt2_flax.checkpoint.source import Source
 from gpt2_flax.config import Config
-from gpt2_flax.data.token_dataset import TokenDataset
+from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import UserError
 from gpt2_flax.export.model_card import CardFacts, model_card
 from gpt2_flax.export.transformers_folder import export_folder
@@ -51,9 +51,15 @@ def _run_facts(source: Source, config: Config) -> dict[str, Any]:
         "bits_per_character": source.metrics.get("validation/bits_per_character"),
     }
     try:
-        dataset = TokenDataset(config.data.dataset)
+        datasets = Mixture(config.data.datasets).datasets
     except UserError:  # moved or deleted since: its counts are left out
         return facts
-    train = dataset.train
-    counts = {"documents": train.n_documents, "tokens": train.n_tokens, "characters": train.n_characters}
-    return facts | counts | {"sources": tuple(dataset.info.sources)}
+    splits = [dataset.train for dataset in datasets.values()]
+    characters = [split.n_characters for split in splits]
+    return facts | {
+        "documents": sum(split.n_documents for split in splits),
+        "tokens": sum(split.n_tokens for split in splits),
+        "characters": None if None in characters else sum(characters),
+        "sources": tuple(dict.fromkeys(source for dataset in datasets.values() for source in dataset.info.sources)),
+        "mixture": tuple((Path(folder).name, weight) for folder, weight in config.data.datasets.items()),
+    }

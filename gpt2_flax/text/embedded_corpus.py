@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2_flax.errors import ExitCode, UserError, io_error
+from gpt2_flax.text.documents import Documents, Report, in_batches
+from gpt2_flax.text.files import File, find_files
 
 REVIEWS = ("sentiment/pos.txt", "sentiment/neg.txt")
 NEWS = ("tag/199801.txt",)
 
+TEXTS_AT_ONCE = 1000
 _SENTENCE_END = tuple("。！？…”』；：，、")
 _LONGEST_HEADING = 50  # characters; the paragraphs of a list can lack a final stop too, but are longer
 
@@ -24,18 +27,25 @@ class EmbeddedUnit:
     """Some files of one package, as distinct documents."""
 
     name: str
-    paths: tuple[Path, ...]
-    size: int
+    files: tuple[File, ...]
     articles: bool
     """Whether the files are a tagged newspaper rather than one review a line."""
 
-    def documents(self) -> Iterator[str]:
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def batches(self, report: Report) -> Iterator[Documents]:
         read: Callable[[Iterable[str]], Iterable[str]] = _articles if self.articles else list
         try:
-            lines = [line.strip() for path in self.paths for line in path.read_bytes().decode("utf-8").split("\n")]
+            contents = [Path(file.path).read_bytes().decode("utf-8") for file in self.files]
         except OSError as error:
             raise io_error(error, self.name) from None
-        yield from filter(None, dict.fromkeys(read(lines)))  # a dict keeps the first of equal documents in its place
+        lines = [line.strip() for content in contents for line in content.split("\n")]
+        texts = list(filter(None, dict.fromkeys(read(lines))))  # a dict keeps the first of equal ones in its place
+        steps = range(0, len(texts), TEXTS_AT_ONCE)
+        some = (((texts[step : step + TEXTS_AT_ONCE], False), self.size * step // len(texts)) for step in steps)
+        yield from in_batches(some, self.size)
 
 
 def embedded_units(package: str) -> list[EmbeddedUnit]:
@@ -58,8 +68,8 @@ def embedded_units(package: str) -> list[EmbeddedUnit]:
 
 
 def _unit(name: str, folder: Path, files: tuple[str, ...], articles: bool) -> EmbeddedUnit:
-    paths = tuple(folder / file for file in files)
-    return EmbeddedUnit(name, paths, sum(path.stat().st_size for path in paths), articles)
+    found = (file for name in files for file in find_files(str(folder / name), bool))
+    return EmbeddedUnit(name, tuple(found), articles)
 
 
 def _articles(tagged_lines: Iterable[str]) -> Iterator[str]:

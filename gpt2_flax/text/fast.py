@@ -15,6 +15,7 @@ import numpy as np
 import tokenizers
 
 from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.text.encoded import Encoded
 
 # The begin, end, padding and unknown tokens of the families we know, by the names that `transformers` gives them.
 FAMILIES = (
@@ -40,26 +41,26 @@ class FastTokenizer:
         self.pad_id, self.unk_id = ids.get("pad_token"), ids.get("unk_token")
         self._spec["post_processor"] = _begin_of_document(special_tokens["bos_token"], self.bos_id)
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        special = {token["id"]: token["content"] for token in self._spec["added_tokens"] if token["special"]}
-        special |= {ids[name]: token for name, token in special_tokens.items()}
-        special.pop(self.unk_id, None)
-        self._special_ids = np.array(sorted(special), np.int32)
-        # A model may hold "<s>" as a piece of text too. We never let it out.
-        probes = self._encode(list(special.values()))
-        self._leaks = any(np.isin(probe.ids, self._special_ids).any() for probe in probes)
+        special = {token["id"] for token in self._spec["added_tokens"] if token["special"]} | set(ids.values())
+        self._special_ids = np.array(sorted(special - {self.unk_id}), np.int32)
+
+    def __reduce__(self) -> tuple[type, tuple[Mapping[str, Any], Mapping[str, str]]]:
+        return FastTokenizer, (self._spec, self.special_tokens)
 
     @property
     def fingerprint(self) -> str:
         """Of the parsed file, so that neither its layout nor the version of `tokenizers` matters."""
         return hashlib.sha256(json.dumps(self._spec, sort_keys=True).encode()).hexdigest()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = [np.array(encoding.ids, np.int32) for encoding in self._encode(texts)]
-        if self._leaks:
-            encoded = [ids[~np.isin(ids, self._special_ids)] for ids in encoded]
-        return encoded
+    def encode_batch(self, texts: Sequence[str]) -> Encoded:
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        encoded = Encoded.from_lists([encoding.ids for encoding in encodings], self.vocab_size)
+        # A model may hold "<s>" as a piece of text too.
+        special_T = np.isin(encoded.ids_T, self._special_ids)
+        return encoded.select(~special_T) if special_T.any() else encoded
 
     def decode(self, ids: Iterable[int]) -> str:
+        """Leaves out the unknown token too where it is a special one, as `skip_special_tokens` in `transformers`."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def save(self, folder: Path, model_max_length: int | None = None) -> None:
@@ -76,9 +77,6 @@ class FastTokenizer:
             "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 would add an embedding for token_type_ids
             **self.special_tokens,
         }
-
-    def _encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
-        return self._backend.encode_batch_fast(texts, add_special_tokens=False)
 
 
 def read_fast_tokenizer(path: Path) -> FastTokenizer:

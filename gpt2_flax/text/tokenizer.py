@@ -5,9 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
 from gpt2_flax.errors import ExitCode, UserError, io_error
+from gpt2_flax.text.encoded import Encoded
 from gpt2_flax.text.fast import read_fast_tokenizer
 from gpt2_flax.text.spm import SentencePieceTokenizer
 from gpt2_flax.text.wordpiece import WordPieceTokenizer
@@ -28,8 +27,8 @@ class Tokenizer(Protocol):
         """sha256 of all that decides ids, the same before `save` and after `load_tokenizer`."""
         ...
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Returns int32 ids of each text, without special ids."""
+    def encode_batch(self, texts: Sequence[str]) -> Encoded:
+        """Returns the ids of each text, without special ids."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:

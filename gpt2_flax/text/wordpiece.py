@@ -2,12 +2,16 @@
 
 import codecs
 import hashlib
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.text.bert_table import BertTable
+from gpt2_flax.text.encoded import Encoded
 from gpt2_flax.text.fast import FastTokenizer, tokenizer_spec
 
 SPECIAL_TOKENS = {
@@ -19,6 +23,7 @@ SPECIAL_TOKENS = {
     "sep_token": "[SEP]",
 }
 MASK = "[MASK]"  # kept when a vocabulary has it, not needed by us
+TABLE_PAYS_AFTER = 2**18  # characters; to encode them without a table takes about as long as to make one
 LONGEST_WORD = 100  # characters; a longer one is [UNK], as in `transformers` (Google's own code says 200)
 
 # Chinese characters, kana, and the punctuation and full-width forms that go with them: no blanks stand there.
@@ -32,14 +37,29 @@ class WordPieceTokenizer(FastTokenizer):
     """
 
     def __init__(self, vocabulary: bytes, where: object, lowercase: bool = True):
-        self._vocabulary, self._lowercase = vocabulary, lowercase
+        self._vocabulary, self._where, self._lowercase = vocabulary, str(where), lowercase
+        self._encoded_characters = 0
         ids = read_vocabulary(vocabulary, where)
         special_tokens = SPECIAL_TOKENS | ({"mask_token": MASK} if MASK in ids else {})
         super().__init__(tokenizer_spec(_backend(ids, special_tokens, lowercase)), special_tokens)
 
+    def __reduce__(self) -> tuple[type, tuple[bytes, str, bool]]:
+        return WordPieceTokenizer, (self._vocabulary, self._where, self._lowercase)
+
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(f"wordpiece lowercase={self._lowercase}\n".encode() + self._vocabulary).hexdigest()
+
+    def encode_batch(self, texts: Sequence[str]) -> Encoded:
+        """The table gives the same ids as without it; a prompt does not wait until it is made."""
+        self._encoded_characters += sum(map(len, texts))
+        if self._encoded_characters < TABLE_PAYS_AFTER:
+            return super().encode_batch(texts)
+        return self._table.encode(texts)
+
+    @cached_property
+    def _table(self) -> BertTable:
+        return BertTable(self._backend, self.vocab_size)
 
     def save(self, folder: Path, model_max_length: int | None = None) -> None:
         super().save(folder, model_max_length)

@@ -10,7 +10,7 @@ from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.config import Config
 from gpt2_flax.data.loader import Loader
-from gpt2_flax.data.token_dataset import TokenDataset
+from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.inference.evaluate import evaluate
 from gpt2_flax.parallel.feed import device_batch, prefetch
@@ -26,8 +26,8 @@ def train(config: Config, allow_change: Sequence[str] = (), devices: Sequence[ja
 
     Raises `UserError`; with TRY_AGAIN when it was asked to stop and has saved.
     """
-    dataset = TokenDataset(config.data.dataset)
-    config = with_vocab_size(config, dataset)
+    mixture = Mixture(config.data.datasets)
+    config = with_vocab_size(config, mixture)
     mesh = make_mesh(config.mesh, devices)
     check_rows(config, mesh)
     run, leads = RunFolder(config.output), jax.process_index() == 0
@@ -41,16 +41,16 @@ def train(config: Config, allow_change: Sequence[str] = (), devices: Sequence[ja
         store = stack.enter_context(CheckpointStore(run.checkpoints, config.training.keep_checkpoints))
         stack.enter_context(jax.set_mesh(mesh))
         stop = stack.enter_context(StopRequest())
-        state, samples_seen = start_or_resume(config, mesh, store, dataset, allow_change, log.say)
+        state, samples_seen = start_or_resume(config, mesh, store, mixture, allow_change, log.say)
         if leads:
-            run.write_config(config, dataset.tokenizer_folder)
-        _run(config, mesh, dataset, store, log, stop, state, samples_seen)
+            run.write_config(config, mixture.tokenizer_folder)
+        _run(config, mesh, mixture, store, log, stop, state, samples_seen)
 
 
 def _run(
     config: Config,
     mesh: Mesh,
-    dataset: TokenDataset,
+    mixture: Mixture,
     store: CheckpointStore,
     log: MetricsLog,
     stop: StopRequest,
@@ -63,10 +63,13 @@ def _run(
         more = "training.total_steps=N --allow-change training.total_steps"
         log.say(f"{config.output} has all its {total} steps; to go on add {more}")
         return
-    loader = Loader(dataset.train, config.data.seq_length, training.seed)
-    held_out = Loader(dataset.validation, config.data.seq_length, training.seed)
+    loader = mixture.loader(config.data.seq_length, training.seed)
+    held_out = {
+        folder: Loader(dataset.validation, config.data.seq_length, seed=0)
+        for folder, dataset in mixture.datasets.items()
+    }
     train_step = make_train_step(config, state_layout(config, mesh), mesh)
-    meta = {"model": config.model.model_dump(), **dataset.fingerprints()}
+    meta = {"model": config.model.model_dump(), **mixture.fingerprints()}
     report = StepReport(config, log, first_step)
 
     def make(step):
@@ -82,7 +85,11 @@ def _run(
         stopping = stop(step)
         if (step % training.evaluate_every == 0 and not stopping) or step == total:
             report.catch_up()
-            report.evaluated(step, evaluate(state.model, held_out, mesh, n_rows, training.evaluation_batches))
+            evaluations = {
+                folder: evaluate(state.model, split, mesh, n_rows, training.evaluation_batches)
+                for folder, split in held_out.items()
+            }
+            report.evaluated(step, evaluations)
         if step % training.save_every == 0 or step == total or stopping:
             report.catch_up()  # a state is only kept when its loss was finite
             store.save(step, state.model, state.opt_state, meta | {"step": step, "samples_seen": samples_seen})

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -92,19 +92,19 @@ class StepReport:
             self._busy_steps, self._busy_seconds = 0, 0.0
             self._start_interval(step)
 
-    def evaluated(self, step: int, evaluation: Evaluation) -> None:
-        """Writes an evaluation; the time it took counts for no step."""
+    def evaluated(self, step: int, evaluations: Mapping[str, Evaluation]) -> None:
+        """Writes what all datasets give together and, of several, the loss of each; the time counts for no step."""
+        whole = sum(evaluations.values(), Evaluation())
         values = {
-            "validation/loss": evaluation.loss,
-            "validation/perplexity": evaluation.perplexity,
-            "validation/bits_per_character": evaluation.bits_per_character,
-            "validation/accuracy": evaluation.accuracy,
+            "validation/loss": whole.loss,
+            "validation/perplexity": whole.perplexity,
+            "validation/accuracy": whole.accuracy,
         }
-        line = (
-            f"step {step:>7}  validation loss {evaluation.loss:.4f}  perplexity {evaluation.perplexity:.2f}  "
-            f"bits/character {evaluation.bits_per_character:.4f}  accuracy {evaluation.accuracy:.1%}"
-        )
-        self._log.write(step, values, line)
+        if whole.bits_per_character is not None:
+            values["validation/bits_per_character"] = whole.bits_per_character
+        if len(evaluations) > 1:
+            values |= {f"validation/loss/{folder}": part.loss for folder, part in evaluations.items()}
+        self._log.write(step, values, f"step {step:>7}  validation {whole}")
         self._start_interval(step)
 
     def _write(self, step: int, metrics: StepMetrics) -> None:

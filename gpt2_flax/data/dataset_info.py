@@ -1,0 +1,144 @@
+"""What dataset.json says of a prepared dataset."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
+
+from gpt2_flax.data.flat_files import NewFile
+from gpt2_flax.errors import ExitCode, UserError, io_error, quote
+
+FORMAT = "gpt2_flax token dataset"
+VERSION = 2
+MARKER = "dataset.json"
+SPLITS = ("train", "validation")
+
+Count = Annotated[int, Field(ge=0, lt=2**60)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+FileName = Annotated[str, Field(pattern=r"^[^\x00]+$")]
+TokenType = Literal["uint16", "uint32"]
+
+
+class Record(BaseModel):
+    """Part of dataset.json: strict types, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Shard(Record):
+    """A file of tokens and a file of document starts.
+
+    With `file` the tokens are those of that file (absolute, or relative to the dataset) from number `first` on.
+    """
+
+    documents: Count
+    tokens: Count
+    unknown: Count
+    """Tokens that are the unknown one."""
+    characters: Count | None
+    """None: not known."""
+    max_id: Count
+    """The largest token id inside."""
+    tokens_sha256: Sha256
+    offsets_sha256: Sha256
+    file: FileName | None = None
+    first: Count = 0
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Shard":
+        if bool(self.documents) != bool(self.tokens) or max(self.documents, self.unknown) > self.tokens:
+            counts = f"{self.documents} documents, {self.tokens} tokens, {self.unknown} unknown"
+            raise ValueError(f"no shard has {counts}")
+        if self.file is None and self.first:
+            raise ValueError("first is for a shard with a file")
+        return self
+
+
+class Example(Record):
+    """A line of a corpus that could not be read as it is; lines count from 1."""
+
+    file: str
+    line: Count
+    reason: str
+
+
+class LeftOut(Record):
+    """Documents that could not be read and were skipped, or were mended by U+FFFD."""
+
+    skipped: Count = 0
+    replaced: Count = 0
+    examples: list[Example] = Field([], max_length=100)
+
+
+class Duplicates(Record):
+    """What was dropped because an equal document had come before."""
+
+    documents: Count
+    characters: Count
+
+
+class DatasetInfo(Record):
+    """What dataset.json holds. `characters` are Unicode code points of the text, without special tokens."""
+
+    format: Literal["gpt2_flax token dataset"] = FORMAT
+    version: Literal[2] = VERSION
+    dtype: TokenType
+    vocab_size: int = Field(gt=0, le=2**31)
+    bos_id: Count | None
+    """What every document begins with; None: with its text."""
+    eos_id: Count
+    unk_id: Count | None
+    tokenizer_fingerprint: str
+    sources: list[str] = []
+    left_out: LeftOut = LeftOut()
+    duplicates: Duplicates | None = None
+    """None: not looked for."""
+    shards: dict[str, list[Shard]]
+
+
+def write_info(folder: Path, info: DatasetInfo) -> None:
+    """Writes dataset.json, the last file of a dataset."""
+    with NewFile(folder / MARKER) as file:
+        file.write(np.frombuffer(f"{info.model_dump_json(indent=2)}\n".encode(), np.uint8))
+        file.publish()
+
+
+def read_info(folder: Path) -> DatasetInfo:
+    """Returns what dataset.json holds; raises `UserError`: NO_INPUT when there is none, DATA when it is damaged."""
+    path = folder / MARKER
+    try:
+        content = from_json(path.read_bytes())
+        _check_version(content, path)
+        info = DatasetInfo.model_validate(content)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(ExitCode.NO_INPUT, "dataset not found", path, "make it with `gpt2-flax prepare`") from None
+    except OSError as error:
+        raise io_error(error, path) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
+    if set(info.shards) != set(SPLITS):
+        raise _damaged(path, f"shards must have the splits {', '.join(SPLITS)}")
+    largest = {split: max((shard.max_id for shard in shards), default=0) for split, shards in info.shards.items()}
+    named = {"bos_id": info.bos_id or 0, "eos_id": info.eos_id, "unk_id": info.unk_id or 0}
+    for name, token in (largest | named).items():
+        if token >= info.vocab_size:
+            raise _damaged(path, f"token id {token} of {name} is outside the vocabulary of {info.vocab_size}")
+    return info
+
+
+def _check_version(content: object, path: Path) -> None:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise _damaged(path, f"it has no format: {FORMAT!r}")
+    version = content.get("version")
+    if version != VERSION:
+        fix = f"this program reads version {VERSION}: prepare the dataset again"
+        raise UserError(ExitCode.DATA, f"dataset has format version {quote(version)}", path, fix)
+
+
+def _damaged(path: Path, how: str) -> UserError:
+    return UserError(ExitCode.DATA, "damaged dataset", path, f"{how}; prepare it again")

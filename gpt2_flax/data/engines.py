@@ -1,0 +1,177 @@
+"""The same work on many parts of a corpus: in this process, in several, or on a Ray cluster.
+
+`work(task, tick)` is called for each task and must be picklable, like tasks and results. It calls `tick(bytes, tokens)`
+now and then to tell how far it is; a tick raises `Stopped` when another task has failed.
+"""
+
+import contextlib
+import ctypes
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for_sentinels
+from multiprocessing.sharedctypes import SynchronizedArray
+from multiprocessing.synchronize import Event
+from typing import Any, Literal, TypeVar
+
+from gpt2_flax.errors import ExitCode, UserError
+
+Engine = Literal["local", "ray"]
+Tick = Callable[[int, int], None]
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Work = Callable[[Task, Tick], Result]
+
+POLL_SECONDS = 0.2
+
+
+class Stopped(Exception):
+    """Another task has failed."""
+
+
+def run(
+    engine: Engine, work: Work, tasks: Sequence[tuple[int, Task]], workers: int | None, tick: Tick
+) -> Iterator[tuple[int, Result]]:
+    """Yields (number, result) of all numbered `tasks` as they are finished.
+
+    By default there is a worker for each core of this machine, or of the cluster. `tick` is called in this process. The
+    first failure ends the others and is raised; `UserError` (IO) when a process died.
+    """
+    if engine == "ray":
+        return _run_on_ray(work, tasks, workers, tick)
+    workers = min(workers or len(os.sched_getaffinity(0)), len(tasks))
+    if workers <= 1:
+        return ((number, work(task, tick)) for number, task in tasks)
+    return _run_in_processes(work, tasks, workers, tick)
+
+
+def _run_in_processes(work: Work, tasks: Sequence[tuple[int, Any]], workers: int, tick: Tick) -> Iterator:
+    context = multiprocessing.get_context("spawn")  # safe whatever threads this process has
+    stop, done = context.Event(), context.Array(ctypes.c_int64, 2)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (work, stop, done))
+    shown = [0, 0]
+    running: dict[Future, int] = {}
+    try:
+        todo = iter(tasks)
+        while True:
+            for number, task in itertools.islice(todo, 2 * workers - len(running)):
+                running[pool.submit(_work, task)] = number
+            if not running:
+                break
+            finished, _ = wait(running, POLL_SECONDS, FIRST_COMPLETED)
+            now = list(done)
+            tick(now[0] - shown[0], now[1] - shown[1])
+            shown = now
+            for future in finished:
+                yield running.pop(future), future.result()
+    except BrokenProcessPool:
+        raise _death(f"one of {workers} workers") from None
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+_worker: tuple[Work, Tick]  # of this process, when it is a worker
+
+
+def _start_worker(work: Work, stop: Event, done: SynchronizedArray) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
+    _use_one_core()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    def tick(n_bytes: int, n_tokens: int) -> None:
+        if stop.is_set():
+            raise Stopped
+        with done.get_lock():
+            done[0] += n_bytes
+            done[1] += n_tokens
+
+    _worker = work, tick
+
+
+def _work(task: Any) -> Any:
+    work, tick = _worker
+    return work(task, tick)
+
+
+def _end_with_parent() -> None:
+    """A worker would wait for work for ever after its parent has been killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait_for_sentinels([parent.sentinel])
+        os._exit(1)
+
+
+class _RayWorker:
+    """An actor: it gets the work once, and then task after task."""
+
+    def __init__(self, work: Work):
+        _use_one_core()
+        self.work = work
+
+    def run(self, task: Any) -> tuple[Any, int, int]:
+        ticks: list[tuple[int, int]] = []
+        result = self.work(task, lambda *amounts: ticks.append(amounts))
+        return result, sum(n_bytes for n_bytes, _ in ticks), sum(n_tokens for _, n_tokens in ticks)
+
+
+def _run_on_ray(work: Work, tasks: Sequence[tuple[int, Any]], workers: int | None, tick: Tick) -> Iterator:
+    try:
+        import ray
+    except ModuleNotFoundError:
+        fix = "install it with: pip install 'gpt2_flax[ray]'"
+        raise UserError(ExitCode.USAGE, "Ray is not installed", "--engine ray", fix) from None
+    with contextlib.ExitStack() as stack:
+        if not ray.is_initialized():
+            _connect(ray)
+            stack.callback(ray.shutdown)
+        shared = ray.put(work)
+        actor = ray.remote(num_cpus=1)(_RayWorker)
+        workers = min(workers or int(ray.cluster_resources()["CPU"]), len(tasks))
+        idle = [actor.remote(shared) for _ in range(workers)]  # those beyond the cluster's cores wait for more of them
+        stack.callback(lambda: [ray.kill(worker) for worker in idle + [worker for _, worker in running.values()]])
+        running: dict[Any, tuple[int, Any]] = {}
+        todo = iter(tasks)
+        try:
+            while True:
+                for number, task in itertools.islice(todo, len(idle)):
+                    worker = idle.pop()
+                    running[worker.run.remote(task)] = number, worker
+                if not running:
+                    return
+                (finished, *_), _ = ray.wait(list(running))
+                number, worker = running.pop(finished)
+                idle.append(worker)
+                result, n_bytes, n_tokens = ray.get(finished)
+                tick(n_bytes, n_tokens)
+                yield number, result
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", error)  # what a task raised
+            if not isinstance(cause, ray.exceptions.RayError):
+                raise cause from None
+            raise _death(f"Ray says: {str(cause).strip().splitlines()[0]}") from None
+
+
+def _connect(ray: Any) -> None:
+    """Joins the cluster that RAY_ADDRESS names, as `ray job submit` sets it, or starts one on this machine."""
+    try:
+        ray.init(log_to_driver=False, logging_level="error")
+    except Exception as error:
+        fix = f"check RAY_ADDRESS and `ray status` ({str(error).splitlines()[0]})"
+        raise UserError(ExitCode.IO, "no Ray cluster", os.environ.get("RAY_ADDRESS", "local"), fix) from None
+
+
+def _use_one_core() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is enough
+
+
+def _death(where: str) -> UserError:
+    fix = "what is finished is kept: run the same command again, with fewer --workers if memory was short"
+    return UserError(ExitCode.IO, "a worker process died", where, fix)

@@ -1,0 +1,44 @@
+"""The datasets of a run: one, or several that are read together in fixed shares."""
+
+import hashlib
+from collections.abc import Mapping
+
+from gpt2_flax.data.loader import MixedLoader, shares_of_rest
+from gpt2_flax.data.token_dataset import TokenDataset
+from gpt2_flax.errors import ExitCode, UserError
+
+
+class Mixture:
+    """Datasets of one tokenizer, opened, with the weights of their samples; `datasets` has them by folder as given.
+
+    Raises `UserError`: as `TokenDataset`, and CONFIG when two of them were prepared with different tokenizers.
+    """
+
+    def __init__(self, weights: Mapping[str, float]):
+        self.name = ", ".join(weights)
+        self.datasets = {folder: TokenDataset(folder) for folder in weights}
+        self.shares = shares_of_rest(weights.values())
+        first = next(iter(self.datasets.values()))
+        self.vocab_size, self.tokenizer_fingerprint = first.info.vocab_size, first.info.tokenizer_fingerprint
+        self.tokenizer_folder = first.tokenizer_folder
+        for other in self.datasets.values():
+            same = (other.info.vocab_size, other.info.tokenizer_fingerprint)
+            if same != (self.vocab_size, self.tokenizer_fingerprint):
+                where = f"{first.folder} and {other.folder}"
+                fix = "prepare both with the same tokenizer"
+                raise UserError(ExitCode.CONFIG, "datasets were prepared with different tokenizers", where, fix)
+
+    def loader(self, seq_length: int, seed: int) -> MixedLoader:
+        """Returns the loader of the training splits."""
+        return MixedLoader([dataset.train for dataset in self.datasets.values()], self.shares, seq_length, seed)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Returns sha256 sums that tell mixtures apart; those of a single dataset are its own.
+
+        `tokens_fingerprint` is of the training tokens of all, their order and their shares, wherever they lie.
+        """
+        parts = [dataset.fingerprints() for dataset in self.datasets.values()]
+        if len(parts) == 1:
+            return parts[0]
+        lines = (f"{share} {part['tokens_fingerprint']}\n" for share, part in zip(self.shares, parts, strict=True))
+        return parts[0] | {"tokens_fingerprint": hashlib.sha256("".join(lines).encode()).hexdigest()}

@@ -1,0 +1,170 @@
+"""One shard of a dataset: its tokens and where documents start in them, written, mapped and verified.
+
+Dimension key: B documents, T tokens.
+"""
+
+import contextlib
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from gpt2_flax.data.dataset_info import Shard, TokenType
+from gpt2_flax.data.flat_files import FlatFile, NewFile
+from gpt2_flax.text.encoded import token_dtype
+
+_OFFSET = np.dtype("<u8")
+UNORDERED = "document starts do not ascend from 0 to below the number of tokens"
+
+
+def shard_paths(folder: Path, split: str, index: int) -> tuple[Path, Path]:
+    """Returns our token file and the offset file of a shard."""
+    return folder / split / f"tokens-{index:05d}.bin", folder / split / f"offsets-{index:05d}.bin"
+
+
+class ShardWriter:
+    """Writes one shard; the files have temporary names until `close` renames them.
+
+    `dtype` is by default the smallest that holds the vocabulary. With `file` the tokens are there already, in `dtype`
+    and from number `first` on: `add` is told of them and writes offsets alone. As a context it closes the files when
+    the block fails.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        index: int,
+        vocab_size: int,
+        unk_id: int | None,
+        *,
+        dtype: TokenType | None = None,
+        file: str | None = None,
+        first: int = 0,
+    ):
+        self._dtype = np.dtype(dtype or token_dtype(vocab_size)).newbyteorder("<")
+        self._vocab_size = min(vocab_size, np.iinfo(self._dtype).max + 1)
+        self._file, self._first = file, first
+        tokens, offsets = shard_paths(folder, split, index)
+        offsets.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            self._tokens = stack.enter_context(NewFile(None if file else tokens))
+            self._offsets = stack.enter_context(NewFile(offsets))
+            self._open = stack.pop_all()
+        self._tally, self._documents, self._characters = _Tally(unk_id), 0, 0
+
+    def add(self, ids_T: np.ndarray, starts_B: np.ndarray, characters: int | None) -> None:
+        """Appends tokens of any integer type, and how many characters of text they stand for (None: not known).
+
+        Documents start at the int64 positions `starts_B` of `ids_T`; tokens before the first belong to the last
+        document of the previous call. Raises ValueError for an id outside the vocabulary, which numpy would wrap
+        silently, and for starts that do not ascend or leave the shard's first token without one.
+        """
+        self._characters = None if None in (self._characters, characters) else self._characters + characters
+        if not len(ids_T):
+            return
+        low, high = int(ids_T.min()) if ids_T.dtype.kind == "i" else 0, int(ids_T.max())
+        if low < 0 or high >= self._vocab_size:
+            raise ValueError(f"token ids {low}..{high} do not fit a vocabulary of {self._vocab_size}")
+        ascending = (np.diff(starts_B, prepend=-1, append=len(ids_T)) > 0).all()
+        if not ascending or not (self._tally.tokens or (len(starts_B) and starts_B[0] == 0)):
+            raise ValueError("document starts must ascend within the ids, and the first token of a shard must be one")
+        self._offsets.write((starts_B + self._tally.tokens).astype(_OFFSET))
+        self._tokens.write(np.ascontiguousarray(ids_T, self._dtype))
+        self._tally.add(ids_T, high)
+        self._documents += len(starts_B)
+
+    def close(self) -> Shard:
+        """Flushes to disk, gives the files their names and returns what dataset.json says of them."""
+        return Shard(
+            documents=self._documents,
+            tokens=self._tally.tokens,
+            unknown=self._tally.unknown,
+            characters=self._characters,
+            max_id=self._tally.max_id,
+            tokens_sha256=self._tokens.publish(),
+            offsets_sha256=self._offsets.publish(),
+            file=self._file,
+            first=self._first,
+        )
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+
+
+class _Tally:
+    """Counts of the tokens that it is shown."""
+
+    def __init__(self, unk_id: int | None):
+        self._unk_id = unk_id
+        self.tokens = self.unknown = self.max_id = 0
+
+    def add(self, ids_T: np.ndarray, high: int) -> None:
+        self.tokens, self.max_id = self.tokens + len(ids_T), max(self.max_id, high)
+        if self._unk_id is not None:
+            self.unknown += int(np.count_nonzero(ids_T == self._unk_id))
+
+
+class ShardFiles(NamedTuple):
+    """The files of one shard."""
+
+    shard: Shard
+    tokens: FlatFile
+    offsets: FlatFile
+
+    def lengths(self, offsets: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Yields the int64 lengths of its documents in pieces, given the pieces of its offset file.
+
+        Raises `UserError` (DATA) when the offsets do not ascend from 0 to below the number of tokens.
+        """
+        last_B = np.array([-1])
+        for starts_B in itertools.chain(offsets, [np.array([self.shard.tokens])]):
+            bounds_B = np.concatenate((last_B, starts_B.astype(np.int64)))
+            lengths_B = np.diff(bounds_B)
+            if (lengths_B <= 0).any() or (last_B[0] < 0 and starts_B[0] != 0):
+                raise self.offsets.damage(UNORDERED)
+            yield lengths_B[1:] if last_B[0] < 0 else lengths_B
+            last_B = bounds_B[-1:]
+
+    def verify(self, vocab_size: int, unk_id: int | None, read: Callable[[int], None]) -> None:
+        """As `TokenDataset.verify` for one shard; `read` is told of the bytes that are done."""
+        tally = _Tally(unk_id)
+        for ids_T in _hashed(self.tokens, self.shard.tokens_sha256, read):
+            tally.add(ids_T, int(ids_T.max()))
+        if tally.max_id >= vocab_size:
+            raise self.tokens.damage(outside(tally.max_id, vocab_size))
+        for name in ("max_id", "unknown"):
+            found, recorded = getattr(tally, name), getattr(self.shard, name)
+            if found != recorded:
+                raise self.tokens.damage(f"{name} is {found} where dataset.json says {recorded}")
+        for _ in self.lengths(_hashed(self.offsets, self.shard.offsets_sha256, read)):
+            pass
+
+
+def shard_files(folder: Path, split: str, index: int, shard: Shard, dtype: np.dtype) -> ShardFiles:
+    """Returns where the numbers of a shard lie; the tokens are of `dtype`."""
+    ours, offsets = shard_paths(folder, split, index)
+    tokens = FlatFile(folder / shard.file if shard.file else ours, dtype, shard.tokens, shard.first, bool(shard.file))
+    return ShardFiles(shard, tokens, FlatFile(offsets, _OFFSET, shard.documents))
+
+
+def _hashed(file: FlatFile, sha256: str, read: Callable[[int], None]) -> Iterator[np.ndarray]:
+    """Yields the pieces of a file and raises `UserError` (DATA) at its end when its checksum is another."""
+    found = hashlib.sha256()
+    for numbers_N in file.chunks():
+        found.update(numbers_N)
+        read(numbers_N.nbytes)
+        yield numbers_N
+    if found.hexdigest() != sha256:
+        raise file.damage("sha256 differs")
+
+
+def outside(token: int, vocab_size: int) -> str:
+    """Returns what is wrong with an id that is too large."""
+    return f"token id {token} outside the vocabulary of {vocab_size}"

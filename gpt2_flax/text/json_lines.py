@@ -1,0 +1,122 @@
+"""Documents out of JSON lines: one field of each record."""
+
+import json
+from collections.abc import Iterable, Iterator
+
+from gpt2_flax.errors import quote
+from gpt2_flax.text.decoding import Bad
+from gpt2_flax.text.documents import Faults, Texts, in_parts
+
+LONGEST_RECORD = 2**26  # bytes of UTF-8
+
+_JSON_NAMES = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
+_decode = json.JSONDecoder().decode
+
+
+def json_documents(pieces: Iterable[str | Bad], field: str, faults: Faults) -> Iterator[Texts]:
+    """Yields the `field` of each line, a JSON object; see `decoding.TextPieces` for the pieces."""
+    reader = _Records(field, faults)
+    for piece in pieces:
+        yield from in_parts(reader.read(piece))
+    yield from in_parts(reader.end())
+
+
+class _Records:
+    def __init__(self, field: str, faults: Faults):
+        self._field, self._faults = field, faults
+        self._line = 0  # that have ended
+        self._begun: list[str] = []  # pieces of a record whose end is still to come
+        self._length = 0
+        self._left_out = False  # that record
+
+    def read(self, piece: str | Bad) -> list[str]:
+        """Returns the texts of the records that end in this piece."""
+        if isinstance(piece, Bad):
+            self._leave_out(piece)
+            return []
+        first, *others = piece.split("\n")
+        self._add(first)
+        if not others:
+            return []
+        texts = [self._end_record()]
+        *records, last = others
+        for record in records:
+            texts.append(self._text(record))
+            self._line += 1
+        self._add(last)
+        return [text for text in texts if text]
+
+    def end(self) -> list[str]:
+        return [text for text in [self._end_record()] if text]
+
+    def _add(self, fragment: str) -> None:
+        if self._left_out or not fragment:
+            return
+        self._begun.append(fragment)
+        self._length += len(fragment.encode())
+        if self._length > LONGEST_RECORD:
+            self._leave_out(Bad(self._line, f"record longer than {LONGEST_RECORD // 2**20} MiB"))
+
+    def _leave_out(self, bad: Bad) -> None:
+        self._begun, self._left_out = [], True
+        self._faults.leave_out(bad)
+
+    def _end_record(self) -> str | None:
+        record, left_out = "".join(self._begun), self._left_out
+        self._begun, self._length, self._left_out = [], 0, False  # now, for it may be a long one
+        text = None if left_out else self._text(record)
+        self._line += 1
+        return text
+
+    def _text(self, record: str) -> str | None:
+        """Returns what the field of one record holds; nothing when that is blank or the record is broken."""
+        if not record or record.isspace():
+            return None
+        try:
+            text = _field(_decode(record), self._field)
+            if "\\u" in record:
+                text = self._valid(text)
+        except json.JSONDecodeError as error:
+            reason = f"not JSON ({error.msg} at character {error.pos + 1})"
+        except RecursionError:
+            reason = "not JSON (nested too deeply)"
+        except ValueError as error:  # a number of too many digits, or one of ours
+            reason = str(error)
+        else:
+            return text if text.strip() else None
+        self._faults.leave_out(Bad(self._line, reason))
+        return None
+
+    def _valid(self, text: str) -> str:
+        """A lone surrogate can be written in JSON, but is not Unicode text."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            reason = f"half a surrogate pair (character {error.start + 1} is U+{ord(text[error.start]):04X})"
+            if not self._faults.mending:
+                raise ValueError(reason) from None
+            self._faults.mend(Bad(self._line, reason))
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return text
+
+
+def _field(record: object, field: str) -> str:
+    """Raises ValueError with the reason when there is no text."""
+    if not isinstance(record, dict):
+        raise ValueError(f"not a JSON object but {_json_name(record)}: one object a line is needed")
+    value, rest = record, field
+    while True:
+        if isinstance(value, dict) and rest in value:
+            value = value[rest]
+            break
+        key, dot, rest = rest.partition(".")
+        if not dot or not isinstance(value, dict) or key not in value:
+            raise ValueError(f"no field {quote(field)}")
+        value = value[key]
+    if not isinstance(value, str):
+        raise ValueError(f"field {quote(field)} is {_json_name(value)}, not a string")
+    return value
+
+
+def _json_name(value: object) -> str:
+    return _JSON_NAMES.get(type(value), "null" if value is None else "a string")

