@@ -11,7 +11,7 @@ from typing import NoReturn
 import typer
 
 from gpt2_flax.cli import DEBUG, app
-from gpt2_flax.errors import ExitCode, UserError, io_error
+from gpt2_flax.errors import ExitCode, UserError, io_error, printable
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -34,7 +34,7 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         failure = _failure(error)
         if os.environ.get(DEBUG):
             traceback.print_exc()
-        print(f"error: {_one_line(str(failure))}", file=sys.stderr)
+        print(f"error: {printable(str(failure))}", file=sys.stderr)
         return failure.exit_code
 
 
@@ -60,11 +60,6 @@ def _failure(error: BaseException) -> UserError:
         traceback.print_exception(error, file=file)
     what = f"a bug in gpt2_flax ({type(error).__name__})"
     return UserError(ExitCode.BUG, what, file.name, "please report it with that file")
-
-
-def _one_line(text: str) -> str:
-    """Escapes what is not printable: file names may hold line ends and terminal sequences."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 if __name__ == "__main__":

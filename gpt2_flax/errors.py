@@ -38,6 +38,12 @@ def quote(text: object, limit: int = 80) -> str:
     return shown if len(shown) <= limit else shown[: limit - 4] + "..." + shown[0]
 
 
+def printable(text: str) -> str:
+    """Returns `text` with line ends, terminal sequences and the like escaped; file names may hold them too."""
+    wide_blank = "\u3000"
+    return "".join(one if one.isprintable() or one == wide_blank else ascii(one)[1:-1] for one in text)
+
+
 def io_error(error: OSError, where: object) -> UserError:
     """Turns what the operating system says into a sentence with the right exit code."""
     if error.errno == errno.ENOSPC:

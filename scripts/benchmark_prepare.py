@@ -17,8 +17,8 @@ tokenizers takes minutes: another call with the same --folder and text finds the
 
 import argparse
 import hashlib
+import itertools
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -37,7 +37,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt2_flax.errors import UserError
-from gpt2_flax.text.corpus import corpus_units
+from gpt2_flax.text.corpus import corpus_units, empty_corpus
 from gpt2_flax.text.tokenizer import load_tokenizer
 
 BATCH_BYTES = 2**20
@@ -48,8 +48,7 @@ TEXT, VOCABULARY, BPE, UNIGRAM, BYTE_LEVEL = "text.txt", "vocab.txt", "bpe.model
 
 class Batch(NamedTuple):
     texts: list[str]
-    utf8: bytes
-    """The same, each text with a line feed."""
+    utf8: bytes  # the same, each text with a line feed
 
 
 Encode = Callable[[Batch], Sequence[Sequence[int]]]
@@ -68,13 +67,11 @@ def of_transformers(path: Path) -> Encode:
 
 
 def of_tokenizers(path: Path) -> Encode:
-    tokenizer = tokenizers_backend(path)
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.encode_special_tokens = True
     return lambda batch: [row.ids for row in tokenizer.encode_batch(batch.texts, add_special_tokens=False)]
-
-
-def of_tokenizers_fast(path: Path) -> Encode:
-    tokenizer = tokenizers_backend(path)
-    return lambda batch: [row.ids for row in tokenizer.encode_batch_fast(batch.texts, add_special_tokens=False)]
 
 
 def of_sentencepiece(path: Path) -> Encode:
@@ -97,8 +94,7 @@ def ceiling(_: Path) -> Encode:
 
 @dataclass(frozen=True)
 class Contender:
-    group: str
-    """What gives the same ids; ours comes first."""
+    group: str  # gives the same ids; ours comes first
     name: str
     make: Callable[[Path], Encode]
     file: str
@@ -109,7 +105,6 @@ CONTENDERS = (
     Contender("BERT WordPiece", "gpt2_flax", ours, VOCABULARY, slow=False),
     Contender("BERT WordPiece", "transformers BertTokenizer", of_transformers, VOCABULARY),
     Contender("BERT WordPiece", "tokenizers encode_batch", of_tokenizers, "tokenizer.json"),
-    Contender("BERT WordPiece", "tokenizers encode_batch_fast", of_tokenizers_fast, "tokenizer.json"),
     Contender("BERT WordPiece", "plain Python", in_plain_python, VOCABULARY),
     Contender("BERT WordPiece", "ceiling: decode and gather", ceiling, VOCABULARY, slow=False),
     Contender("SentencePiece BPE", "gpt2_flax", ours, BPE),
@@ -117,7 +112,7 @@ CONTENDERS = (
     Contender("SentencePiece unigram", "gpt2_flax", ours, UNIGRAM),
     Contender("SentencePiece unigram", "sentencepiece", of_sentencepiece, UNIGRAM),
     Contender("byte-level BPE", "gpt2_flax", ours, BYTE_LEVEL),
-    Contender("byte-level BPE", "tokenizers encode_batch_fast", of_tokenizers_fast, BYTE_LEVEL),
+    Contender("byte-level BPE", "tokenizers encode_batch", of_tokenizers, BYTE_LEVEL),
 )
 
 
@@ -141,7 +136,6 @@ class PlainBert:
         return f" {character} " if any(first <= point <= last for first, last in chinese) else character
 
     def parts(self, word: str) -> list[str]:
-        """Returns the word in lower case, without accents, split at its punctuation."""
         parts = [""]
         for character in unicodedata.normalize("NFD", word):
             category = unicodedata.category(character)
@@ -152,7 +146,6 @@ class PlainBert:
         return [part for part in parts if part]
 
     def pieces(self, word: str) -> list[int]:
-        """Returns the longest pieces, from left to right."""
         pieces: list[int] = []
         start = 0
         while start < len(word) <= 100:
@@ -171,24 +164,6 @@ def read_vocabulary(path: Path) -> dict[str, int]:
     return {token: index for index, token in enumerate(path.read_bytes().decode().removesuffix("\n").split("\n"))}
 
 
-def tokenizers_backend(path: Path):
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def write_text(sources: Sequence[str], path: Path, n_bytes: int) -> None:
-    """Writes documents, one a line, until there are `n_bytes`."""
-    with path.open("wb") as file:
-        batches = (batch for unit in corpus_units(sources) for batch in unit.batches(lambda problem: None))
-        for text in (text for batch in batches for text in batch.texts):
-            file.write(text.replace("\n", " ").encode() + b"\n")
-            if file.tell() >= n_bytes:
-                return
-
-
 def read_batches(path: Path, n_bytes: int) -> Iterator[Batch]:
     """Yields the lines of a file in batches, over and over until there are `n_bytes`."""
     while True:
@@ -201,46 +176,60 @@ def read_batches(path: Path, n_bytes: int) -> Iterator[Batch]:
                     return
 
 
+def set_up(args: argparse.Namespace) -> Path:
+    """Returns a folder with the text and the files of the contenders, made when it is not there."""
+    with tempfile.TemporaryDirectory() as work:
+        text = Path(work) / TEXT
+        write_text(args.corpus, text, int(args.megabytes * 1e6))
+        content = text.read_bytes() + (args.vocabulary.read_bytes() if args.vocabulary else b"")
+        folder = args.folder / hashlib.sha256(content).hexdigest()[:12]
+        print(f"text: {' '.join(args.corpus)}, {text.stat().st_size / 1e6:.1f} MB before it is repeated")
+        if not folder.exists():
+            print(f"making tokenizers in {folder}", flush=True)
+            make_tokenizers(Path(work), args.vocabulary)
+            shutil.copytree(work, folder)
+    return folder
+
+
+def write_text(sources: Sequence[str], path: Path, n_bytes: int) -> None:
+    """Writes documents, one a line, until there are `n_bytes`."""
+    with path.open("wb") as file:
+        batches = (batch for unit in corpus_units(sources) for batch in unit.batches(lambda problem: None))
+        for text in itertools.chain.from_iterable(batch.texts for batch in batches):
+            file.write(text.replace("\n", " ").encode() + b"\n")
+            if file.tell() >= n_bytes:
+                return
+        if not file.tell():
+            raise empty_corpus(sources)
+
+
 def make_tokenizers(folder: Path, vocabulary: Path | None) -> None:
-    """Fills `folder` with the files of the contenders, those that are not there yet."""
+    """Fills `folder` with the files of the contenders."""
     from tokenizers import ByteLevelBPETokenizer
 
     from gpt2_flax.text.train_tokenizer import train_sentencepiece, train_wordpiece
 
-    def made(name: str) -> bool:
-        if not (folder / name).exists():
-            print(f"making {folder / name}", flush=True)
-            return False
-        return True
-
     sample = [text for batch in read_batches(folder / TEXT, TRAINING_BYTES) for text in batch.texts]
-    if not made(VOCABULARY):
-        if vocabulary:
-            shutil.copyfile(vocabulary, folder / VOCABULARY)
-        else:
-            train_wordpiece(sample, VOCAB_SIZE).save(folder)
+    if vocabulary:
+        shutil.copyfile(vocabulary, folder / VOCABULARY)
+    else:
+        train_wordpiece(sample, VOCAB_SIZE).save(folder)
     load_tokenizer(folder / VOCABULARY).save(folder)  # as tokenizer.json too
     for name, model_type in ((BPE, "bpe"), (UNIGRAM, "unigram")):
-        if not made(name):
-            with tempfile.TemporaryDirectory(dir=folder) as saved:
-                train_sentencepiece(sample, VOCAB_SIZE, model_type).save(Path(saved))
-                (Path(saved) / "spiece.model").rename(folder / name)
-    if not made(BYTE_LEVEL):
-        tokenizer = ByteLevelBPETokenizer()
-        tokenizer.train_from_iterator(sample, VOCAB_SIZE, special_tokens=["<|endoftext|>"], show_progress=False)
-        tokenizer.save(str(folder / BYTE_LEVEL))
+        with tempfile.TemporaryDirectory(dir=folder) as saved:
+            train_sentencepiece(sample, VOCAB_SIZE, model_type).save(Path(saved))
+            (Path(saved) / "spiece.model").rename(folder / name)
+    byte_level = ByteLevelBPETokenizer()
+    byte_level.train_from_iterator(sample, VOCAB_SIZE, special_tokens=["<|endoftext|>"], show_progress=False)
+    byte_level.save(str(folder / BYTE_LEVEL))
 
 
-@dataclass(frozen=True)
-class Measurement:
-    megabytes: float
+class Measurement(NamedTuple):
     start_seconds: float
-    first: float
+    first: float  # MB/s, as the next
     again: tuple[float, ...]
-    """MB/s."""
     peak_bytes: int
-    digests: tuple[bytes, ...]
-    """Of the ids of each document."""
+    digests: tuple[bytes, ...]  # of the ids of each document
 
 
 def measure(contender: Contender, folder: Path, n_bytes: int, n_compared: int, repeats: int) -> Measurement:
@@ -255,7 +244,7 @@ def measure(contender: Contender, folder: Path, n_bytes: int, n_compared: int, r
     peak_bytes = _peak_bytes("self")
     rows = (row for batch in read_batches(text, n_compared) for row in encode(batch))
     digests = tuple(hashlib.blake2b(np.asarray(row, np.uint32).tobytes(), digest_size=8).digest() for row in rows)
-    return Measurement(n_bytes / 1e6, start_seconds, first, again, peak_bytes, digests)
+    return Measurement(start_seconds, first, again, peak_bytes, digests)
 
 
 def _rate(encode: Encode, text: Path, n_bytes: int) -> float:
@@ -268,36 +257,33 @@ def _rate(encode: Encode, text: Path, n_bytes: int) -> float:
     return size / seconds / 1e6
 
 
-def _peak_bytes(process: str) -> int:
-    """Of one process; 0 when it is gone. What getrusage says of a child includes its parent at the time of the fork."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{process}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if process == "self" else 0
+def _peak_bytes(process: str | int) -> int:
+    """Of one process, 0 where that is not told; getrusage would count what its parent had when it forked, too."""
+    with suppress(OSError, StopIteration):
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+    return 0
 
 
 def compare(folder: Path, args: argparse.Namespace) -> None:
-    print(
-        f"{'MB/s of CPU time':<29}{'MB':>5}{'first':>8}{'again':>8}{'':15}{'ours':>7}{'start':>8}{'peak':>8}  same ids"
-    )
+    print(f"\n{'':28}  MB   first   again {'':16} ours    start    peak  same ids   (MB/s of CPU time)")
+    n_compared = int(args.slow_megabytes * 1e6)
     best: dict[str, Measurement] = {}
     for contender in CONTENDERS:
         if contender.group not in best:
             print(contender.group)
-        n_bytes = int((args.slow_megabytes if contender.slow else args.megabytes) * 1e6)
+        n_bytes = n_compared if contender.slow else int(args.megabytes * 1e6)
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            n_compared = int(args.slow_megabytes * 1e6)
             result = process.submit(measure, contender, folder, n_bytes, n_compared, args.repeats).result()
         reference = best.setdefault(contender.group, result)
         again = statistics.median(result.again)
-        same = sum(ours == theirs for ours, theirs in zip(reference.digests, result.digests, strict=False))
+        same = sum(map(bytes.__eq__, reference.digests, result.digests))
         print(
-            f"  {contender.name:<27}{result.megabytes:5.0f}{result.first:8.1f}{again:8.1f}"
-            f"{f' ({min(result.again):.1f} to {max(result.again):.1f})':15}"
-            f"{statistics.median(reference.again) / again:6.1f}x{result.start_seconds:6.2f} s"
-            f"{result.peak_bytes / 1e6:5.0f} MB"
-            + ("" if contender.make is ceiling else f"  {same} of {len(reference.digests)}"),
+            f"  {contender.name:26}{n_bytes / 1e6:4.0f}{result.first:8.1f}{again:8.1f}"
+            f" {f'({min(result.again):.1f} to {max(result.again):.1f})':16}"
+            f"{statistics.median(reference.again) / again:5.1f}x{result.start_seconds:7.2f} s"
+            f"{result.peak_bytes / 1e6:5.0f} MB  "
+            + (f"{same} of {len(reference.digests)}" if contender.make not in (ours, ceiling) else ""),
             flush=True,
         )
 
@@ -309,50 +295,37 @@ def prepare(folder: Path, megabytes: float, repeats: int) -> None:
         with corpus.open("wb") as file:
             file.writelines(batch.utf8 for batch in read_batches(folder / TEXT, int(megabytes * 1e6)))
         size = corpus.stat().st_size / 1e6
-        print(f"gpt2-flax prepare, {size:.0f} MB")
+        print(f"\ngpt2-flax prepare, {size:.0f} MB")
         single = 0.0
         for workers in (1, 2):
             runs = [_prepare(corpus, folder / VOCABULARY, Path(work) / "dataset", workers) for _ in range(repeats)]
-            seconds = [run.seconds for run in runs]
+            seconds, cpu_seconds, peaks = zip(*runs, strict=True)
             median = statistics.median(seconds)
             single = single or median
             print(
-                f"  {workers} worker{'s' if workers > 1 else ' '}  {size / median:6.1f} MB/s by the clock "
-                f"({size / max(seconds):.1f} to {size / min(seconds):.1f}), {single / median:.2f}x; "
-                f"{statistics.median(run.cpu_seconds for run in runs):.1f} s of CPU time; "
-                f"largest process {max(run.peak_bytes for run in runs) / 1e6:.0f} MB",
+                f"  --workers {workers}{size / median:8.1f} MB/s"
+                f" ({size / max(seconds):.1f} to {size / min(seconds):.1f}), {single / median:.2f}x;"
+                f" {statistics.median(cpu_seconds):.1f} s of CPU time; largest process {max(peaks) / 1e6:.0f} MB",
                 flush=True,
             )
 
 
-class Run(NamedTuple):
-    seconds: float
-    cpu_seconds: float
-    peak_bytes: int
-    """Of the largest process; 0 where there is no /proc."""
-
-
-def _prepare(corpus: Path, tokenizer: Path, output: Path, workers: int) -> Run:
+def _prepare(corpus: Path, tokenizer: Path, output: Path, workers: int) -> tuple[float, float, int]:
+    """Returns seconds, CPU seconds of all processes, and the peak memory of the largest."""
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-m", "gpt2_flax", "prepare", str(corpus), "--tokenizer", str(tokenizer)]
     command += ["--output", str(output), "--workers", str(workers)]
-    used_before, begin = _cpu_seconds_of_children(), time.perf_counter()
+    before, peak_bytes = os.times(), 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    peak_bytes = 0
     while process.poll() is None:
-        children = [path.read_text().split() for path in Path("/proc").glob(f"{process.pid}/task/*/children")]
-        family = (str(process.pid), *(child for some in children for child in some))
-        peak_bytes = max(peak_bytes, *map(_peak_bytes, family))
-        time.sleep(0.05)
-    seconds = time.perf_counter() - begin
+        with suppress(OSError):  # a thread may end meanwhile
+            children = [path.read_text().split() for path in Path("/proc").glob(f"{process.pid}/task/*/children")]
+            peak_bytes = max(peak_bytes, *map(_peak_bytes, (process.pid, *itertools.chain(*children))))
+        time.sleep(0.02)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    return Run(seconds, _cpu_seconds_of_children() - used_before, peak_bytes)
-
-
-def _cpu_seconds_of_children() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+    spent = [after - earlier for after, earlier in zip(os.times(), before, strict=True)]
+    return spent[4], spent[2] + spent[3], peak_bytes
 
 
 def main() -> None:
@@ -368,19 +341,10 @@ def main() -> None:
     args = parser.parse_args()
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     try:
-        args.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.folder) as work:
-            text = Path(work) / TEXT
-            write_text(args.corpus, text, int(args.megabytes * 1e6))
-            content = text.read_bytes() + (args.vocabulary.read_bytes() if args.vocabulary else b"")
-            kept = args.folder / hashlib.sha256(content).hexdigest()[:12]
-            kept.mkdir(exist_ok=True)
-            text.rename(kept / TEXT)
-        print(f"text: {' '.join(args.corpus)}, {(kept / TEXT).stat().st_size / 1e6:.1f} MB before it is repeated")
-        make_tokenizers(kept, args.vocabulary)
-        compare(kept, args)
+        folder = set_up(args)
+        compare(folder, args)
         if not args.skip_prepare:
-            prepare(kept, args.megabytes, args.repeats)
+            prepare(folder, args.megabytes, args.repeats)
     except UserError as error:
         raise SystemExit(str(error)) from None
 

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
-make_environment .test-environment dev,export,quickstart
+make_environment .test-environment dev,export,quickstart,corpora,ray
 ruff check .
 ruff format --check .
 python -m pytest "$@"

@@ -18,7 +18,18 @@ from gpt2_flax.config import dump_config
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "这是很久之前的事情了"
-COMMANDS = "tokenizer prepare inspect import-tokens train keys evaluate generate export import".split()
+COMMANDS = [
+    "tokenizer",
+    "prepare",
+    "inspect",
+    "import-tokens",
+    "train",
+    "keys",
+    "evaluate",
+    "generate",
+    "export",
+    "import",
+]
 
 
 def processes_environment(**more: str) -> dict[str, str]:
@@ -350,7 +361,7 @@ def _flip_last_id(dataset: Path) -> None:
 DAMAGES = {
     "not json": (lambda dataset: (dataset / "dataset.json").write_text("{"), "dataset.json"),
     "not utf-8": (lambda dataset: (dataset / "dataset.json").write_bytes(b"\xff{}"), "dataset.json"),
-    "field missing": (lambda dataset: (dataset / "dataset.json").write_text("{}"), "dtype"),
+    "field missing": (lambda dataset: (dataset / "dataset.json").write_text("{}"), "format"),
     "truncated": (lambda dataset: os.truncate(dataset / "train/tokens-00000.bin", 100), "tokens-00000.bin"),
     "missing": (lambda dataset: (dataset / "validation/offsets-00000.bin").unlink(), "validation/offsets-00000.bin"),
     "id out of range": (_flip_last_id, "token id 65535"),

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from corpus_files import PACK, read, read_texts
+from corpus_files import PACK, read, read_texts, sizes
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.text import corpus, embedded_corpus
+from gpt2_flax.text import corpus, embedded_corpus, files
 from gpt2_flax.text.corpus import CorpusOptions, FileUnit, corpus_units, standard_input_as_file
 
 ALPHABET = "a\u4e2d\u3000 \u2028\x85\x0c\r\ufeff\U0001f600"
@@ -37,7 +37,10 @@ def test_a_folder_gives_its_known_files_in_the_order_of_their_bytes(write, tmp_p
     for name in ("b.txt", "a/z.txt", "a/b/c.TXT", "a-b.txt", "a/notes.md", ".hidden.txt", ".git/x.txt"):
         write(f"corpus/{name}", name.encode())
     write("corpus/a/j.jsonl.gz", PACK[".gz"](b'{"text": "a/j"}'))
-    expected = ["a-b.txt", "a/b/c.TXT", "a/j", "a/z.txt", "b.txt"]
+    write("corpus/" + os.fsdecode(b"\xff.txt"), b"bytes")
+    write("corpus/\U0001f600.txt", b"emoji")  # before in bytes, after in UTF-16
+    write("corpus/\uff41.txt", b"wide")
+    expected = ["a-b.txt", "a/b/c.TXT", "a/j", "a/z.txt", "b.txt", "wide", "emoji", "bytes"]
     assert read_texts(tmp_path / "corpus") == expected
     assert read_texts(f"file://{tmp_path}/corpus") == expected
 
@@ -84,6 +87,13 @@ def test_small_files_share_a_unit(write, tmp_path):
     units = corpus_units([str(tmp_path)], unit_bytes=100)
     assert [unit.size for unit in units] == [100, 100]
     assert [file.path for file in units[1].files] == [str(tmp_path / f"{index}.txt") for index in range(10, 20)]
+    with sizes(block=1):
+        assert [batch.n_bytes for batch in units[1].batches(pytest.fail)] == [10] * 10
+
+
+def test_a_line_longer_than_a_unit_is_one_part(write):
+    units = corpus_units([str(write("a.txt", b"x" * 50 + b"\n" + b"y" * 15 + b"\nz"))], unit_bytes=10)
+    assert [[part.size for part in unit.parts] for unit in units] == [[51], [16], [1]]
 
 
 def test_a_large_file_is_cut_at_line_ends(write):
@@ -206,10 +216,12 @@ def test_addresses_are_read_as_files_are(monkeypatch):
     fsspec.register_implementation("cloud", Cloud, clobber=True)
     system = fsspec.filesystem("cloud")
     lines = [f"line {index}" for index in range(1000)]
-    system.pipe("/corpus/a.txt", "\n".join(lines).encode() + b"\n\xff\nend")
+    system.pipe("/corpus/a.txt", "\n".join(lines).encode() + b"\n\xff\n" + b"end\n" * 9)
     system.pipe("/corpus/b.txt.gz", PACK[".gz"](b"packed"))
-    texts, problems = read("cloud://corpus", unit_bytes=100, on_error="skip")
-    assert texts == [*lines, "end", "packed"]
+    monkeypatch.setattr(files, "BUFFER_BYTES", 50)
+    with sizes(block=20):
+        texts, problems = read("cloud://corpus", unit_bytes=1000, on_error="skip")
+    assert texts == [*lines, *["end"] * 9, "packed"]
     assert problems == [("cloud:///corpus/a.txt", 1001, "not UTF-8 (byte 1 of the line is 0xFF)", True)]
     units = corpus_units(["cloud://corpus/*.txt"])
     assert [unit.files for unit in units] == [(("cloud:///corpus/a.txt", system.size("/corpus/a.txt"), "abc"),)]

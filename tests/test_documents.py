@@ -173,6 +173,15 @@ def test_a_fault_in_a_later_part_ends_a_long_document(write, separator, cut):
     assert problems == [(str(path), 3, reason, True)]
 
 
+@pytest.mark.parametrize("block", [1, 4, 1000])
+def test_a_document_is_long_from_the_first_character_too_many(write, block):
+    path = write(b"x" * 8 + b"\xff\n" + b"y" * 9 + b"\r\xff\n")
+    with sizes(block, part=8):
+        texts, problems = read(path, on_error="skip")
+    assert texts == ["y" * 9 + "\r"]
+    assert ["the rest" in problem.reason for problem in problems] == [False, True]
+
+
 @pytest.mark.parametrize("separator", ["line", "blank-line"])
 def test_a_document_that_begins_with_very_many_blanks_keeps_them(write, separator):
     path = write(b"\t" * 50 + b"\n" + b" " * 50 + b"x\n\n" + b" " * 50)
@@ -185,6 +194,8 @@ CUTS = {
     "blanks": ("ab cd。 ef ghij", ["ab cd。 ef", " ghij"]),
     "punctuation": ("一二三，四五，六七八九十", ["一二三，四五，", "六七八九十"]),
     "Chinese": ("一二abcdefghijk", ["一二", "abcdefghij", "k"]),
+    "after blanks": ("         abcdef", ["         ", "abcdef"]),
+    "ASCII punctuation": ("ab,cd-efghijk", ["ab,cd-", "efghijk"]),
     "anywhere": ("abcdefghijklm", ["abcdefghij", "klm"]),
     "exactly": ("abcdefghij", ["abcdefghij"]),
 }
@@ -198,15 +209,18 @@ def test_long_documents_are_cut_at_the_best_place(write, kind):
 
 
 @settings(max_examples=100)
-@given(text=st.lists(st.sampled_from(["中文", "字。", "，", " ", "word ", "\u0301", "it’s ", "1.5 "]), min_size=1))
+@given(
+    text=st.lists(st.sampled_from(["中文", "字。", "，", " ", "word", "\u0301", "it’s", "1.5", "x@y\n"]), min_size=1)
+)
 def test_parts_have_the_wordpiece_ids_of_the_whole(tmp_path_factory, tokenizer_folder, text):
     path = tmp_path_factory.mktemp("corpus") / "a.txt"
     path.write_text("字" + "".join(text), encoding="utf-8")
     tokenizer = load_tokenizer(tokenizer_folder)
-    whole = [int(token) for ids in tokenizer.encode_batch(parts(path)) for token in ids]
-    with sizes(part=8):
-        cut = parts(path)
-        assert [int(token) for ids in tokenizer.encode_batch(cut) for token in ids] == whole
+    whole = tokenizer.encode_batch(parts(path, separator="blank-line"))
+    longest_word = max(map(len, re.findall(r"[\w\u0301]*", path.read_text(encoding="utf-8"), re.ASCII)))
+    with sizes(part=max(8, longest_word)):
+        cut = tokenizer.encode_batch(parts(path, separator="blank-line"))
+    assert cut.ids_T.tolist() == whole.ids_T.tolist()
 
 
 @pytest.mark.parametrize("suffix", PACK)

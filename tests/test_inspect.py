@@ -10,17 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpt2_flax.data.dataset_info import SPLITS, DatasetInfo, Duplicates, Example, LeftOut, write_info
 from gpt2_flax.data.inspect import PERCENTS, inspection_lines, left_out_lines, split_figures, split_line
-from gpt2_flax.data.token_dataset import (
-    SPLITS,
-    DatasetInfo,
-    Duplicates,
-    Example,
-    LeftOut,
-    ShardWriter,
-    TokenDataset,
-    write_info,
-)
+from gpt2_flax.data.shards import ShardWriter
+from gpt2_flax.data.token_dataset import TokenDataset
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.text.encoded import token_dtype
 from gpt2_flax.text.tokenizer import load_tokenizer

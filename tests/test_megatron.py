@@ -1,9 +1,12 @@
 """Damaged files of Megatron-LM."""
 
 import struct
+from unittest import mock
 
 import pytest
 from foreign_files import contents, imported, refused, write_megatron
+
+from gpt2_flax.data import megatron
 
 
 @pytest.mark.parametrize("kind", ["float32", "float64"])
@@ -12,8 +15,8 @@ def test_floating_point_numbers_are_refused(tmp_path, kind):
     assert "floating-point" in str(refused(tmp_path, [name], [name]))
 
 
-def put(place: int, code: str, value: int):
-    return lambda data: data[:place] + struct.pack(code, value) + data[place + struct.calcsize(code) :]
+def put(place: int, code: str, *values: int):
+    return lambda data: data[:place] + struct.pack(code, *values) + data[place + struct.calcsize(code) :]
 
 
 def cut(place: int):
@@ -31,6 +34,7 @@ def mutations():
         yield f"{count} sequences", put(18, "<Q", count), "bytes where its head says"
         yield f"{count} documents", put(26, "<Q", count), "bytes where its head says"
     yield "negative length", put(34, "<i", -1), "does not follow"
+    yield "a length backwards", put(34, "<3i3q", 3, -1, 3, 0, 6, 4), "sequence 1 does not follow"
     yield "longer sequence", put(34, "<i", 9), "does not follow"
     yield "longer end", put(42, "<i", 9), "bytes where its index says"
     yield "pointer", put(46, "<q", 2), "sequence 0 does not follow"
@@ -53,7 +57,9 @@ def test_a_damaged_index_is_refused(tmp_path, change, message):
     whole = index.read_bytes()
     assert len(whole) == 94
     index.write_bytes(change(whole))
-    assert message in str(refused(tmp_path, [name], validation_fraction=0.5))
+    for chunk in (1, 2, 2**20):
+        with mock.patch.object(megatron, "_CHUNK", chunk):
+            assert message in str(refused(tmp_path, [name], validation_fraction=0.5))
     index.write_bytes(whole)
     assert contents(imported(tmp_path, [name], [], validation_fraction=0.5).validation) == [[8, 9]]
 

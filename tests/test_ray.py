@@ -22,9 +22,7 @@ DOCUMENTS = ["".join(DRAW.choices("天地玄黄宇宙洪荒 abc", k=DRAW.randint
 @pytest.fixture(scope="module")
 def cluster():
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}  # so that workers find these tests too
-    ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", runtime_env=environment
-    )
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", runtime_env=environment)
     yield
     ray.shutdown()
 

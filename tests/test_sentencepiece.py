@@ -16,8 +16,8 @@ from gpt2_flax.text.train_tokenizer import train_sentencepiece
 
 # Longer repetitions than any piece, whose segmentations are tied.
 REPEATED = ["好" * count + "啊" * (count % 7) + "今天" * (count % 3) for count in range(1, 120)]
+OTHERS = ["Việt が ぱ", "a<sb<sc<sd<se>>"] * 5  # pieces that normalization makes, and a part of "<s>"
 OWN = "<|user|>"
-WITHOUT_PREFIX = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
 LLAMA = {
     "model_type": "bpe",
     "byte_fallback": True,
@@ -27,22 +27,25 @@ LLAMA = {
     "bos_id": 1,
     "eos_id": 2,
     "user_defined_symbols": [OWN],
+    "split_by_unicode_script": False,
 }
 T5 = {
     "model_type": "unigram",
     "normalization_rule_name": "nmt_nfkc",
+    "character_coverage": 1.0,
     "pad_id": 0,
     "eos_id": 1,
     "unk_id": 2,
     "bos_id": -1,
-    "user_defined_symbols": [OWN],
+    "user_defined_symbols": [OWN, "天e"],
 }
+CHARACTERS = {"model_type": "char", "byte_fallback": False, "remove_extra_whitespaces": True}  # the rest as LLAMA
 
 
 def trained(**options) -> SentencePieceTokenizer:
     """A model as others make them."""
     model = io.BytesIO()
-    lines = iter([*TEXTS, *REPEATED])
+    lines = iter([*TEXTS, *REPEATED, *OTHERS])
     SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, minloglevel=2, **options)
     return SentencePieceTokenizer(model.getvalue(), "test")
 
@@ -81,12 +84,11 @@ def folder(ours, tmp_path_factory):
     return exported(ours, tmp_path_factory.mktemp("folder"))
 
 
-@pytest.fixture(scope="module", params=["llama", "llama-char", "t5"])
+@pytest.fixture(scope="module", params=["llama", "characters", "t5"])
 def theirs(request):
     """A model with the options of a published one."""
-    options = T5 if request.param == "t5" else LLAMA
-    model_type = {"model_type": "char"} if request.param == "llama-char" else {}
-    return trained(**options | model_type, vocab_size=430 if model_type or options is LLAMA else 130)
+    options = {"llama": LLAMA, "characters": LLAMA | CHARACTERS, "t5": T5}[request.param]
+    return trained(**options, vocab_size={"llama": 430, "characters": 110, "t5": 132}[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +164,8 @@ def test_models_of_real_text_are_exported_exactly(tmp_path, model_type):
 @settings(max_examples=100)
 @given(text=UNICODE)
 @example(f" {OWN} a  {OWN}b{OWN}{OWN} ")
+@example("天e今天e")
+@example("x<s>")
 @example("▁ a ▁")
 @example("  ")
 def test_exported_ids_of_a_given_model_are_those_of_sentencepiece(theirs, their_folder, text):
@@ -178,7 +182,7 @@ def test_accents_on_their_own_are_composed_as_in_sentencepiece(theirs, their_fol
 
 
 def test_exported_folders_decode_alike(theirs, their_folder):
-    for text in [*TEXTS, "  a  b ", OWN, f"a {OWN} b"]:
+    for text in [*TEXTS, "  a  b ", "▁ a", OWN, f"a {OWN} b"]:
         ids = ids_of(theirs, text)
         assert their_folder.decode([theirs.bos_id, *ids], skip_special_tokens=True) == theirs.decode(ids)
 
@@ -207,7 +211,7 @@ def test_a_published_unigram_is_exported_but_for_ties(published, tmp_path):
 
 
 def test_a_model_without_a_begin_of_document_uses_its_end():
-    tokenizer = trained(**T5, vocab_size=130)
+    tokenizer = trained(**T5, vocab_size=132)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id) == (1, 1, 0, 2)
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import os
 import subprocess
@@ -7,12 +8,14 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from token_datasets import UNKNOWN, add, flat_shard, publish, starts_of, write_dataset
 
 from gpt2_flax.data import flat_files
-from gpt2_flax.data.token_dataset import SPLITS, ShardWriter, TokenDataset, shard_paths
+from gpt2_flax.data.dataset_info import SPLITS
+from gpt2_flax.data.shards import ShardWriter, shard_paths
+from gpt2_flax.data.token_dataset import TokenDataset
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.text.encoded import token_dtype
 
@@ -292,6 +295,29 @@ def test_an_id_that_no_int32_holds_is_found_when_read(tmp_path):
     path.write_bytes(np.array([2, 2**32 - 1, 3], "<u4").tobytes())
     with pytest.raises(UserError, match="token id 4294967295 outside the vocabulary"):
         dataset.train.read(0, 3)
+
+
+@settings(max_examples=300)
+@given(
+    starts=st.lists(st.one_of(st.integers(0, 10), st.integers(2**62, 2**64 - 1)), min_size=1, max_size=6),
+    bounds=st.tuples(st.integers(0, 10), st.integers(0, 10)),
+)
+@example(starts=[2**63 + 5, 7], bounds=(4, 10))
+def test_document_starts_are_in_order_or_refused_whatever_their_file_holds(tmp_path_factory, starts, bounds):
+    folder = tmp_path_factory.mktemp("dataset")
+    tokens, offsets = np.ones(10, "<u2"), np.array(starts, "<u8")
+    (folder / "train").mkdir()
+    for path, numbers in zip(shard_paths(folder, "train", 0), (tokens, offsets), strict=True):
+        path.write_bytes(numbers.tobytes())
+    start, stop = sorted(bounds)
+    with mock.patch("os.fsync"):
+        split = publish(folder, {"train": [flat_shard(tokens, offsets)], "validation": []}, 100).train
+    if starts != sorted(set(starts)):
+        with contextlib.suppress(UserError):
+            assert set(split.document_starts(start, stop).tolist()) <= set(range(start, stop))
+            assert (np.diff(split.document_starts(start, stop)) > 0).all()
+    else:
+        assert split.document_starts(start, stop).tolist() == [place for place in starts if start <= place < stop]
 
 
 @pytest.mark.parametrize("starts", [[0, 2**64 - 1], [0, 7], [3, 0], [3, 3]])

@@ -6,7 +6,9 @@ from unittest import mock
 
 import numpy as np
 
-from gpt2_flax.data.token_dataset import SPLITS, DatasetInfo, Shard, ShardWriter, TokenDataset, write_info
+from gpt2_flax.data.dataset_info import SPLITS, DatasetInfo, Shard, write_info
+from gpt2_flax.data.shards import ShardWriter
+from gpt2_flax.data.token_dataset import TokenDataset
 from gpt2_flax.text.encoded import token_dtype
 
 UNKNOWN = 4

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from gpt2_flax.config import Config, dump_config, load_config
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.folders import folder_lock
+from gpt2_flax.folders import folder_lock, write_whole
 
 
 class RunFolder:
@@ -51,9 +51,7 @@ class RunFolder:
 
     def write_config(self, config: Config, tokenizer: Path) -> None:
         """Writes the resolved config, and copies the tokenizer the first time."""
-        temporary = self.config.with_suffix(".tmp")
-        temporary.write_text(dump_config(config), encoding="utf-8")
-        temporary.replace(self.config)
+        write_whole(self.config, dump_config(config).encode())
         if not self.tokenizer.exists():
             shutil.copytree(tokenizer, self.tokenizer)
 

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from gpt2_flax.errors import ExitCode, UserError, io_error
-from gpt2_flax.folders import file_sha256
+from gpt2_flax.folders import file_sha256, write_whole
 from gpt2_flax.parallel.rules import path_of
 
 logging.getLogger("absl").setLevel(logging.ERROR)
@@ -146,10 +146,7 @@ class CheckpointStore:
         for step in self.steps():
             path = self._sums(step)
             if not path.exists():
-                path.parent.mkdir(exist_ok=True)
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text(json.dumps(_sha256_of(self.folder / str(step)), indent=1), encoding="utf-8")
-                temporary.rename(path)
+                write_whole(path, json.dumps(_sha256_of(self.folder / str(step)), indent=1).encode())
         for path in self._sums(0).parent.glob("*.json"):
             if not (self.folder / path.stem).exists():
                 path.unlink()

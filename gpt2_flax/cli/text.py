@@ -158,7 +158,7 @@ def import_tokens(
         list[str] | None, typer.Option(help="Files for validation; repeatable. The end of the others when left out.")
     ] = None,
     validation_fraction: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of documents for it when no --validation is given.")
+        float, typer.Option(min=0.0, max=1.0, help="Share of the tokens for it when no --validation is given.")
     ] = 0.01,
     dtype: Annotated[
         Literal["uint16", "uint32"] | None, typer.Option(help="Type of ids in files that do not say it.")

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
-from gpt2_flax.data.flat_files import NewFile
 from gpt2_flax.errors import ExitCode, UserError, io_error, quote
+from gpt2_flax.folders import write_whole
 
 FORMAT = "gpt2_flax token dataset"
 VERSION = 2
@@ -100,9 +99,7 @@ class DatasetInfo(Record):
 
 def write_info(folder: Path, info: DatasetInfo) -> None:
     """Writes dataset.json, the last file of a dataset."""
-    with NewFile(folder / MARKER) as file:
-        file.write(np.frombuffer(f"{info.model_dump_json(indent=2)}\n".encode(), np.uint8))
-        file.publish()
+    write_whole(folder / MARKER, f"{info.model_dump_json(indent=2)}\n".encode())
 
 
 def read_info(folder: Path) -> DatasetInfo:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt2_flax.errors import ExitCode, UserError, io_error
+from gpt2_flax.folders import sync_folder
 
 _CHUNK = 2**20  # numbers read at once
 
@@ -105,15 +106,6 @@ class NewFile:
     def __exit__(self, *exception: object) -> None:
         if self._file:
             self._file.close()
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` survive a power failure, as fsync does for the content of a file."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _temporary(path: Path) -> Path:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpt2_flax.data.token_dataset import MARKER, DatasetInfo, TokenDataset, TokenSplit
-from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.data.dataset_info import MARKER, DatasetInfo
+from gpt2_flax.data.token_dataset import TokenDataset, TokenSplit
+from gpt2_flax.errors import ExitCode, UserError, printable
 from gpt2_flax.text.tokenizer import Tokenizer, load_tokenizer
 
 PERCENTS = (0, 1, 5, 25, 50, 75, 95, 99, 100)
@@ -106,12 +107,6 @@ def left_out_lines(info: DatasetInfo) -> Iterator[str]:
             yield f"              {printable(f'{example.file}:{example.line}: {example.reason}')}"
     if duplicates is not None:
         yield f"duplicates    {duplicates.documents:,} documents left out, {duplicates.characters:,} characters"
-
-
-def printable(text: str) -> str:
-    """Returns `text` with line ends, terminal sequences and the like escaped."""
-    wide_blank = "\u3000"
-    return "".join(one if one.isprintable() or one == wide_blank else ascii(one)[1:-1] for one in text)
 
 
 def _histogram(lengths: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

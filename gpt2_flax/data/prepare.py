@@ -23,9 +23,9 @@ from gpt2_flax.data.engines import Engine, run
 from gpt2_flax.data.shards import shard_paths
 from gpt2_flax.data.storage import LocalFolder, Storage, unfinished
 from gpt2_flax.data.token_dataset import TokenSplit
-from gpt2_flax.data.units import MOST_EXAMPLES, RECORDS, UnitRecord, UnitTask, UnitWork, write_whole
+from gpt2_flax.data.units import MOST_EXAMPLES, RECORDS, UnitRecord, UnitTask, UnitWork
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.folders import file_sha256
+from gpt2_flax.folders import file_sha256, write_whole
 from gpt2_flax.progress import progress_bar
 from gpt2_flax.text.corpus import STANDARD_INPUT, Unit, corpus_units, empty_corpus, standard_input_as_file
 from gpt2_flax.text.documents import DEFAULT_OPTIONS, CorpusOptions

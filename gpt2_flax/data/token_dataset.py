@@ -21,38 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_flax.data.dataset_info import (
-    MARKER,
-    SPLITS,
-    DatasetInfo,
-    Duplicates,
-    Example,
-    LeftOut,
-    Record,
-    Shard,
-    TokenType,
-    read_info,
-    write_info,
-)
-from gpt2_flax.data.shards import UNORDERED, ShardWriter, outside, shard_files, shard_paths
+from gpt2_flax.data.dataset_info import SPLITS, DatasetInfo, read_info
+from gpt2_flax.data.shards import UNORDERED, outside, shard_files
 from gpt2_flax.progress import progress_bar
-
-__all__ = [
-    "MARKER",
-    "SPLITS",
-    "DatasetInfo",
-    "Duplicates",
-    "Example",
-    "LeftOut",
-    "Record",
-    "Shard",
-    "ShardWriter",
-    "TokenDataset",
-    "TokenSplit",
-    "TokenType",
-    "shard_paths",
-    "write_info",
-]
 
 
 class TokenSplit:
@@ -98,10 +69,10 @@ class TokenSplit:
         for index, a, b in self._pieces(start, stop):
             offsets_B = _mapped(self, index)[1]
             low, high = np.searchsorted(offsets_B, np.array((a, b), np.uint64))
-            starts_B = offsets_B[low:high].astype(np.int64)
-            if len(starts_B) and (starts_B[0] < a or starts_B[-1] >= b or (starts_B[1:] <= starts_B[:-1]).any()):
+            starts_B = offsets_B[low:high]  # the search has seen that its ends lie in [a, b)
+            if (starts_B[1:] <= starts_B[:-1]).any():
                 raise self._filled[index].offsets.damage(UNORDERED)
-            found.append(starts_B + self._starts[index])
+            found.append(starts_B.astype(np.int64) + self._starts[index])
         return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def windows(self, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -18,18 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gpt2_flax.data.dataset_info import MARKER, SPLITS, DatasetInfo, Shard, TokenType, write_info
 from gpt2_flax.data.flat_files import FlatFile
 from gpt2_flax.data.megatron import MegatronIndex
-from gpt2_flax.data.token_dataset import (
-    MARKER,
-    SPLITS,
-    DatasetInfo,
-    Shard,
-    ShardWriter,
-    TokenSplit,
-    TokenType,
-    write_info,
-)
+from gpt2_flax.data.shards import ShardWriter
+from gpt2_flax.data.token_dataset import TokenSplit
 from gpt2_flax.errors import ExitCode, UserError, io_error
 from gpt2_flax.folders import new_folder
 from gpt2_flax.progress import progress_bar
@@ -244,7 +237,7 @@ def _cut(files: Sequence[TokenFile], fraction: float, mark: Mark) -> dict[str, l
             position = file.ids.count
         position -= file.ids.count
     what = f"no document begins in the last {fraction:g} of {total} tokens"
-    fix = "raise --validation-fraction, or give files with --validation"
+    fix = "raise --validation-fraction, give --validation files, or the tokenizer that made these"
     raise UserError(ExitCode.DATA, what, files[-1].ids.path, fix)
 
 

@@ -6,10 +6,8 @@ Dimension key: B texts of a batch, T tokens of them.
 import contextlib
 import hashlib
 import itertools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from pydantic import ValidationError
@@ -19,6 +17,7 @@ from gpt2_flax.data.engines import Tick
 from gpt2_flax.data.shards import ShardWriter
 from gpt2_flax.data.storage import Storage
 from gpt2_flax.errors import io_error
+from gpt2_flax.folders import write_whole
 from gpt2_flax.text.corpus import Unit, identity
 from gpt2_flax.text.documents import Documents, Problem
 from gpt2_flax.text.encoded import Encoded
@@ -94,7 +93,7 @@ class UnitWork:
                 )
                 write_whole(folder / task.record_name, record.model_dump_json().encode())
         except OSError as error:
-            raise io_error(error, task.unit.name) from error
+            raise io_error(error, self.storage.where) from error
         return record
 
 
@@ -175,14 +174,3 @@ class _Problems:
 
     def result(self) -> LeftOut:
         return LeftOut(skipped=self.counts[True], replaced=self.counts[False], examples=self.examples)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)

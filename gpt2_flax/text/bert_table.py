@@ -1,4 +1,4 @@
-"""The ids of a BERT tokenizer by table look-up, some hundred times as fast on Chinese text and the same on any text.
+"""The ids of a BERT tokenizer by table look-up: many times as fast on Chinese text, and the same on any text.
 
 To a BERT tokenizer most of Chinese text is characters that stand alone: a Chinese character or a punctuation mark is a
 word of its own, a blank is no word, whatever stands beside them. `BertTable` asks the tokenizer once which characters
@@ -22,8 +22,8 @@ from tokenizers import models
 
 from gpt2_flax.text.encoded import Encoded, token_dtype
 
-GROUP_CHARACTERS = 2**18  # looked up at once
-KNOWN_RUNS = 2**17  # kept at most, and their characters; about 30 MB
+GROUP_CHARACTERS = 2**16  # looked up at once; larger arrays would be new memory from the system each time
+KNOWN_RUNS = 2**17  # kept at most, or so, and their characters: about 30 MB
 KNOWN_CHARACTERS = 2**22
 
 _UNITS = 2**16
@@ -34,7 +34,7 @@ class BertTable:
     """Encodes texts as `backend` does, a tokenizer of BertNormalizer, BertPreTokenizer and WordPiece.
 
     Its special tokens must count as text there (`encode_special_tokens`). `vocab_size` is larger than every id.
-    Memory stays below some 50 MB, whatever the texts. Making one takes half a second.
+    Memory stays below some 50 MB, whatever the texts. Making one takes half a second. Not for several threads at once.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, vocab_size: int):
@@ -111,14 +111,16 @@ class BertTable:
             new = [*islice(reversed(self._numbers), n_new)][::-1]
             encoded = self._encode_runs(new)
             self._characters += sum(map(len, new))
-            self._ids = np.concatenate((self._ids, encoded.ids_T), dtype=self._dtype)
-            self._bounds = np.concatenate((self._bounds, self._bounds[-1] + np.cumsum(encoded.lengths_B)))
+            ids = np.concatenate((self._ids, encoded.ids_T), dtype=self._dtype)
+            bounds = np.concatenate((self._bounds, self._bounds[-1] + np.cumsum(encoded.lengths_B)))
+            self._ids, self._bounds = ids, bounds  # at once: an interruption leaves runs to be asked for, no wrong ids
         return numbers_R
 
     def _forget(self) -> None:
+        # The ids of N known runs one after the other, and the N + 1 places where one ends and the next begins.
+        self._ids, self._bounds = np.empty(0, self._dtype), np.zeros(1, np.int64)
         self._numbers.clear()
         self._characters = 0
-        self._ids, self._bounds = np.empty(0, self._dtype), np.zeros(1, np.int64)
 
     def _encode_runs(self, runs: list[str]) -> Encoded:
         """Asks the tokenizer; about all runs as one text, which takes it half as long as many texts do."""
@@ -132,21 +134,19 @@ class BertTable:
     def _build(self) -> np.ndarray:
         """Returns the id of the character of each unit, `_space` or `_run`.
 
-        A character stands alone if "a", it, "a" are three words, the outer ones just "a", and is a blank if there are
-        only those two. Words, not ids, are what a probe with a vocabulary of "a" alone compares: the real vocabulary
-        may lack "a", and cannot tell whether what it does not know was one word or two.
+        "a", a character, "a" are two words more than the character alone if nothing can join it. One that is a word by
+        itself stands alone then, one that is none is a blank. Words are what a probe with another vocabulary counts:
+        the real one may lack "a", and does not tell whether what it does not know is one word or two.
         """
-        probe = tokenizers.Tokenizer(models.WordLevel({"a": 0, "other": 1}, unk_token="other"))
+        probe = tokenizers.Tokenizer(models.WordLevel({"word": 0}, unk_token="word"))
         probe.normalizer, probe.pre_tokenizer = self._backend.normalizer, self._backend.pre_tokenizer
         characters = [chr(unit) for unit in range(_UNITS) if unit not in _SURROGATES]
-        words = _ask(probe, [f"a{character}a" for character in characters])
-        blanks = [character for character, ids in zip(characters, words, strict=True) if ids == [0, 0]]
-        alone = [character for character, ids in zip(characters, words, strict=True) if ids in ([0, 0, 0], [0, 1, 0])]
+        words = dict(zip(characters, _ask(probe, [f"a{character}a" for character in characters]), strict=True))
+        parting = [character for character in characters if len(words[character]) > 1]
         table = np.full(_UNITS, self._run, self._dtype)
-        table[[*map(ord, blanks)]] = self._space
-        for character, ids in zip(alone, _ask(self._backend, alone), strict=True):
-            if len(ids) == 1:
-                table[ord(character)] = ids[0]
+        for character, ids in zip(parting, _ask(self._backend, parting), strict=True):
+            if len(ids) == len(words[character]) - 2 < 2:  # each word has an id or more, so these are also its words
+                table[ord(character)] = ids[0] if ids else self._space
         return table
 
 

@@ -49,7 +49,7 @@ class Decompressed:
                 raise Damaged(f"damaged {self._suffix} data ({quote(str(error))})") from None
             if content:
                 return content
-            if ended and not self._member.eof:
+            if ended:
                 raise Damaged(f"truncated {self._suffix} data")
 
     def _next_member(self) -> bool:

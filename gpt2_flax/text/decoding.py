@@ -40,7 +40,8 @@ def text_encoding(name: str) -> str:
         raise UserError(ExitCode.USAGE, "unknown text encoding", quote(name), fix) from None
     canonical = "utf-8" if canonical == "utf-8-sig" else canonical  # a byte order mark is always taken off
     try:
-        usable = _PROBE.decode(canonical) == _PROBE.decode("ascii") and _PROBE.decode("ascii").encode(canonical) == _PROBE
+        plain = _PROBE.decode("ascii")
+        usable = _PROBE.decode(canonical) == plain and plain.encode(canonical) == _PROBE
     except (UnicodeError, LookupError):  # the latter for what is no encoding of text
         usable = False
     if not usable:
@@ -134,13 +135,13 @@ class TextPieces:
             self._decoder = self._new_decoder("strict")
         ended = data.endswith(b"\n")
         text, bad = self._decoded(data.removesuffix(b"\n"), ended or last)
-        text = self._carriage + text
-        self._carriage = "\r" if text.endswith("\r") and not (ended or last or bad) else ""
-        text = text[:-1] if self._carriage or (ended and text.endswith("\r")) else text
+        text, self._carriage = self._carriage + text, ""
         if bad is not None:
             yield from self._text(text)
             yield bad
             text = ""
+        elif not last and text.endswith("\r"):
+            text, self._carriage = text[:-1], "" if ended else "\r"
         if ended or last:
             self._decoder, self._line_bytes, self._bad = None, 0, False
             self._lines += ended

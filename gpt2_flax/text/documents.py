@@ -23,6 +23,7 @@ _CUTS = (
     (re.compile(r"[ \t\u3000](?=\S)"), 0),
     (re.compile("[、。，．：；？！…—”’」』）》】]"), 1),
     (re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df]"), 1),
+    (re.compile(r"[ \t\n\u3000!-/:-@\[-`{-~]"), 1),
 )
 _BLANK_LINES = re.compile(r"\n(?:[^\S\n]*+\n)++")
 
@@ -271,9 +272,9 @@ def _parts(text: str) -> Iterator[str]:
 def _cut(text: str, stop: int) -> int:
     """Returns the best place up to `stop` at which a part of the greatest length could end.
 
-    BERT's tokens of the two sides are those of the whole, but in the middle of what has neither blanks nor Chinese.
+    BERT's tokens of the two sides are those of the whole, unless a word is longer than a part.
     """
-    for width in (min(_NEAR, PART_CHARACTERS - 1), PART_CHARACTERS - 1):
+    for width in (min(_NEAR, PART_CHARACTERS), PART_CHARACTERS):
         backwards = text[stop - width : stop + 1][::-1]
         for pattern, own in _CUTS:
             if match := pattern.search(backwards, own):

@@ -56,7 +56,7 @@ def find_files(source: str, wanted: Callable[[str], bool]) -> list[File]:
 
 def open_file(path: str, offset: int = 0) -> BinaryIO:
     """Opens a file for reading from byte `offset`; raises `OSError` or, for addresses, `UserError`."""
-    file = _open_remote(path) if "://" in path else open(path, "rb")  # noqa: SIM115 - the caller closes it
+    file = _open_remote(path) if is_address(path) else open(path, "rb")  # noqa: SIM115 - the caller closes it
     file.seek(offset)
     return file
 
@@ -216,8 +216,6 @@ class _Remote(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        if whence == os.SEEK_CUR:
-            offset, whence = self._at + offset, os.SEEK_SET
         self._at = _asked(self._file.seek, offset, whence)
         return self._at
 

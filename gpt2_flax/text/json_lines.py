@@ -1,6 +1,7 @@
 """Documents out of JSON lines: one field of each record."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 
 from gpt2_flax.errors import quote
@@ -10,6 +11,7 @@ from gpt2_flax.text.documents import Faults, Texts, in_parts
 LONGEST_RECORD = 2**26  # bytes of UTF-8
 
 _JSON_NAMES = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
+_SURROGATES = re.compile("[\ud800-\udfff]")
 _decode = json.JSONDecoder().decode
 
 
@@ -58,8 +60,9 @@ class _Records:
             self._leave_out(Bad(self._line, f"record longer than {LONGEST_RECORD // 2**20} MiB"))
 
     def _leave_out(self, bad: Bad) -> None:
-        self._begun, self._left_out = [], True
-        self._faults.leave_out(bad)
+        if not self._left_out:
+            self._begun, self._left_out = [], True
+            self._faults.leave_out(bad)
 
     def _end_record(self) -> str | None:
         record, left_out = "".join(self._begun), self._left_out
@@ -89,15 +92,14 @@ class _Records:
 
     def _valid(self, text: str) -> str:
         """A lone surrogate can be written in JSON, but is not Unicode text."""
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            reason = f"half a surrogate pair (character {error.start + 1} is U+{ord(text[error.start]):04X})"
-            if not self._faults.mending:
-                raise ValueError(reason) from None
-            self._faults.mend(Bad(self._line, reason))
-            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return text
+        first = _SURROGATES.search(text)
+        if not first:
+            return text
+        reason = f"half a surrogate pair (character {first.start() + 1} is U+{ord(first[0]):04X})"
+        if not self._faults.mending:
+            raise ValueError(reason)
+        self._faults.mend(Bad(self._line, reason))
+        return _SURROGATES.sub("\ufffd", text)
 
 
 def _field(record: object, field: str) -> str:

@@ -103,7 +103,7 @@ def _backend(proto: protobuf.ModelProto, unk_id: int) -> Tokenizer:
     """Rebuilds a model in the `tokenizers` library."""
     unigram = proto.trainer_spec.model_type == _Spec.UNIGRAM
     backend = Tokenizer(_unigram(proto, unk_id) if unigram else _bpe(proto, unk_id))
-    # The user-defined pieces of a unigram stay in the model, which prefers them by their scores.
+    # The user-defined pieces of a unigram stay in the model, which prefers them for their scores.
     own = [] if unigram else _names(proto, _Piece.USER_DEFINED)
     backend.normalizer = _normalizer(proto.normalizer_spec, own)
     if unigram:
@@ -118,13 +118,13 @@ def _backend(proto: protobuf.ModelProto, unk_id: int) -> Tokenizer:
 def _bpe(proto: protobuf.ModelProto, unk_id: int) -> models.BPE:
     """SentencePiece merges the pair whose piece scores best; `tokenizers` wants the list of all pairs in that order.
 
-    A character model is one without merges.
+    A character model has none.
     """
     pieces = proto.pieces
     ids = {piece.piece: index for index, piece in enumerate(pieces)}
     ranked = [
         (-piece.score, ids[left], ids[right], (left, right))
-        for piece in (pieces if proto.trainer_spec.model_type == _Spec.BPE else ())
+        for piece in pieces
         if piece.type == _Piece.NORMAL  # "<s>" must not be made from "<" and "s>"
         for left, right in ((piece.piece[:cut], piece.piece[cut:]) for cut in range(1, len(piece.piece)))
         if left in ids and right in ids
@@ -135,13 +135,8 @@ def _bpe(proto: protobuf.ModelProto, unk_id: int) -> models.BPE:
 
 
 def _unigram(proto: protobuf.ModelProto, unk_id: int) -> models.Unigram:
-    best = max((piece.score for piece in proto.pieces if piece.type == _Piece.NORMAL), default=0.0)
-
-    def score(piece: _Piece) -> float:
-        # The bonus that SentencePiece gives, for each byte, instead of the score in the file.
-        return len(piece.piece.encode()) * best - 0.1 if piece.type == _Piece.USER_DEFINED else piece.score
-
-    scores = [(piece.piece, score(piece)) for piece in proto.pieces]
+    # SentencePiece does not use the scores that user-defined pieces have in the file.
+    scores = [(piece.piece, -0.1 if piece.type == _Piece.USER_DEFINED else piece.score) for piece in proto.pieces]
     return models.Unigram(scores, unk_id=unk_id, byte_fallback=proto.trainer_spec.byte_fallback)
 
 
