@@ -85,7 +85,7 @@ class Faults:
         """Reports, or raises `UserError` (DATA) when the corpus is to be without fault."""
         line = self._lines_before() + bad.line + 1
         if self._options.on_error == "stop":
-            fix = "mend it (another encoding: --encoding), or choose --on-error skip or replace"
+            fix = "mend it, say how to read it with --encoding or --field, or choose --on-error skip or replace"
             raise UserError(ExitCode.DATA, bad.reason, f"{self._file}:{line}", fix)
         self._report(Problem(self._file, line, bad.reason, skipped=True))
 

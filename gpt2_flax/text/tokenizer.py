@@ -13,7 +13,10 @@ from gpt2_flax.text.wordpiece import WordPieceTokenizer
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. The special ids stand around a document and are never made from its text."""
+    """Text to ids and back. The special ids stand around a document and are never made from its text.
+
+    Can be pickled.
+    """
 
     vocab_size: int
     """One more than the largest id."""
@@ -32,7 +35,8 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of `ids`, special ids left out."""
+        """Returns the text of `ids`, special ids and unknown tokens left out, as `transformers` with
+        `skip_special_tokens`."""
         ...
 
     def save(self, folder: Path, model_max_length: int | None = None) -> None:
