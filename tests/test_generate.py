@@ -15,7 +15,7 @@ from gpt2_flax.checkpoint.weights import weights_of
 from gpt2_flax.config import MeshConfig, ModelConfig
 from gpt2_flax.data.loader import Loader
 from gpt2_flax.data.token_dataset import TokenDataset
-from gpt2_flax.data.units import split_of
+from gpt2_flax.data.units import in_validation
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export.transformers_folder import export_folder
 from gpt2_flax.inference.evaluate import Evaluation, evaluate
@@ -187,7 +187,7 @@ def test_evaluation_is_the_sum_over_the_parts_of_documents_that_windows_hold(
     assert found.accuracy == pytest.approx((logits.argmax(-1) == targets).mean(), abs=1e-12)
     assert found.perplexity == pytest.approx(np.exp(nats.mean()), rel=1e-4)
     documents = corpus.read_text(encoding="utf-8").splitlines()
-    characters = sum(len(text) for text in documents if split_of(text, 0.1) == "validation")
+    characters = sum(len(text) for text in documents if in_validation([text], 0.1)[0])
     assert found.bits_per_character == pytest.approx(nats.sum() / math.log(2) / characters, rel=1e-5)
 
 

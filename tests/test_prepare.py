@@ -18,7 +18,7 @@ from gpt2_flax.data.dataset_info import SPLITS
 from gpt2_flax.data.deduplicate import find_duplicates
 from gpt2_flax.data.prepare import prepare
 from gpt2_flax.data.token_dataset import TokenDataset
-from gpt2_flax.data.units import split_of
+from gpt2_flax.data.units import in_validation
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.text import documents
 from gpt2_flax.text.corpus import CorpusOptions, corpus_units
@@ -50,6 +50,10 @@ def stream(folder: Path, split: str) -> list[list[int]]:
 
 
 HALF = st.sampled_from([0, 1, 2**63, 2**64 - 1])  # of a hash
+
+
+def split_of(text: str, fraction: float) -> str:
+    return SPLITS[int(in_validation([text], fraction)[0])]
 
 
 class Unit:
@@ -108,14 +112,15 @@ def test_a_long_document_that_comes_in_parts_gives_the_tokens_of_the_whole(token
     unit, *_ = corpus_units([str(tmp_path / "corpus.txt")])
     assert sum(batch.unfinished for batch in unit.batches(None)) > 20
     for deduplicate in (False, True):
-        monkeypatch.setattr(units, "split_of", lambda text, fraction: split_of(whole_of(text, texts), fraction))
+        monkeypatch.setattr(units, "in_validation", lambda parts, share: in_validation(wholes(parts, texts), share))
         output = tmp_path / str(deduplicate)
         prepare([str(tmp_path / "corpus.txt")], tokenizer, output, validation_fraction=0.2, deduplicate=deduplicate)
         assert [stream(output, split) for split in SPLITS] == [stream(tmp_path / "whole", split) for split in SPLITS]
 
 
-def whole_of(part: str, texts: list[str]) -> str:
-    return part if part in texts else next(text for text in texts if text.startswith(part))
+def wholes(parts: list[str], texts: list[str]) -> list[str]:
+    """What the parts are the beginnings of; of other parts the split has been decided before."""
+    return [next((text for text in [part, *texts] if text in texts and text.startswith(part)), "") for part in parts]
 
 
 def test_the_split_depends_on_the_text_alone_and_follows_the_fraction():
@@ -125,6 +130,8 @@ def test_the_split_depends_on_the_text_alone_and_follows_the_fraction():
     assert 150 < len(small) < 250
     assert 720 < len(large) < 880
     assert [split_of("天地", 0.5), split_of("玄黄", 0.5)] == ["train", "validation"]  # these values are a format
+    assert {split_of(text, 0.0) for text in texts} == {"train"}
+    assert {split_of(text, 1.0) for text in texts} == {"validation"}
 
 
 def test_documents_without_tokens_are_left_out(tokenizer, tmp_path):

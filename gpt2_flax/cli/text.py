@@ -64,7 +64,10 @@ def tokenizer(
     with tempfile.TemporaryDirectory() as folder:
         files = standard_input_as_file(corpus, Path(folder, "stdin.txt"))
         units = corpus_units(files, CorpusOptions(format, separator, field, encoding, on_error))
-        sample = sample_documents(units, problems.append)
+        unigram = (
+            {"training_bytes": 10_000_000} if model_type == "unigram" else {}
+        )  # minutes, where others take seconds
+        sample = sample_documents(units, problems.append, **unigram)
     if not sample.held:
         raise empty_corpus(corpus)
     if kind == "wordpiece":

@@ -6,6 +6,7 @@ Dimension key: B texts of a batch, T tokens of them.
 import contextlib
 import hashlib
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -102,7 +103,7 @@ class _Sorter:
 
     def __init__(self, task: UnitTask, work: UnitWork, writers: Sequence[ShardWriter]):
         self._tokenizer, self._fraction, self._writers = work.tokenizer, work.validation_fraction, writers
-        self._dropped = set(task.dropped.tolist())
+        self._dropped = task.dropped
         self._begun = 0  # documents so far
         self._place: int | None = None  # of a document whose end has not come yet
         self.dropped_characters = 0
@@ -113,7 +114,7 @@ class _Sorter:
         begins_B, ends_B = np.ones((2, len(texts)), bool)
         begins_B[:1], ends_B[-1:] = self._place is None, not batch.unfinished
         characters_B = np.fromiter(map(len, texts), np.int64, len(texts))
-        places_B = np.fromiter(map(self._place_of, texts, begins_B.tolist()), np.int8, len(texts))
+        places_B = self._places(texts)
         self._place = int(places_B[-1]) if batch.unfinished else None
         kept_B = places_B != DROPPED
         if not kept_B.all():
@@ -132,17 +133,22 @@ class _Sorter:
             writer.add(chosen_ids_T, starts_B[begins_B[chosen_B]], int(characters_B[chosen_B].sum()))
         return len(ids_T)
 
-    def _place_of(self, text: str, begins: bool) -> int:
-        if not begins:
-            return self._place
-        self._begun += 1
-        return DROPPED if self._begun - 1 in self._dropped else SPLITS.index(split_of(text, self._fraction))
+    def _places(self, texts: Sequence[str]) -> np.ndarray:
+        places_B = in_validation(texts, self._fraction).astype(np.int8)  # the number of the split
+        begun_B = np.arange(len(texts)) + self._begun
+        if self._place is not None:
+            places_B[:1] = self._place
+            begun_B -= 1
+        self._begun = int(begun_B[-1]) + 1 if len(texts) else self._begun
+        places_B[np.isin(begun_B, self._dropped)] = DROPPED
+        return places_B
 
 
-def split_of(document: str, validation_fraction: float) -> str:
-    """Returns the split that a document belongs to, a pure function of its text (of its first part if it is long)."""
-    digest = hashlib.blake2b(document.encode("utf-8"), digest_size=8, person=b"split").digest()
-    return SPLITS[int.from_bytes(digest, "little") < validation_fraction * 2**64]
+def in_validation(documents: Sequence[str], validation_fraction: float) -> np.ndarray:
+    """Returns (B,) whether each document is for validation, a function of its text (of its first part if it is long)."""
+    hashes = [hashlib.blake2b(text.encode("utf-8"), digest_size=8, person=b"split").digest() for text in documents]
+    limit = math.ceil(validation_fraction * 2**64)  # may need 65 bits
+    return np.frombuffer(b"".join(hashes), "<u8") <= np.uint64(limit - 1) if limit else np.zeros(len(hashes), bool)
 
 
 def _frame(

@@ -35,7 +35,7 @@ from gpt2_flax.text.files import File, find_files, input_error, is_address, open
 from gpt2_flax.text.json_lines import json_documents
 
 UNITS_A_CORPUS = 100  # about; every unit becomes a pair of shards, and opening them all must stay cheap
-SMALLEST_UNIT_BYTES, LARGEST_UNIT_BYTES = 2**20, 2**28
+SMALLEST_UNIT_BYTES, LARGEST_UNIT_BYTES = 2**23, 2**28
 PACKAGE = "package:"
 STANDARD_INPUT = "-"
 
@@ -172,7 +172,7 @@ class FileUnit:
 def corpus_units(
     sources: Sequence[str], options: CorpusOptions = DEFAULT_OPTIONS, unit_bytes: int | None = None
 ) -> list[Unit]:
-    """Returns the units of all sources, in their order; by default about a hundred, of 1 MiB to 256 MiB.
+    """Returns the units of all sources, in their order; by default about a hundred, of 8 MiB to 256 MiB.
 
     Raises `UserError`: NO_INPUT for a source that is missing or cannot be opened, or whose format needs a package that
     is missing; DATA for one of another kind and for a corpus without any text; USAGE for an encoding that cannot be
