@@ -66,7 +66,7 @@ def tokenizer(
         units = corpus_units(files, CorpusOptions(format, separator, field, encoding, on_error))
         unigram = (
             {"training_bytes": 10_000_000} if model_type == "unigram" else {}
-        )  # minutes, where others take seconds
+        )
         sample = sample_documents(units, problems.append, **unigram)
     if not sample.held:
         raise empty_corpus(corpus)

@@ -145,7 +145,7 @@ class _Sorter:
 
 
 def in_validation(documents: Sequence[str], validation_fraction: float) -> np.ndarray:
-    """Returns (B,) whether each document is for validation, a function of its text (of its first part if it is long)."""
+    """Returns (B,) whether each document is for validation: a function of its text, of its first part if it is long."""
     hashes = [hashlib.blake2b(text.encode("utf-8"), digest_size=8, person=b"split").digest() for text in documents]
     limit = math.ceil(validation_fraction * 2**64)  # may need 65 bits
     return np.frombuffer(b"".join(hashes), "<u8") <= np.uint64(limit - 1) if limit else np.zeros(len(hashes), bool)
