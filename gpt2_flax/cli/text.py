@@ -64,9 +64,7 @@ def tokenizer(
     with tempfile.TemporaryDirectory() as folder:
         files = standard_input_as_file(corpus, Path(folder, "stdin.txt"))
         units = corpus_units(files, CorpusOptions(format, separator, field, encoding, on_error))
-        unigram = (
-            {"training_bytes": 10_000_000} if model_type == "unigram" else {}
-        )
+        unigram = {"training_bytes": 10_000_000} if model_type == "unigram" else {}
         sample = sample_documents(units, problems.append, **unigram)
     if not sample.held:
         raise empty_corpus(corpus)
