@@ -6,7 +6,8 @@ slow contenders get --slow-megabytes of it. "ours" is how many times as fast the
 the CPU time to load the tokenizer and encode one batch, "peak" the most memory that the process had, interpreter and
 one batch included. "same ids" counts the documents in the first --slow-megabytes whose ids are those of ours.
 
-Then `gpt2-flax prepare` is timed as a whole, by the clock, with one worker and with two.
+Then `gpt2-flax prepare` is timed as a whole, by the clock, with one worker and with two; the text should be long, as a
+second worker needs a second to start.
 
     python scripts/benchmark_prepare.py
     python scripts/benchmark_prepare.py --corpus corpus.txt --vocabulary vocab.txt --folder benchmark
@@ -290,7 +291,8 @@ def prepare(folder: Path, megabytes: float, repeats: int) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as work:
         corpus = Path(work) / "corpus.txt"
         with corpus.open("wb") as file:
-            file.writelines(batch.utf8 for batch in read_batches(folder / TEXT, int(megabytes * 1e6)))
+            while file.tell() < megabytes * 1e6:
+                file.write((folder / TEXT).read_bytes())
         size = corpus.stat().st_size / 1e6
         print(f"\ngpt2-flax prepare, {size:.0f} MB")
         single = 0.0
@@ -334,14 +336,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="of each measurement (default: %(default)s)")
     folder = Path(tempfile.gettempdir()) / "gpt2_flax-benchmark"
     parser.add_argument("--folder", type=Path, default=folder, help="keeps tokenizers (default: %(default)s)")
-    parser.add_argument("--skip-prepare", action="store_true", help="measure tokenizers only")
+    parser.add_argument(
+        "--prepare-megabytes", type=float, default=2000, help="of text for `prepare`, 0: none (default: %(default)s)"
+    )
     args = parser.parse_args()
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     try:
         folder = set_up(args)
         compare(folder, args)
-        if not args.skip_prepare:
-            prepare(folder, args.megabytes, args.repeats)
+        if args.prepare_megabytes:
+            prepare(folder, args.prepare_megabytes, args.repeats)
     except (UserError, OSError) as error:
         raise SystemExit(str(error)) from None
 
