@@ -18,7 +18,7 @@ class RateColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{si(speed)} {self.unit}/s")
+        return Text("" if speed is None else f"{si(speed, self.unit)}/s")
 
 
 class OutputRateColumn(ProgressColumn):
@@ -29,7 +29,7 @@ class OutputRateColumn(ProgressColumn):
         self.unit = unit
 
     def render(self, task: Task) -> Text:
-        return Text(f"{si(task.fields['output'] / task.elapsed)} {self.unit}/s" if task.elapsed else "")
+        return Text(f"{si(task.fields['output'] / task.elapsed, self.unit)}/s" if task.elapsed else "")
 
 
 class _Bar(AbstractContextManager):
@@ -64,12 +64,15 @@ def progress_bar(
     return nullcontext(lambda amount, output=0.0: None)
 
 
-def si(number: float) -> str:
-    """Returns `number` with three digits and an SI prefix: `1.23M`."""
-    for limit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+def si(number: float, unit: str = "") -> str:
+    """Returns `number` with three digits and an SI prefix: `1.23M`, `1.23M tokens`, `1.23 MB`."""
+    prefix = ""
+    for limit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= limit:
-            return f"{number / limit:.3g}{prefix}"
-    return f"{number:.3g}"
+            number, prefix = number / limit, name
+            break
+    blank = " " if unit else ""
+    return f"{number:.3g}{blank}{prefix}{unit}" if unit == "B" else f"{number:.3g}{prefix}{blank}{unit}"
 
 
 def duration(seconds: float) -> str:

@@ -20,6 +20,13 @@ def test_rates_have_si_prefixes(number, text):
     assert si(number) == text
 
 
+@pytest.mark.parametrize(
+    ("number", "unit", "text"), [(5, "B", "5 B"), (56.4e6, "B", "56.4 MB"), (2e3, "tokens", "2k tokens")]
+)
+def test_prefixes_stand_at_symbols_and_not_at_words(number, unit, text):
+    assert si(number, unit) == text
+
+
 def test_bars_are_silent_where_there_is_no_terminal(capsys):
     with progress_bar("reading", 10, "B") as advance:
         advance(10)
@@ -28,9 +35,11 @@ def test_bars_are_silent_where_there_is_no_terminal(capsys):
 
 def test_bars_are_drawn_at_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with progress_bar("reading", 10, "B") as advance:
-        advance(10)
-    assert "reading" in capsys.readouterr().err
+    with progress_bar("reading", 10, "B", "tokens") as advance:
+        advance(10, 3)
+    shown = capsys.readouterr().err
+    assert "reading" in shown
+    assert "tokens/s" in shown
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
