@@ -107,7 +107,8 @@ def test_a_large_file_is_cut_at_line_ends(write):
 
 
 def test_units_are_a_hundred_but_neither_tiny_nor_huge(write, monkeypatch):
-    assert corpus.LARGEST_UNIT_BYTES == 2**28
+    assert (corpus.SMALLEST_UNIT_BYTES, corpus.LARGEST_UNIT_BYTES) == (2**23, 2**28)
+    monkeypatch.setattr(corpus, "SMALLEST_UNIT_BYTES", 2**20)
     monkeypatch.setattr(corpus, "LARGEST_UNIT_BYTES", 2**21)
     path = write("a.txt", b"")
     for size, number in ((2**20, 1), (2**20 + 2, 2), (150 * 2**20, 100), (300 * 2**20, 150)):

@@ -45,7 +45,7 @@ def run(
     """
     if engine == "ray":
         return _run_on_ray(work, tasks, workers, tick)
-    workers = min(workers or len(os.sched_getaffinity(0)), len(tasks))
+    workers = min(workers or _cores(), len(tasks))
     if workers <= 1:
         return ((number, work(task, tick)) for number, task in tasks)
     return _run_in_processes(work, tasks, workers, tick)
@@ -166,6 +166,10 @@ def _connect(ray: Any) -> None:
     except Exception as error:
         fix = f"check RAY_ADDRESS and `ray status` ({str(error).splitlines()[0]})"
         raise UserError(ExitCode.IO, "no Ray cluster", os.environ.get("RAY_ADDRESS", "local"), fix) from None
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS lacks it
 
 
 def _use_one_core() -> None:
