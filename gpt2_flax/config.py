@@ -1,20 +1,19 @@
-"""Every default, type, bound and line of help of a run, and how TOML files and `section.key=value` become one `Config`.
+"""Every default, type, bound and line of help of a run; `config_file` reads them.
 
 The resolved config is written into the run folder and is itself a valid input.
 """
 
 import difflib
 import sys
-import tomllib
-from collections.abc import Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gpt2_flax.errors import ExitCode, UserError, quote
+
+Packing = Literal["stream", "best_fit", "document"]
 
 
 class Section(BaseModel):
@@ -34,9 +33,13 @@ class ModelConfig(Section):
     resid_pdrop: float = Field(0.1, ge=0, lt=1, description="dropout on what each half of a block adds")
     layer_norm_epsilon: float = Field(1e-5, gt=0, description="added to the variance in layer norms")
     initializer_range: float = Field(0.02, gt=0, description="standard deviation of freshly drawn weights")
+    initializer: Literal["gpt2", "uer"] = Field(
+        "gpt2", description="gpt2: residual projections over sqrt(2 n_layer), biases 0; uer: one deviation, biases too"
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="type of activations; parameters, softmax and loss stay float32"
     )
+    attend_across_documents: bool = Field(False, description="see what comes before in the row, of other documents too")
     remat: bool = Field(False, description="recompute activations going backward: less memory, a third more work")
 
     @model_validator(mode="after")
@@ -65,6 +68,9 @@ class DataConfig(Section):
         description='folder made by `gpt2-flax prepare`, or several and their weights: {"data/zh" = 3, "data/en" = 1}'
     )
     seq_length: int = Field(128, gt=0, description="tokens a row; at most model.n_positions")
+    packing: Packing = Field(
+        "stream", description="rows: cut from the stream, whole documents put together (best_fit), or one document each"
+    )
     global_batch_size: int = Field(64, gt=0, description="rows an optimizer step, over all devices")
 
     @field_validator("dataset", mode="before")
@@ -86,25 +92,62 @@ class DataConfig(Section):
         return {self.dataset: 1.0} if isinstance(self.dataset, str) else self.dataset
 
 
-class OptimizerConfig(Section):
-    """AdamW (arXiv:1711.05101) and its learning rate over the run."""
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "uer": {  # as UER-py and TencentPretrain train
+        "name": "adamw_uer",
+        "schedule": "linear",
+        "warmup": 0.1,
+        "min_learning_rate_ratio": 0.0,
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-6,
+        "weight_decay": 0.01,
+        "decay_embeddings": True,
+        "max_grad_norm": 0.0,
+    },
+}
 
+
+class OptimizerConfig(Section):
+    """AdamW (arXiv:1711.05101) or Muon (arXiv:2502.16982), and the learning rate over the run."""
+
+    preset: Literal["default", "uer"] = Field(
+        "default", description="values of the keys below that are left out; uer: those of UER-py and TencentPretrain"
+    )
+    name: Literal["adamw", "adamw_uer", "muon"] = Field(
+        "adamw", description="adamw_uer: no bias correction, decay after the step; muon: AdamW for all but matrices"
+    )
     learning_rate: float = Field(1e-4, gt=0, description="highest learning rate, reached when warm-up ends")
-    schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="decay after warm-up")
+    schedule: Literal["linear", "cosine", "constant", "wsd", "inverse_sqrt"] = Field(
+        "cosine", description="decay after warm-up; wsd: constant, then linear at the end"
+    )
     warmup: int | float = Field(0.1, ge=0, description="rise from 0: steps, or as a fraction the share of total_steps")
+    decay: int | float = Field(0.2, gt=0, description="last part of schedule wsd: steps, or the share of total_steps")
     min_learning_rate_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate over the highest")
     b1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
     b2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(
-        0.1, ge=0, description="decoupled decay of matrices; not of embeddings, biases, layer norms"
-    )
+    weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices; not of biases and layer norms")
+    decay_embeddings: bool = Field(False, description="decay token and position embeddings like matrices")
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are scaled down to this global norm; 0 turns it off")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_gives_what_is_left_out(cls, values: Any) -> Any:
+        preset = values.get("preset") if isinstance(values, dict) else None
+        return PRESETS[preset] | values if isinstance(preset, str) and preset in PRESETS else values
+
     @model_validator(mode="after")
-    def _warmup_is_steps_or_share(self) -> "OptimizerConfig":
-        if isinstance(self.warmup, float) and self.warmup > 1:
-            raise ValueError(f"optimizer.warmup {self.warmup} is neither a whole number of steps nor a share up to 1.0")
+    def _keys_fit(self) -> "OptimizerConfig":
+        for key, value in (("warmup", self.warmup), ("decay", self.decay)):
+            if isinstance(value, float) and value > 1:
+                raise ValueError(f"optimizer.{key} {value} is neither a whole number of steps nor a share up to 1.0")
+        if self.min_learning_rate_ratio and self.schedule in ("constant", "inverse_sqrt"):
+            raise ValueError(
+                f"optimizer.min_learning_rate_ratio {self.min_learning_rate_ratio} has no meaning with "
+                f"optimizer.schedule {self.schedule}, which goes down to no lowest rate"
+            )
         return self
 
 
@@ -121,6 +164,11 @@ class TrainingConfig(Section):
     )
     save_every: int = Field(1000, gt=0, description="steps between checkpoints")
     keep_checkpoints: int = Field(3, gt=0, description="newest checkpoints kept; older ones are deleted")
+    max_skipped_steps: int = Field(
+        5, gt=0, description="the run ends after so many steps in a row whose loss or gradient was not finite"
+    )
+    prompts: list[str] = Field([], description="beginnings of texts that each evaluation continues, in samples.txt")
+    sample_tokens: int = Field(64, gt=0, description="most tokens added to each of training.prompts")
 
 
 class MeshConfig(Section):
@@ -162,10 +210,29 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _schedule_fits_the_run(self) -> "Config":
+        schedule, warmup, total = self.optimizer.schedule, self.warmup_steps, self.training.total_steps
+        if schedule == "inverse_sqrt" and not warmup:
+            raise ValueError("optimizer.schedule inverse_sqrt needs an optimizer.warmup of at least one step")
+        if schedule == "wsd" and warmup + self.decay_steps > total:
+            raise ValueError(
+                f"optimizer.warmup and optimizer.decay are {warmup} and {self.decay_steps} steps, "
+                f"together more than training.total_steps {total}"
+            )
+        return self
+
     @property
     def warmup_steps(self) -> int:
-        warmup = self.optimizer.warmup
-        return warmup if isinstance(warmup, int) else round(warmup * self.training.total_steps)
+        return self._steps(self.optimizer.warmup)
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps of the last part of schedule `wsd`."""
+        return max(1, self._steps(self.optimizer.decay))
+
+    def _steps(self, steps_or_share: int | float) -> int:
+        return steps_or_share if isinstance(steps_or_share, int) else round(steps_or_share * self.training.total_steps)
 
 
 def config_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
@@ -177,27 +244,6 @@ def config_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str
         else:
             keys[prefix + name] = field
     return keys
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Returns the config of a TOML file with `section.key=value` overrides applied left to right.
-
-    Raises `UserError`: NO_INPUT when the file is missing, CONFIG for anything wrong inside, naming the dotted key.
-    """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        fix = "give the path of a TOML file, such as configs/quickstart.toml"
-        raise UserError(ExitCode.NO_INPUT, "config not found", path, fix) from None
-    except OSError as error:
-        raise UserError(
-            ExitCode.NO_INPUT, "config cannot be read", path, f"the system says: {error.strerror}"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(ExitCode.CONFIG, "not a TOML file", path, f"mend it: {error}") from None
-    for override in overrides:
-        _apply_override(values, override)
-    return parse_config(values, str(path))
 
 
 def parse_config(values: dict[str, Any], where: str) -> Config:
@@ -212,34 +258,15 @@ def parse_config(values: dict[str, Any], where: str) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """Returns the config as TOML; `load_config` reads it back to an equal object."""
+    """Returns the config as TOML; `config_file.load_config` reads it back to an equal object."""
     return tomli_w.dumps(config.model_dump(exclude_none=True))
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not all(part.isidentifier() for part in key.split(".")):
-        fix = "write it as section.key=value, for example optimizer.learning_rate=3e-4"
-        raise UserError(ExitCode.USAGE, "not an override", quote(override), fix)
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError as error:
-        if text.startswith("{"):
-            fix = f"""mend it, for example 'data.dataset={{"data/zh" = 3, "data/en" = 1}}': {error}"""
-            raise UserError(ExitCode.USAGE, "not a TOML table", quote(override), fix) from None
-        value = text  # a bare word is a string: output=runs/two
-    *sections, last = key.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise UserError(ExitCode.CONFIG, "not a section", f"{section} in {quote(override)}", "check the key")
-    values[last] = value
 
 
 def _nearest_key(key: str) -> str | None:
     """Returns the known key or section most like an unknown one: beside it, else anywhere."""
     prefix, name = key[: key.rfind(".") + 1], key.rpartition(".")[2]
-    beside = {other.removeprefix(prefix).partition(".")[0] for other in config_keys() if other.startswith(prefix)}
+    known = [*config_keys(), "stages"]  # the latter only in files, see `config_file`
+    beside = {other.removeprefix(prefix).partition(".")[0] for other in known if other.startswith(prefix)}
     anywhere = {other.rpartition(".")[2]: other for other in config_keys()}
     for choices in ({word: prefix + word for word in beside}, anywhere):
         initials = [word for word in choices if "".join(part[0] for part in word.split("_")) == name]

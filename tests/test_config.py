@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2_flax.config import Config, config_keys, dump_config, load_config, parse_config
+from gpt2_flax.config import Config, config_keys, dump_config, parse_config
+from gpt2_flax.config_file import load_config, load_stages
 from gpt2_flax.errors import ExitCode, UserError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
@@ -22,19 +23,26 @@ KEYS = [
     "model.resid_pdrop",
     "model.layer_norm_epsilon",
     "model.initializer_range",
+    "model.initializer",
     "model.dtype",
+    "model.attend_across_documents",
     "model.remat",
     "data.dataset",
     "data.seq_length",
+    "data.packing",
     "data.global_batch_size",
+    "optimizer.preset",
+    "optimizer.name",
     "optimizer.learning_rate",
     "optimizer.schedule",
     "optimizer.warmup",
+    "optimizer.decay",
     "optimizer.min_learning_rate_ratio",
     "optimizer.b1",
     "optimizer.b2",
     "optimizer.eps",
     "optimizer.weight_decay",
+    "optimizer.decay_embeddings",
     "optimizer.max_grad_norm",
     "training.total_steps",
     "training.accumulation_steps",
@@ -44,6 +52,9 @@ KEYS = [
     "training.evaluation_batches",
     "training.save_every",
     "training.keep_checkpoints",
+    "training.max_skipped_steps",
+    "training.prompts",
+    "training.sample_tokens",
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
@@ -68,19 +79,23 @@ def test_the_list_of_keys_is_frozen_and_every_key_has_a_line_of_help():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_shipped_configs_are_valid_and_say_how_to_run_them(path):
-    config = load_config(path)
     assert f"gpt2-flax train configs/{path.name}" in path.read_text(encoding="utf-8")
-    assert parse_config(config.model_dump(exclude_none=True), "again") == config
+    for config in load_stages(path):
+        assert parse_config(config.model_dump(exclude_none=True), "again") == config
 
 
 def test_the_published_stages_are_as_published():
-    first, second = (load_config(CONFIGS[0].parent / f"cluecorpussmall_seq{n}.toml") for n in (128, 1024))
+    first, second = load_stages(CONFIGS[0].parent / "cluecorpussmall.toml")
     assert second.init_from == first.output
     assert (first.training.total_steps, second.training.total_steps) == (1_000_000, 250_000)
     assert (first.data.seq_length, second.data.seq_length) == (128, 1024)
     assert (first.data.global_batch_size, second.data.global_batch_size) == (64 * 8, 16 * 8)
     assert (first.optimizer.learning_rate, second.optimizer.learning_rate) == (1e-4, 5e-5)
+    assert (first.warmup_steps, second.warmup_steps) == (100_000, 25_000)
     assert first.model == second.model
+    assert (first.model.initializer, first.model.attn_pdrop) == ("uer", 0.1)
+    for optimizer in (first.optimizer, second.optimizer):
+        assert (optimizer.name, optimizer.schedule, optimizer.max_grad_norm) == ("adamw_uer", "linear", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +115,16 @@ def test_the_published_stages_are_as_published():
         (with_section("optimizer", learning_rate="1e-4"), "bad value of optimizer.learning_rate"),
         (with_section("optimizer", learning_rate=float("nan")), "bad value of optimizer.learning_rate"),
         (with_section("optimizer", warmup=1.5), "optimizer.warmup 1.5 is neither"),
+        (with_section("optimizer", decay=1.5), "optimizer.decay 1.5 is neither"),
+        (with_section("optimizer", decay=0), "bad value of optimizer.decay"),
+        (with_section("optimizer", preset="bert"), "bad value of optimizer.preset.*'default' or 'uer', not 'bert'"),
+        (with_section("optimizer", preset=["uer"]), "bad value of optimizer.preset"),
+        (with_section("optimizer", preset="uer", nam="muon"), "unknown key optimizer.nam: .*optimizer.name"),
+        (with_section("optimizer", schedule="constant", min_learning_rate_ratio=0.1), "no meaning with.*constant"),
+        (with_section("optimizer", schedule="inverse_sqrt", min_learning_rate_ratio=0.1), "0.1 has no meaning with"),
+        (with_section("optimizer", schedule="inverse_sqrt", warmup=0), "inverse_sqrt needs an optimizer.warmup"),
+        (with_section("optimizer", schedule="inverse_sqrt", warmup=0.01), "inverse_sqrt needs an optimizer.warmup"),
+        (with_section("optimizer", schedule="wsd", warmup=5, decay=6), "are 5 and 6 steps, together more than.* 10"),
         (with_section("model", n_head=5), "model.n_embd 768 is not a multiple of model.n_head 5"),
         (with_section("data", dataset="d", seq_length=2000), "seq_length 2000 is above model.n_positions 1024"),
         (with_section("training", accumulation_steps=7), "not a multiple of training.accumulation_steps 7"),
@@ -176,6 +201,7 @@ def test_warmup_counts_steps_or_a_share_of_them():
         optimizer=st.fixed_dictionaries(
             {},
             optional={
+                "preset": st.sampled_from(["default", "uer"]),
                 "learning_rate": st.floats(1e-30, 1e30),
                 "warmup": st.one_of(st.integers(0, 10**9), st.floats(0, 1)),
                 "b1": st.floats(0, 0.999),

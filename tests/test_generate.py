@@ -204,7 +204,7 @@ def test_evaluation_of_some_batches_reads_the_first_windows(model, validation, m
 
 def parts_of_documents(split, seq_length, last_window=None):
     """Yields the ids of each document's part in each window of `seq_length + 1` tokens, where it has two or more."""
-    starts = set(split.document_starts(0, split.n_tokens).tolist())
+    starts = set(split.document_starts(np.array([0]), split.n_tokens)[1].tolist())
     first_tokens = list(range(0, split.n_tokens - 1, seq_length))[:last_window]
     for first in first_tokens:
         stop = min(first + seq_length + 1, split.n_tokens)

@@ -16,6 +16,7 @@ LAYERS = [
     "progress",
     "folders",
     "config",
+    "config_file",
     "text",
     "data",
     "parallel",
@@ -27,7 +28,7 @@ LAYERS = [
     "cli",
     "__main__",
 ]
-JAX_FREE = ("errors", "progress", "folders", "config", "text", "data", "cli", "__main__")
+JAX_FREE = ("errors", "progress", "folders", "config", "config_file", "text", "data", "cli", "__main__")
 
 
 def imports(path):

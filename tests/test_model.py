@@ -8,7 +8,7 @@ from flax import nnx
 
 from gpt2_flax.checkpoint.weights import model_from_weights, weights_of
 from gpt2_flax.config import ModelConfig
-from gpt2_flax.data.packing import IGNORE, rows_of_windows
+from gpt2_flax.data.packing import IGNORE
 from gpt2_flax.model.attention import attention, document_mask
 from gpt2_flax.model.gpt2 import GPT2, Cache
 from gpt2_flax.model.loss import cross_entropy
@@ -139,13 +139,3 @@ def test_decoding_with_a_cache_gives_the_logits_of_the_whole_sequence(model, fir
     for row, columns in enumerate(padding):
         whole_TV = run(model, tokens_BT[row : row + 1, columns:])[0]
         np.testing.assert_allclose(logits_BV[row], whole_TV[-1], atol=1e-5)
-
-
-def test_rows_shift_targets_restart_positions_and_never_train_on_a_first_token():
-    tokens_BS = np.array([[7, 8, 9, 5, 6, 0]], np.int32)
-    segments_BS = np.array([[1, 1, 1, 2, 2, 0]], np.int32)
-    rows = rows_of_windows(tokens_BS, segments_BS)
-    assert rows.tokens_BT.tolist() == [[7, 8, 9, 5, 6]]
-    assert rows.targets_BT.tolist() == [[8, 9, IGNORE, 6, IGNORE]]
-    assert rows.segments_BT.tolist() == [[1, 1, 1, 2, 2]]
-    assert rows.positions_BT.tolist() == [[0, 1, 2, 0, 1]]

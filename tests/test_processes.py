@@ -61,7 +61,8 @@ def logged(config):
 def test_two_processes_stop_together_go_on_and_give_the_losses_of_one(config, tmp_path):
     seldom = {"training__evaluate_every": 1000, "training__save_every": 1000}
     same_rate = {"optimizer__schedule": "constant", "optimizer__learning_rate": 1e-3}  # whatever total_steps is
-    config = changed(config, output=str(tmp_path / "two"), model__resid_pdrop=0.1, **seldom, **same_rate)
+    prompts = {"training__prompts": ["这是", "大鸟", ""]}
+    config = changed(config, output=str(tmp_path / "two"), model__resid_pdrop=0.1, **seldom, **same_rate, **prompts)
     processes = start(changed(config, training__total_steps=2000), tmp_path)
     metrics, patience = RunFolder(config.output).metrics, time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") > 3) and processes[0].poll() is None:
@@ -79,6 +80,8 @@ def test_two_processes_stop_together_go_on_and_give_the_losses_of_one(config, tm
     assert codes == [0, 0], errors
     assert f"resumed from step {step}" in outputs[0]
     assert "step" not in outputs[1]  # one process speaks for all
+    samples = RunFolder(config.output).samples.read_text(encoding="utf-8").splitlines()
+    assert [line.split()[1] for line in samples] == [str(step + 3)] * 3
 
     alone = changed(config, output=str(tmp_path / "one"))
     loop.train(alone)

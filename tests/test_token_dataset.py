@@ -57,26 +57,30 @@ def test_any_part_of_the_stream_is_read_as_it_was_written(tmp_path_factory, corp
     start = data.draw(st.integers(0, len(stream)))
     stop = data.draw(st.integers(start, len(stream) + 2))
     assert split.read(start, stop).tolist() == stream[start:stop]
-    assert split.document_starts(start, stop).tolist() == [place for place in starts if start <= place < stop]
 
 
 @settings(max_examples=100)
 @given(corpus=corpora(), length=st.integers(1, 12), data=st.data())
-def test_windows_number_their_documents_from_one_and_fill_the_end_with_zero(tmp_path_factory, corpus, length, data):
+def test_parts_of_the_stream_are_gathered_with_the_places_where_documents_start(tmp_path_factory, corpus, length, data):
     vocab_size, shards = corpus
     split = write_dataset(tmp_path_factory.mktemp("dataset"), vocab_size, shards).train
-    owner = [n for n, document in enumerate(itertools.chain.from_iterable(shards)) for _ in document]
-    stream = [token for document in itertools.chain.from_iterable(shards) for token in document]
-    positions = st.lists(st.integers(0, max(0, len(stream) - 1)), max_size=4) if stream else st.just([])
-    starts = data.draw(positions)
-    tokens_BS, segments_BS = split.windows(np.array(starts, np.int64), length)
-    assert tokens_BS.shape == segments_BS.shape == (len(starts), length)
-    assert tokens_BS.dtype == segments_BS.dtype == np.int32
-    for start, tokens_S, segments_S in zip(starts, tokens_BS.tolist(), segments_BS.tolist(), strict=True):
-        window, owners = stream[start : start + length], owner[start : start + length]
-        padding = [0] * (length - len(window))
-        assert tokens_S == window + padding
-        assert segments_S == [document - owners[0] + 1 for document in owners] + padding
+    documents = list(itertools.chain.from_iterable(shards))
+    stream = [*itertools.chain.from_iterable(documents), *[0] * 40]
+    starts = data.draw(st.lists(st.integers(0, split.n_tokens + 9), max_size=4))
+    lengths = data.draw(st.lists(st.integers(0, 20), min_size=len(starts), max_size=len(starts)))
+    found = split.gather(np.array(starts, np.int64), np.array(lengths, np.int64))
+    assert found.dtype == token_dtype(vocab_size)
+    expected = [stream[start : start + size] for start, size in zip(starts, lengths, strict=True)]
+    assert found.tolist() == list(itertools.chain.from_iterable(expected))
+
+    windows, places = split.document_starts(np.array(starts, np.int64), length)
+    first_tokens = set(starts_of(documents))
+    assert list(zip(windows.tolist(), places.tolist(), strict=True)) == [
+        (window, place)
+        for window, start in enumerate(starts)
+        for place in range(length)
+        if start + place in first_tokens
+    ]
 
 
 @given(documents=st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=9), min_size=1, max_size=6), data=st.data())
@@ -273,7 +277,7 @@ def test_a_shard_of_another_size_is_refused_when_opened(dataset, split, which, c
 def test_a_file_that_goes_away_while_it_is_in_use_is_named(dataset, which):
     path = shard_paths(dataset.folder, "train", 0)[which]
     path.unlink()
-    for use in (dataset.verify, lambda: dataset.train.document_starts(0, 5)):
+    for use in (dataset.verify, lambda: dataset.train.document_starts(np.array([0]), 5)):
         with pytest.raises(UserError, match="shard missing") as error:
             use()
         assert error.value.where == str(path)
@@ -312,12 +316,20 @@ def test_document_starts_are_in_order_or_refused_whatever_their_file_holds(tmp_p
     start, stop = sorted(bounds)
     with mock.patch("os.fsync"):
         split = publish(folder, {"train": [flat_shard(tokens, offsets)], "validation": []}, 100).train
+    windows = np.array([start, 0]), stop - start
     if starts != sorted(set(starts)):
         with contextlib.suppress(UserError):
-            assert set(split.document_starts(start, stop).tolist()) <= set(range(start, stop))
-            assert (np.diff(split.document_starts(start, stop)) > 0).all()
+            found = list(zip(*split.document_starts(*windows), strict=True))
+            assert all(window in (0, 1) and 0 <= place < stop - start for window, place in found)
+            assert found == sorted(set(found))
     else:
-        assert split.document_starts(start, stop).tolist() == [place for place in starts if start <= place < stop]
+        found = [
+            (window, place - first)
+            for window, first in enumerate((start, 0))
+            for place in starts
+            if first <= place < first + stop - start
+        ]
+        assert list(zip(*split.document_starts(*windows), strict=True)) == found
 
 
 @pytest.mark.parametrize("starts", [[0, 2**64 - 1], [0, 7], [3, 0], [3, 3]])

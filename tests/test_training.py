@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import signal
@@ -98,17 +99,6 @@ def test_optimizer_moments_lie_as_their_parameters(config):
         assert found == [spec, spec], path
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-def test_learning_rate_rises_from_zero_and_decays_as_named(config, schedule):
-    keys = {"optimizer__schedule": schedule, "optimizer__warmup": 0.1, "optimizer__min_learning_rate_ratio": 0.2}
-    rate = learning_rate(changed(config, training__total_steps=100, optimizer__learning_rate=0.5, **keys))
-    for step in range(101):
-        done = (step - 10) / 90
-        decayed = {"linear": 1 - done * 0.8, "cosine": 0.2 + 0.8 * (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
-        expected = 0.5 * (step / 10 if step < 10 else decayed[schedule])
-        assert float(rate(step)) == pytest.approx(expected, rel=1e-5, abs=1e-8)
-
-
 def test_optimizer_equals_adamw_in_float64(config):
     config = changed(with_vocab(config), optimizer__max_grad_norm=0.5, training__total_steps=20)
     tx, rate, chosen = make_optimizer(config), learning_rate(config), config.optimizer
@@ -161,12 +151,12 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(config, tmp_path, mon
     assert sorted(whole) == [1, 2, 3, 4, 5, 6]
 
     parts = changed(config, output=str(tmp_path / "parts"))
-    ask = loop.StopRequest.__call__
+    ask, calls = loop.StopRequest.__call__, itertools.count(1)
 
-    def stop_at_four(self, step):
-        if step == 4:
+    def stop_at_four(self):
+        if next(calls) == 4:
             signal.raise_signal(signal.SIGTERM)
-        return ask(self, step)
+        return ask(self)
 
     monkeypatch.setattr(loop.StopRequest, "__call__", stop_at_four)
     with pytest.raises(UserError, match="stopped at step 4, saved") as stopped:
@@ -200,14 +190,13 @@ def test_a_diverged_run_stops_and_never_saves_the_bad_state(config):
     with pytest.raises(UserError, match="at step") as diverged:
         loop.train(changed(config, training__save_every=1))
     assert diverged.value.exit_code == ExitCode.DIVERGED
-    bad_step = int(diverged.value.what.split()[-1])
+    assert diverged.value.what == "loss nan at step 6, skipped steps in a row: 5"
     saved = [int(path.name) for path in RunFolder(config.output).checkpoints.iterdir() if path.name.isdecimal()]
-    assert bad_step > 1
-    assert max(saved) == bad_step - 1
+    assert saved == [1]  # what comes after has seen no more good steps
 
 
 def test_the_resolved_config_of_a_run_starts_the_same_run(config, tmp_path):
-    from gpt2_flax.config import load_config
+    from gpt2_flax.config_file import load_config
 
     loop.train(config)
     again = load_config(RunFolder(config.output).config, [f"output={tmp_path / 'again'}"])
@@ -220,7 +209,7 @@ def test_init_from_takes_the_weights_and_nothing_else(config, tmp_path, capsys):
     loop.train(config)
     second = changed(config, output=str(tmp_path / "second"), init_from=config.output)
     loop.train(second)
-    assert "16 parameter arrays, fresh optimizer" in capsys.readouterr().out
+    assert "16 parameter arrays, 27,968 parameters; fresh optimizer" in capsys.readouterr().out
     first, second = ([float.fromhex(loss) for loss in logged(run).values()] for run in (config, second))
     assert second[0] < first[2]
 

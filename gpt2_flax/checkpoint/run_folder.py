@@ -4,6 +4,7 @@ config.toml                  the resolved config
 tokenizer/                   the dataset's, so that the run can be used without the dataset
 checkpoints/ sha256/ damaged/   see `store`
 metrics.jsonl tensorboard/   numbers over the run
+samples.txt                  how each evaluation continued `training.prompts`
 lock                         held by the process that trains
 """
 
@@ -14,7 +15,8 @@ import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from gpt2_flax.config import Config, dump_config, load_config
+from gpt2_flax.config import Config, dump_config
+from gpt2_flax.config_file import load_config
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import folder_lock, write_whole
 
@@ -29,6 +31,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.samples = self.path / "samples.txt"
 
     def create(self) -> None:
         """Makes the folder. Raises `UserError` (CANT_CREATE) when that fails or it holds something that is no run."""
@@ -68,3 +71,14 @@ class RunFolder:
                     record = json.loads(line)
                     newest |= record if record["step"] <= step else {}
         return newest
+
+    def last_step(self) -> int | None:
+        """Returns the step of the last whole line of metrics, None when there is none."""
+        if self.metrics.exists():
+            with open(self.metrics, "rb") as file:
+                file.seek(max(0, self.metrics.stat().st_size - 2**16))
+                lines = file.read().split(b"\n")
+            for line in reversed(lines):
+                with contextlib.suppress(ValueError, TypeError):  # a line cut short by a kill, or by the seek
+                    return json.loads(line)["step"]
+        return None

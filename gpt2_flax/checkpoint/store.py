@@ -108,10 +108,8 @@ class CheckpointStore:
         Raises `UserError`: CONFIG when names, shapes or dtypes differ (before an array is read), IO when an item is
         not there or cannot be read.
         """
-        items = {}
-        for item, tree in abstract.items():
-            self._check_layout(step, item, tree)
-            items[item] = ocp.args.StandardRestore(_to_dict(tree))
+        self.check_layout(step, **abstract)
+        items = {item: ocp.args.StandardRestore(_to_dict(tree)) for item, tree in abstract.items()}
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except (OSError, ValueError) as error:
@@ -119,7 +117,12 @@ class CheckpointStore:
             raise UserError(ExitCode.IO, "checkpoint cannot be read", self.folder / str(step), reason) from error
         return {item: _from_dict(tree, restored[item]) for item, tree in abstract.items()}
 
-    def _check_layout(self, step: int, item: str, tree: Any) -> None:
+    def check_layout(self, step: int, **abstract: Any) -> None:
+        """Raises `UserError` as `restore` would, without reading an array."""
+        for item, tree in abstract.items():
+            self._check_item(step, item, tree)
+
+    def _check_item(self, step: int, item: str, tree: Any) -> None:
         metadata = self._manager.item_metadata(step).get(item)
         if metadata is None:
             what = f"checkpoint {step} holds no {item}"
@@ -133,7 +136,8 @@ class CheckpointStore:
                 differences.append(f"{path} {shown[0]} saved, {shown[1]} expected")
         if differences:
             what = f"checkpoint differs from the configured {item}"
-            raise UserError(ExitCode.CONFIG, what, self.folder / str(step), "; ".join(differences[:5]))
+            more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
+            raise UserError(ExitCode.CONFIG, what, self.folder / str(step), "; ".join(differences[:5]) + more)
 
     def _seal(self) -> None:
         """Waits for the save under way, then notes the sha256 of every new step."""

@@ -31,17 +31,21 @@ def train(
 ) -> None:
     """Train a model, or go on with a run where it stopped.
 
+    A file may hold several stages, tables [[stages]], which are trained in turn, each from the weights of the one
+    before: configs/cluecorpussmall.toml is an example. SECTION.KEY=VALUE holds for all, stages.2.SECTION.KEY=VALUE for
+    the second.
+
     Under SLURM, Open MPI and on TPU pods several hosts find each other; elsewhere give the three options above.
     SIGTERM or Ctrl-C stops after the step under way and saves; the same command goes on from there.
     """
-    from gpt2_flax.config import load_config
+    from gpt2_flax.config_file import load_stages
 
-    checked = load_config(config, overrides or ())
+    stages = load_stages(config, overrides or ())
     from gpt2_flax.parallel.mesh import start_processes
     from gpt2_flax.training.loop import train as run
 
     start_processes(coordinator, num_processes, process_id)
-    run(checked, allow_change or ())
+    run(*stages, allow_change=allow_change or ())
 
 
 @app.command()

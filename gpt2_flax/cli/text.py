@@ -1,6 +1,7 @@
 """From text to tokens: tokenizer, prepare, inspect, import-tokens."""
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -133,14 +134,32 @@ def prepare(
 
 @app.command()
 def inspect(
-    dataset: Annotated[Path, typer.Argument(help="A folder made by `gpt2-flax prepare`.")],
+    dataset: Annotated[
+        Path | None, typer.Argument(help="A folder made by `gpt2-flax prepare`; with --batch the config's if left out.")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read everything; check sha256 sums and token ids.")] = False,
-    samples: Annotated[int, typer.Option(min=0, help="Documents to show.")] = 3,
+    samples: Annotated[int, typer.Option(min=0, help="Documents, or rows of a batch, to show.")] = 3,
+    batch: Annotated[
+        int | None, typer.Option(min=1, metavar="STEP", help="Show what this step of a run trains on, with --config.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="For --batch: TOML file, or config.toml of a run.")] = None,
+    stage: Annotated[int | None, typer.Option(min=1, help="For --batch: which stage of the config.")] = None,
 ) -> None:
-    """Show what a dataset holds: counts, lengths of documents, unknown tokens, some of its text."""
+    """Show what a dataset holds: counts, lengths of documents, unknown tokens, some of its text.
+
+    Or what a model sees at one step of training: gpt2-flax inspect --batch 100 --config runs/mine/config.toml
+    """
     from gpt2_flax.data.inspect import inspection_lines
     from gpt2_flax.data.token_dataset import TokenDataset
 
+    if batch is not None:
+        if verify or config is None:
+            raise typer.BadParameter("--batch goes with --config and without --verify")
+        for line in _batch_lines(dataset, batch, config, stage, samples):
+            print(line)
+        return
+    if dataset is None or config is not None or stage is not None:
+        raise typer.BadParameter("give a DATASET, or --batch and --config")
     opened = TokenDataset(dataset)
     if verify:
         opened.verify()
@@ -148,6 +167,18 @@ def inspect(
         print(line)
     if verify:
         print("verified: every sha256 and every token id is right")
+
+
+def _batch_lines(dataset: Path | None, step: int, path: Path, stage: int | None, samples: int) -> Iterator[str]:
+    from gpt2_flax.config_file import load_config
+    from gpt2_flax.data.batches import batch_lines
+    from gpt2_flax.data.mixture import Mixture
+
+    config = load_config(path, stage=stage)
+    datasets = config.data.datasets
+    if dataset is not None and len(datasets) > 1:
+        raise typer.BadParameter(f"leave DATASET out: the config mixes {len(datasets)} datasets")
+    return batch_lines(config, Mixture(datasets if dataset is None else {str(dataset): 1.0}), step, samples)
 
 
 @app.command()

@@ -66,11 +66,7 @@ def inspection_lines(dataset: TokenDataset, samples: int = 3, lengths: Sequence[
 
     Raises `UserError` (DATA) for damaged document starts, or a tokenizer that is missing or not the dataset's.
     """
-    info, splits = dataset.info, (dataset.train, dataset.validation)
-    tokenizer = load_tokenizer(dataset.tokenizer_folder)
-    if tokenizer.fingerprint != info.tokenizer_fingerprint:
-        what = f"tokenizer is not the one that {MARKER} names"
-        raise UserError(ExitCode.DATA, what, dataset.tokenizer_folder, "prepare the dataset again")
+    info, splits, tokenizer = dataset.info, (dataset.train, dataset.validation), dataset_tokenizer(dataset)
     special = {"begin": info.bos_id, "end": info.eos_id, "unknown": info.unk_id}
     yield f"sources       {_names(info.sources)}"
     yield f"vocabulary    {info.vocab_size:,}; " + ", ".join(f"{name} {_or_none(id_)}" for name, id_ in special.items())
@@ -82,11 +78,26 @@ def inspection_lines(dataset: TokenDataset, samples: int = 3, lengths: Sequence[
     for split in splits:
         for number in _spread(split.n_documents, samples):
             start, stop = split.bounds(number)
-            text = _decoded(split.read(start, min(stop, start + SHOWN_TOKENS)), tokenizer)
+            text = decoded(split.read(start, min(stop, start + SHOWN_TOKENS)), tokenizer)
             shown = text[:SHOWN_CHARACTERS] + ("..." if len(text) > SHOWN_CHARACTERS else "")
             yield ""
             yield f"{split.name} document {number:,} of {split.n_documents:,}, {stop - start:,} tokens"
             yield f"  {printable(shown)}"
+
+
+def dataset_tokenizer(dataset: TokenDataset) -> Tokenizer:
+    """Returns the tokenizer in the folder; raises `UserError` (DATA) when it is missing or another one than made it."""
+    tokenizer = load_tokenizer(dataset.tokenizer_folder)
+    if tokenizer.fingerprint != dataset.info.tokenizer_fingerprint:
+        what = f"tokenizer is not the one that {MARKER} names"
+        raise UserError(ExitCode.DATA, what, dataset.tokenizer_folder, "prepare the dataset again")
+    return tokenizer
+
+
+def decoded(ids_T: np.ndarray, tokenizer: Tokenizer) -> str:
+    """Returns the text of the ids, with U+FFFD for each unknown token, which `decode` may leave out."""
+    parts = np.split(ids_T, np.flatnonzero(ids_T == (-1 if tokenizer.unk_id is None else tokenizer.unk_id)))
+    return "\ufffd".join(tokenizer.decode(part[bool(number) :].tolist()) for number, part in enumerate(parts))
 
 
 def split_line(info: DatasetInfo, split: str) -> str:
@@ -139,12 +150,6 @@ def _rows(tokens_N: np.ndarray, documents_N: np.ndarray, length: int) -> RowFigu
 def _spread(count: int, samples: int) -> list[int]:
     """Up to `samples` of the numbers below `count`, evenly spaced."""
     return list(dict.fromkeys((2 * i + 1) * count // (2 * samples) for i in range(samples))) if count else []
-
-
-def _decoded(ids_T: np.ndarray, tokenizer: Tokenizer) -> str:
-    """The text of the ids, with U+FFFD for each unknown token, which `decode` may leave out."""
-    parts = np.split(ids_T, np.flatnonzero(ids_T == (-1 if tokenizer.unk_id is None else tokenizer.unk_id)))
-    return "\ufffd".join(tokenizer.decode(part[bool(number) :].tolist()) for number, part in enumerate(parts))
 
 
 def _table(columns: Sequence[tuple[str, SplitFigures]]) -> Iterator[str]:

@@ -1,10 +1,9 @@
 """Batches as a function of (seed, sample number): nothing to save, nothing to resume, any host can ask for any row.
 
-A window is `seq_length + 1` tokens of the stream and shares one token with the next, so that in an epoch every token
-is a target once. Sample i of a dataset is window `permutation(i mod n)` of epoch `i div n`: a keyed Feistel network
-with cycle walking (Black and Rogaway, 2002), which needs no memory at any number of windows. Which dataset a sample of
-the run belongs to, and which of its samples it is, `deal` computes from the shares alone, so that each dataset has
-epochs of its own.
+Sample i of a dataset is row `permutation(i mod n)` of the n rows of epoch `i div n`: a keyed Feistel network with cycle
+walking (Black and Rogaway, 2002), which needs no memory at any number of rows. Which dataset a sample of the run
+belongs to, and which of its samples it is, `deal` computes from the shares alone, so that each dataset has epochs of
+its own.
 Dimension key: B rows.
 """
 
@@ -13,42 +12,85 @@ from fractions import Fraction
 
 import numpy as np
 
-from gpt2_flax.data.packing import Batch, rows_of_windows
+from gpt2_flax.config import Packing
+from gpt2_flax.data.packing import Batch, across_documents, rows_of
 from gpt2_flax.data.token_dataset import TokenSplit
 
 _ROUNDS = 6
+_BLOCK = 2**13  # samples whose rows are looked up at once: a few cost as much
 
 
 class Loader:
-    """Cuts one split into windows and deals them in the order of a run (`batch`) or of the stream (`in_order`)."""
+    """Deals the rows of one split in the order of a run (`batch`) or of the stream (`in_order`)."""
 
-    def __init__(self, split: TokenSplit, seq_length: int, seed: int):
+    def __init__(
+        self,
+        split: TokenSplit,
+        seq_length: int,
+        seed: int,
+        packing: Packing = "stream",
+        attend_across_documents: bool = False,
+    ):
         self.split, self.seq_length, self.seed = split, seq_length, seed
-        self.n_windows = max(1, -(-(split.n_tokens - 1) // seq_length))
+        self._rows, self._across = rows_of(split, seq_length, packing), attend_across_documents
+        self.n_rows = self._rows.n_rows
+        self._block = ((-1, -1), np.zeros(0, np.int64))
 
     def batch(self, first: int, last: int) -> Batch:
         """Returns the rows of samples [first, last) of the split; a new epoch has a new order."""
-        epochs_B, index_B = np.divmod(np.arange(first, last), self.n_windows)
-        windows_B = np.empty_like(index_B)
-        for epoch in np.unique(epochs_B):
-            rows = epochs_B == epoch
-            windows_B[rows] = permutation(index_B[rows], self.n_windows, self.seed, int(epoch))
-        return self._rows(windows_B)
+        parts = []
+        while first < last:
+            epoch, index = divmod(first, self.n_rows)
+            block, start = divmod(index, _BLOCK)
+            parts.append(self._order(epoch, block)[start : start + last - first])
+            first += len(parts[-1])
+        return self._batch(np.concatenate(parts) if parts else np.zeros(0, np.int64))
 
     def in_order(self, first: int, last: int) -> Batch:
-        """Returns windows [first, last) of the stream; those past its end are padding."""
-        return self._rows(np.arange(first, last))
+        """Returns rows [first, last) of an epoch in the order of the stream; those past its end are padding."""
+        return self._batch(np.arange(first, last))
 
-    def _rows(self, windows_B: np.ndarray) -> Batch:
-        return rows_of_windows(*self.split.windows(windows_B * self.seq_length, self.seq_length + 1))
+    def row(self, sample: int) -> int:
+        """Returns which row of the stream a sample is."""
+        epoch, index = divmod(sample, self.n_rows)
+        block, place = divmod(index, _BLOCK)
+        return int(self._order(epoch, block)[place])
+
+    def starts(self, sample: int) -> np.ndarray:
+        """Returns where in the stream each segment of a sample begins, int64, padding left out."""
+        return self._rows.starts(self.row(sample))
+
+    def _batch(self, rows_B: np.ndarray) -> Batch:
+        batch = self._rows.batch(rows_B)
+        return across_documents(batch) if self._across else batch
+
+    def _order(self, epoch: int, block: int) -> np.ndarray:
+        """The rows of a block of the samples of an epoch."""
+        known, rows_B = self._block  # read and written at once: threads may share a loader
+        if known != (epoch, block):
+            index_B = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, self.n_rows))
+            rows_B = permutation(index_B, self.n_rows, self.seed, epoch)
+            self._block = ((epoch, block), rows_B)
+        return rows_B
 
 
 class MixedLoader:
-    """Deals the windows of several splits in fixed shares; those of a single one as `Loader` does."""
+    """Deals the rows of several splits in fixed shares; those of a single one as `Loader` does."""
 
-    def __init__(self, splits: Sequence[TokenSplit], shares: Sequence[Fraction], seq_length: int, seed: int):
+    def __init__(
+        self,
+        splits: Sequence[TokenSplit],
+        shares: Sequence[Fraction],
+        seq_length: int,
+        seed: int,
+        packing: Packing = "stream",
+        attend_across_documents: bool = False,
+    ):
         # Seeds of runs are below 2**32: here no two datasets of any two runs share one, though they may be copies.
-        self.loaders = [Loader(split, seq_length, seed + (number << 32)) for number, split in enumerate(splits)]
+        self.loaders = [
+            Loader(split, seq_length, seed + (number << 32), packing, attend_across_documents)
+            for number, split in enumerate(splits)
+        ]
         self.shares = shares
 
     def batch(self, first: int, last: int) -> Batch:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 
+from gpt2_flax.config import Packing
 from gpt2_flax.data.loader import MixedLoader, shares_of_rest
 from gpt2_flax.data.token_dataset import TokenDataset
 from gpt2_flax.errors import ExitCode, UserError
@@ -28,9 +29,12 @@ class Mixture:
                 fix = "prepare both with the same tokenizer"
                 raise UserError(ExitCode.CONFIG, "datasets were prepared with different tokenizers", where, fix)
 
-    def loader(self, seq_length: int, seed: int) -> MixedLoader:
-        """Returns the loader of the training splits."""
-        return MixedLoader([dataset.train for dataset in self.datasets.values()], self.shares, seq_length, seed)
+    def loader(
+        self, seq_length: int, seed: int, packing: Packing = "stream", attend_across_documents: bool = False
+    ) -> MixedLoader:
+        """Returns the loader of the training splits; raises as `rows_of`."""
+        splits = [dataset.train for dataset in self.datasets.values()]
+        return MixedLoader(splits, self.shares, seq_length, seed, packing, attend_across_documents)
 
     def fingerprints(self) -> dict[str, str]:
         """Returns sha256 sums that tell mixtures apart; those of a single dataset are its own.

@@ -5,10 +5,11 @@
     train/tokens-00000.bin       ids of whole documents one after the other, little-endian uint16 or uint32
     train/offsets-00000.bin      where each document starts in that shard, little-endian uint64
     validation/...               the same
+    packing/...                  made when rows are packed, see `plans`
 
 A prepared document is `bos ids... eos`. Shards join in order of their numbers into one stream a split, and each that is
 not empty begins with a document. The tokens of a shard may lie in a file that is not ours: `Shard.file`.
-Dimension key: B rows or documents, S tokens of a window, T tokens.
+Dimension key: B documents, N parts of the stream, P pieces of them that each lie in one shard, T tokens.
 """
 
 import bisect
@@ -33,67 +34,74 @@ class TokenSplit:
     """
 
     def __init__(self, folder: Path, name: str, info: DatasetInfo):
-        self.name, self.vocab_size, shards = name, info.vocab_size, info.shards[name]
+        self.folder, self.name, self.vocab_size, shards = folder, name, info.vocab_size, info.shards[name]
         self.n_documents = sum(shard.documents for shard in shards)
         self.n_tokens = sum(shard.tokens for shard in shards)
         self.n_unknown = sum(shard.unknown for shard in shards)
         characters = [shard.characters for shard in shards]
         self.n_characters = None if None in characters else sum(characters)
         """None: not known."""
-        dtype = np.dtype(info.dtype).newbyteorder("<")
-        self.pairs = [shard_files(folder, name, index, shard, dtype) for index, shard in enumerate(shards)]
+        self._dtype = np.dtype(info.dtype).newbyteorder("<")
+        self.pairs = [shard_files(folder, name, index, shard, self._dtype) for index, shard in enumerate(shards)]
         for _, *files in self.pairs:
             for file in files:
                 file.check()
         self._filled = [pair for pair in self.pairs if pair.shard.tokens]
         # Tokens and documents before each shard.
-        self._starts = list(itertools.accumulate((pair.shard.tokens for pair in self._filled), initial=0))
+        starts = list(itertools.accumulate((pair.shard.tokens for pair in self._filled), initial=0))
+        self._bounds = np.array([*starts, np.iinfo(np.int64).max])
         self._documents = list(itertools.accumulate((pair.shard.documents for pair in self._filled), initial=0))
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Returns int32 ids of the stream from `start` up to `stop`.
+        """Returns int32 ids of the stream from `start` up to `stop` or its end; raises as `gather`."""
+        stop = max(start, min(stop, self.n_tokens))
+        return self.gather(np.array([start]), np.array([stop - start])).astype(np.int32)
 
-        Raises `UserError` (DATA) for an id outside the vocabulary: JAX would clamp it silently.
+    def gather(self, starts_N: np.ndarray, lengths_N: np.ndarray) -> np.ndarray:
+        """Returns the tokens of N parts of the stream one after another, in the type of the dataset.
+
+        Past the stream's end is token 0. Raises `UserError` (DATA) for an id outside the vocabulary: JAX would clamp
+        it silently.
         """
-        parts = []
-        for index, a, b in self._pieces(start, stop):
-            ids_T = _mapped(self, index)[0][a:b]
-            if int(ids_T.max()) >= self.vocab_size:
-                raise self._filled[index].tokens.damage(outside(int(ids_T.max()), self.vocab_size))
-            parts.append(ids_T)
-        return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
+        _, shards_P, *bounds = self._pieces(starts_N, starts_N + lengths_N)
+        shards = {shard: _mapped(self, shard)[0] for shard in set(shards_P.tolist()) - {len(self._filled)}}
+        parts = [
+            shards[shard][start:stop] if shard in shards else np.zeros(stop - start, self._dtype)
+            for shard, start, stop in zip(shards_P.tolist(), *(bound.tolist() for bound in bounds), strict=True)
+        ]
+        tokens_T = np.concatenate(parts) if parts else np.zeros(0, self._dtype)
+        if len(tokens_T) and int(tokens_T.max()) >= self.vocab_size:
+            highest = [int(part.max(initial=0)) for part in parts]
+            wrong = int(np.argmax(highest))
+            raise self._filled[shards_P[wrong]].tokens.damage(outside(highest[wrong], self.vocab_size))
+        return tokens_T
 
-    def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Returns the int64 stream positions in [start, stop) where a document starts, ascending."""
-        found = []
-        for index, a, b in self._pieces(start, stop):
-            offsets_B = _mapped(self, index)[1]
-            low, high = np.searchsorted(offsets_B, np.array((a, b), np.uint64))
-            starts_B = offsets_B[low:high]  # the search has seen that its ends lie in [a, b)
-            if (starts_B[1:] <= starts_B[:-1]).any():
-                raise self._filled[index].offsets.damage(UNORDERED)
-            found.append(starts_B.astype(np.int64) + self._starts[index])
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
+    def document_starts(self, starts_N: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns where documents start in N windows of `length` tokens that begin at `starts_N`.
 
-    def windows(self, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns int32 tokens_BS and segments_BS of the windows that begin at `starts` (B,) and are `length` long.
-
-        A segment is a document's part of the window, numbered from 1; what lies past the stream's end is token 0
-        in segment 0.
+        Two int64 arrays, the window and the place in it, in ascending order.
         """
-        tokens_BS = np.zeros((len(starts), length), np.int32)
-        segments_BS = np.zeros((len(starts), length), np.int32)
-        for row, start in enumerate(starts.tolist()):
-            stop = max(start, min(start + length, self.n_tokens))
-            tokens_BS[row, : stop - start] = self.read(start, stop)
-            segments_BS[row, self.document_starts(start + 1, stop) - start] = 1
-            segments_BS[row, : stop - start] = np.cumsum(segments_BS[row, : stop - start]) + 1
-        return tokens_BS, segments_BS
+        parts_P, shards_P, a_P, b_P = self._pieces(starts_N, starts_N + length)
+        offsets, low_P, high_P = self._search(shards_P, a_P, b_P)
+        if (high_P < low_P).any():
+            raise self._filled[shards_P[np.argmax(high_P < low_P)]].offsets.damage(UNORDERED)
+        spans = zip(shards_P.tolist(), low_P.tolist(), high_P.tolist(), strict=True)
+        found = [offsets[shard][low:high] for shard, low, high in spans if high > low]
+        if not found:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        in_shard = np.concatenate(found).astype(np.int64)
+        piece = np.repeat(np.arange(len(parts_P)), high_P - low_P)
+        wrong = (in_shard < a_P[piece]) | (in_shard >= b_P[piece])
+        wrong[1:] |= (in_shard[1:] <= in_shard[:-1]) & (piece[1:] == piece[:-1])
+        if wrong.any():
+            raise self._filled[shards_P[piece[np.argmax(wrong)]]].offsets.damage(UNORDERED)
+        windows = parts_P[piece]
+        return windows, in_shard + self._bounds[shards_P[piece]] - starts_N[windows]
 
     def bounds(self, document: int) -> tuple[int, int]:
         """Returns where in the stream the document of that number, from 0, starts and stops."""
         index = bisect.bisect_right(self._documents, document) - 1
-        offsets_B, base = _mapped(self, index)[1], self._starts[index]
+        offsets_B, base = _mapped(self, index)[1], int(self._bounds[index])
         start, *rest = offsets_B[document - self._documents[index] :][:2].tolist()
         stop = rest[0] if rest else self._filled[index].shard.tokens
         if not start < stop <= self._filled[index].shard.tokens:
@@ -113,15 +121,37 @@ class TokenSplit:
         """Returns the tokens and the offsets of a shard that is not empty, memory-mapped."""
         return self._filled[index].tokens.map(), self._filled[index].offsets.map()
 
-    def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """The (shard, start in it, stop in it) that make up [start, stop) of the stream; none is empty."""
-        pieces = []
-        index = bisect.bisect_right(self._starts, start) - 1
-        while start < min(stop, self.n_tokens):
-            base, end = self._starts[index], min(stop, self._starts[index + 1])
-            pieces.append((index, start - base, end - base))
-            index, start = index + 1, end
-        return pieces
+    def _search(
+        self, shards_P: np.ndarray, a_P: np.ndarray, b_P: np.ndarray
+    ) -> tuple[dict[int, np.ndarray], np.ndarray, np.ndarray]:
+        """The offsets of shards, and which of them, from and up to, lie in each piece if they are in order."""
+        order_P = np.argsort(shards_P, kind="stable")
+        ordered_P, sought = shards_P[order_P], np.array((a_P, b_P), np.uint64)[:, order_P]
+        firsts = np.flatnonzero(np.concatenate(([True], ordered_P[1:] != ordered_P[:-1]))[: len(ordered_P)]).tolist()
+        offsets, found = {}, np.zeros(sought.shape, np.int64)
+        for first, last in itertools.pairwise([*firsts, len(ordered_P)]):
+            shard = int(ordered_P[first])
+            if shard < len(self._filled):
+                offsets[shard] = _mapped(self, shard)[1]
+                found[:, first:last] = offsets[shard].searchsorted(sought[:, first:last])
+        restored = np.empty_like(found)
+        restored[:, order_P] = found
+        return offsets, *restored
+
+    def _pieces(self, starts_N: np.ndarray, stops_N: np.ndarray) -> tuple[np.ndarray, ...]:
+        """What parts of the stream are made of: the number of the part, a shard, start and stop in it, in order.
+
+        The shard after the last is what lies past the stream's end.
+        """
+        first_N = np.searchsorted(self._bounds, starts_N, "right") - 1
+        last_N = np.searchsorted(self._bounds, stops_N, "left") - 1
+        parts_P, shards_P = np.arange(len(starts_N)), first_N
+        if (last_N != first_N).any():
+            counts_N = np.maximum(last_N - first_N + 1, 0)
+            parts_P, shards_P = np.repeat(parts_P, counts_N), ranges(first_N, counts_N)
+            starts_N, stops_N = starts_N[parts_P], np.minimum(stops_N[parts_P], self._bounds[shards_P + 1])
+        bases_P = self._bounds[shards_P]
+        return parts_P, shards_P, np.maximum(starts_N - bases_P, 0), stops_N - bases_P
 
 
 class TokenDataset:
@@ -155,6 +185,12 @@ class TokenDataset:
         with progress_bar("verifying", total, "B") as advance:
             for pair in pairs:
                 pair.verify(self.info.vocab_size, self.info.unk_id, advance)
+
+
+def ranges(starts_N: np.ndarray, counts_N: np.ndarray) -> np.ndarray:
+    """Returns the numbers from each of `starts_N` on, as many as `counts_N` says, one after another."""
+    shifts_N = starts_N - (np.cumsum(counts_N) - counts_N)
+    return np.repeat(shifts_N, counts_N) + np.arange(counts_N.sum())
 
 
 def _descriptors() -> int:

@@ -82,7 +82,7 @@ def evaluate(
     n_batches: int = 0,
     done: Callable[[int], None] = lambda tokens: None,
 ) -> Evaluation:
-    """Evaluates the loader's split in stream order, `n_rows` windows at a time.
+    """Evaluates the loader's split in stream order, `n_rows` rows at a time.
 
     `n_batches` 0 reads the whole split; `done` is told of the positions of each finished batch.
     """
@@ -121,7 +121,9 @@ def evaluate_source(
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
         splits = _splits(source, data, Path(folder), options)
         model = jax.device_put(model_from_weights(source.model, source.weights), NamedSharding(mesh, P()))
-        loaders = [Loader(split, seq_length, seed=0) for split in splits]
+        packing = source.config.data.packing if source.config else "stream"
+        across = source.model.attend_across_documents
+        loaders = [Loader(split, seq_length, 0, packing, across) for split in splits]
         total = sum(_rows_to_read(loader, n_rows, n_batches) for loader in loaders) * seq_length
         with progress_bar("evaluating", total, "tokens") as advance:
             parts = [evaluate(model, loader, mesh, n_rows, n_batches, advance) for loader in loaders]
@@ -129,7 +131,7 @@ def evaluate_source(
 
 
 def _rows_to_read(loader: Loader, n_rows: int, n_batches: int) -> int:
-    needed = -(-loader.n_windows // n_rows)
+    needed = -(-loader.n_rows // n_rows)
     return n_rows * min(needed, n_batches or needed)
 
 

@@ -10,12 +10,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from gpt2_flax.checkpoint.source import Source
 from gpt2_flax.checkpoint.weights import model_from_weights
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.model.gpt2 import GPT2, Cache
-from gpt2_flax.text.tokenizer import load_tokenizer
+from gpt2_flax.text.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def generate(
         tokens_BT[row, first_column_B[row] :] = prompt
     new = min(max_new_tokens, room)
     out = _generate(model, tokens_BT, first_column_B, jax.random.key(seed), eos_id, sampling, new)
-    rows = np.asarray(out)[:, longest:].tolist()
+    # Every process gets all rows, wherever a sharded model has left them.
+    rows = multihost_utils.process_allgather(out, tiled=True)[:, longest:].tolist()
     return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
 
 
@@ -66,8 +68,19 @@ def generate_text(
     """Returns each prompt with its continuation, computed in float32."""
     tokenizer = load_tokenizer(source.tokenizer_folder)
     model = model_from_weights(source.model.model_copy(update={"dtype": "float32"}), source.weights)
-    ids = [[tokenizer.bos_id, *prompt_ids.tolist()] for prompt_ids in tokenizer.encode_batch(prompts)]
-    texts = []
+    return continue_texts(model, tokenizer, prompts, max_new_tokens, sampling, seed)
+
+
+def prompt_ids(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Returns the ids of texts that a document begins with."""
+    return [[tokenizer.bos_id, *ids.tolist()] for ids in tokenizer.encode_batch(prompts)]
+
+
+def continue_texts(
+    model: GPT2, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling, seed: int
+) -> list[str]:
+    """Returns each prompt with its continuation."""
+    ids, texts = prompt_ids(tokenizer, prompts), []
     new_ids = generate(model, ids, tokenizer.eos_id, max_new_tokens, sampling, seed)
     for prompt, before, after in zip(prompts, ids, new_ids, strict=True):
         # Decoded together, so that a blank between prompt and continuation is kept; the prompt stays as it was typed.

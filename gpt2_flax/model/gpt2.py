@@ -29,7 +29,7 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         heads = (cfg.n_head, cfg.head_size)
-        linear = partial(nnx.LinearGeneral, dtype=jnp.dtype(cfg.dtype), rngs=rngs)
+        linear = partial(nnx.LinearGeneral, bias_init=_bias_init(cfg), dtype=jnp.dtype(cfg.dtype), rngs=rngs)
         self.c_attn = linear(cfg.n_embd, (3, *heads), kernel_init=nnx.initializers.normal(cfg.initializer_range))
         self.c_proj = linear(heads, cfg.n_embd, axis=(-2, -1), kernel_init=_residual_init(cfg))
 
@@ -43,7 +43,7 @@ class Mlp(nnx.Module):
     """Two dense layers around a tanh-approximated GELU (`gelu_new` in transformers)."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        linear = partial(nnx.Linear, dtype=jnp.dtype(cfg.dtype), rngs=rngs)
+        linear = partial(nnx.Linear, bias_init=_bias_init(cfg), dtype=jnp.dtype(cfg.dtype), rngs=rngs)
         normal = nnx.initializers.normal(cfg.initializer_range)
         self.c_fc = linear(cfg.n_embd, 4 * cfg.n_embd, kernel_init=normal)
         self.c_proj = linear(4 * cfg.n_embd, cfg.n_embd, kernel_init=_residual_init(cfg))
@@ -190,8 +190,14 @@ def _layer_norm(cfg: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 def _residual_init(cfg: ModelConfig) -> nnx.Initializer:
-    """GPT-2 shrinks the projections that write to the residual stream by sqrt(2 * layers)."""
-    return nnx.initializers.normal(cfg.initializer_range / (2 * cfg.n_layer) ** 0.5)
+    """GPT-2 shrinks the projections that write to the residual stream by sqrt(2 * layers), UER-py does not."""
+    shrink = (2 * cfg.n_layer) ** 0.5 if cfg.initializer == "gpt2" else 1.0
+    return nnx.initializers.normal(cfg.initializer_range / shrink)
+
+
+def _bias_init(cfg: ModelConfig) -> nnx.Initializer:
+    """GPT-2 starts from biases of 0, UER-py draws them like all else."""
+    return nnx.initializers.zeros if cfg.initializer == "gpt2" else nnx.initializers.normal(cfg.initializer_range)
 
 
 def _zero_rows_from(row: int, init: nnx.Initializer) -> nnx.Initializer:

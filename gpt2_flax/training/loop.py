@@ -1,7 +1,8 @@
-"""A training run from start or resume to its last step."""
+"""A training run, or several stages, from start or resume to the last step."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -16,35 +17,94 @@ from gpt2_flax.inference.evaluate import evaluate
 from gpt2_flax.parallel.feed import device_batch, prefetch
 from gpt2_flax.parallel.mesh import make_mesh
 from gpt2_flax.training.metrics import MetricsLog, StepReport
+from gpt2_flax.training.samples import Samples, check_prompts
 from gpt2_flax.training.signals import StopRequest
-from gpt2_flax.training.start import check_rows, check_same_run, start_or_resume, with_vocab_size
-from gpt2_flax.training.step import TrainState, make_train_step, state_layout
+from gpt2_flax.training.start import (
+    check_fits,
+    check_rows,
+    check_same_run,
+    newest_step,
+    start_or_resume,
+    with_vocab_size,
+)
+from gpt2_flax.training.step import TrainState, all_finite, make_train_step, state_layout
+from gpt2_flax.training.throughput import throughput
 
 
-def train(config: Config, allow_change: Sequence[str] = (), devices: Sequence[jax.Device] | None = None) -> None:
-    """Trains until `training.total_steps`, resuming from the run folder's newest checkpoint if there is one.
+def train(*stages: Config, allow_change: Sequence[str] = (), devices: Sequence[jax.Device] | None = None) -> None:
+    """Trains each stage until its `training.total_steps`, from the newest checkpoint of its run folder if there is one.
 
+    All are checked before the first begins, and those that have all their steps are passed over.
     Raises `UserError`; with TRY_AGAIN when it was asked to stop and has saved.
     """
+    names = [f"stage {number} of {len(stages)}: " if len(stages) > 1 else "" for number in range(1, len(stages) + 1)]
+    checked = []
+    for name, config in zip(names, stages, strict=True):
+        with _naming(name):
+            checked.append(_check(config, [before for before, _, _ in checked], allow_change, devices))
+    with StopRequest() as stop:
+        for number, name in enumerate(names, 1):
+            with _naming(name):
+                _train(*checked[number - 1], stop, allow_change, name)
+                if number < len(stages) and stop():
+                    output, fix = stages[number - 1].output, "run the same command to go on"
+                    raise UserError(ExitCode.TRY_AGAIN, "stopped at its end, saved", output, fix)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(error.exit_code, name + error.what, error.where, error.fix) from error
+
+
+def _check(
+    config: Config, before: Sequence[Config], allow_change: Sequence[str], devices: Sequence[jax.Device] | None
+) -> tuple[Config, Mixture, Mesh]:
+    """What can be known of a stage without training those before it; returns it with all it needs."""
     mixture = Mixture(config.data.datasets)
     config = with_vocab_size(config, mixture)
     mesh = make_mesh(config.mesh, devices)
     check_rows(config, mesh)
-    run, leads = RunFolder(config.output), jax.process_index() == 0
-    if leads:
+    check_prompts(config, mixture.tokenizer_folder)
+    for stage in before:
+        if stage.output == config.init_from:
+            check_fits(config, stage.model)
+    run = RunFolder(config.output)
+    if jax.process_index() == 0:
         run.create()
+    check_same_run(config, run, allow_change)
+    return config, mixture, mesh
+
+
+def _train(
+    config: Config, mixture: Mixture, mesh: Mesh, stop: StopRequest, allow_change: Sequence[str], name: str
+) -> None:
+    run, leads, total = RunFolder(config.output), jax.process_index() == 0, config.training.total_steps
     with contextlib.ExitStack() as stack:
         if leads:
             stack.enter_context(run.lock())
-        check_same_run(config, run, allow_change)
         log = stack.enter_context(MetricsLog(run if leads else None))
         store = stack.enter_context(CheckpointStore(run.checkpoints, config.training.keep_checkpoints))
         stack.enter_context(jax.set_mesh(mesh))
-        stop = stack.enter_context(StopRequest())
-        state, samples_seen = start_or_resume(config, mesh, store, mixture, allow_change, log.say)
+
+        def say(line: str) -> None:
+            log.say(name + line)
+
+        step = newest_step(store, mixture, allow_change, say)
+        finished = step is not None and step >= total
+        if finished:  # by the configured model, or its config is not the run's
+            layout = state_layout(config, mesh)
+            store.check_layout(step, model=layout.model, opt_state=layout.opt_state)
+        start = () if finished else start_or_resume(config, mesh, store, step, mixture, say)
         if leads:
             run.write_config(config, mixture.tokenizer_folder)
-        _run(config, mesh, mixture, store, log, stop, state, samples_seen)
+        if finished:
+            more = "" if name else "; to go on add training.total_steps=N --allow-change training.total_steps"
+            say(f"{config.output} has all its {total} steps{more}")
+        else:
+            _run(config, mesh, mixture, store, log, stop, *start)
 
 
 def _run(
@@ -59,41 +119,52 @@ def _run(
 ) -> None:
     training, n_rows = config.training, config.data.global_batch_size
     total, first_step, first_sample = training.total_steps, int(state.step), samples_seen
-    if first_step >= total:
-        more = "training.total_steps=N --allow-change training.total_steps"
-        log.say(f"{config.output} has all its {total} steps; to go on add {more}")
-        return
-    loader = mixture.loader(config.data.seq_length, training.seed)
+    packing, across = config.data.packing, config.model.attend_across_documents
+    loader = mixture.loader(config.data.seq_length, training.seed, packing, across)
     held_out = {
-        folder: Loader(dataset.validation, config.data.seq_length, seed=0)
+        folder: Loader(dataset.validation, config.data.seq_length, 0, packing, across)
         for folder, dataset in mixture.datasets.items()
     }
     train_step = make_train_step(config, state_layout(config, mesh), mesh)
     meta = {"model": config.model.model_dump(), **mixture.fingerprints()}
-    report = StepReport(config, log, first_step)
+    report = StepReport(config, log, throughput(config, mesh, mixture, loader), first_step, first_sample)
+    samples, save_due = Samples(config, mixture.tokenizer_folder), False
 
     def make(step):
         start = first_sample + (step - first_step) * n_rows
         return device_batch(mesh, n_rows, lambda first, last: loader.batch(start + first, start + last))
 
-    batches = prefetch(make, range(first_step, total))
-    for step in range(first_step + 1, total + 1):
-        batch = report.next_batch(batches)
-        state, metrics = train_step(state, batch)
-        report.dispatched(step, metrics)
-        samples_seen += n_rows
-        stopping = stop(step)
-        if (step % training.evaluate_every == 0 and not stopping) or step == total:
-            report.catch_up()
-            evaluations = {
-                folder: evaluate(state.model, split, mesh, n_rows, training.evaluation_batches)
-                for folder, split in held_out.items()
-            }
-            report.evaluated(step, evaluations)
-        if step % training.save_every == 0 or step == total or stopping:
-            report.catch_up()  # a state is only kept when its loss was finite
-            store.save(step, state.model, state.opt_state, meta | {"step": step, "samples_seen": samples_seen})
-        if stopping and step < total:
-            batches.close()
-            what = f"stopped at step {step}, saved"
-            raise UserError(ExitCode.TRY_AGAIN, what, config.output, "run the same command to go on")
+    with contextlib.closing(prefetch(make, range(first_step, total))) as batches:
+        for step in range(first_step + 1, total + 1):
+            batch = report.next_batch(batches)
+            state, metrics = train_step(state, batch)
+            report.dispatched(step, metrics)
+            samples_seen += n_rows
+            stopping = stop()
+            if (step % training.evaluate_every == 0 and not stopping) or step == total:
+                report.catch_up()
+                evaluations = {
+                    folder: evaluate(state.model, split, mesh, n_rows, training.evaluation_batches)
+                    for folder, split in held_out.items()
+                }
+                report.evaluated(step, evaluations, samples.texts(state.model))
+            save_due |= step % training.save_every == 0
+            last = step == total or stopping
+            if save_due or last:
+                report.catch_up()
+                # Steps may be skipped for the state's sake: as long as they are, older states are not given up for it.
+                if last or not report.skipped_in_a_row:
+                    so_far = {"step": step, "samples_seen": samples_seen, "skipped": report.skipped}
+                    _save(store, state, meta | so_far, config.output)
+                    save_due = False
+            if stopping and step < total:
+                what = f"stopped at step {step}, saved"
+                raise UserError(ExitCode.TRY_AGAIN, what, config.output, "run the same command to go on")
+
+
+def _save(store: CheckpointStore, state: TrainState, meta: dict[str, Any], output: str) -> None:
+    step = meta["step"]
+    if not jax.device_get(all_finite(state)):
+        fix = "lower optimizer.learning_rate or raise optimizer.warmup; the newest checkpoint is from before"
+        raise UserError(ExitCode.DIVERGED, f"parameters are not finite after step {step}", output, fix)
+    store.save(step, state.model, state.opt_state, meta)

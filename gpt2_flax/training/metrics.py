@@ -1,21 +1,26 @@
-"""Numbers of a run: lines on the screen, metrics.jsonl, TensorBoard events."""
+"""Numbers of a run: lines on the screen, metrics.jsonl, TensorBoard events; and texts by which to judge it."""
 
+import io
 import json
 import math
+import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
+import jax
 from tensorboardX import SummaryWriter
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.config import Config
 from gpt2_flax.data.packing import Batch
-from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.errors import ExitCode, UserError, printable
 from gpt2_flax.inference.evaluate import Evaluation
 from gpt2_flax.progress import duration, si
 from gpt2_flax.training.step import StepMetrics
+from gpt2_flax.training.throughput import Throughput, peak_memory
 
 
 class MetricsLog(AbstractContextManager):
@@ -25,7 +30,8 @@ class MetricsLog(AbstractContextManager):
     """
 
     def __init__(self, run: RunFolder | None):
-        self._file = open(run.metrics, "a", encoding="utf-8") if run else None  # noqa: SIM115 (closed in __exit__)
+        self._run = run
+        self._file = _lines(run.metrics) if run else None
         self._events = SummaryWriter(str(run.tensorboard)) if run else None
 
     def __exit__(self, *exception: object) -> None:
@@ -42,8 +48,18 @@ class MetricsLog(AbstractContextManager):
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            if math.isfinite(value):
+                self._events.add_scalar(name, value, step)
         self.say(line)
+
+    def write_texts(self, step: int, texts: Sequence[str]) -> None:
+        """Adds texts of the model at a step, one a line, to samples.txt and to TensorBoard."""
+        if not self._file or not texts:
+            return
+        lines = [printable(text) for text in texts]
+        with open(self._run.samples, "a", encoding="utf-8") as file:
+            file.writelines(f"step {step:>7}  {line}\n" for line in lines)
+        self._events.add_text("samples", "\n\n".join(lines), step)
 
     def say(self, line: str) -> None:
         """Prints a line, on the process that prints."""
@@ -54,11 +70,15 @@ class MetricsLog(AbstractContextManager):
 class StepReport:
     """Reads the numbers of a step one step late, so that the devices never wait for the host."""
 
-    def __init__(self, config: Config, log: MetricsLog, first_step: int):
-        self._config, self._log = config, log
+    def __init__(self, config: Config, log: MetricsLog, throughput: Throughput, first_step: int, first_sample: int):
+        self._config, self._log, self._throughput = config, log, throughput
         self._pending: tuple[int, StepMetrics] | None = None
-        self._first_step, self._first_time = first_step, time.perf_counter()
+        self._first_step, self._first_sample, self._first_time = first_step, first_sample, time.perf_counter()
         self._busy_steps, self._busy_seconds = 0, 0.0  # of all intervals written
+        self.skipped = 0
+        """Of the whole run, up to the last step that was read."""
+        self.skipped_in_a_row = 0
+        """Among the last steps that were read, up to the very last."""
         self._start_interval(first_step)
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
@@ -74,25 +94,23 @@ class StepReport:
         self._pending = (step, metrics)
 
     def catch_up(self) -> None:
-        """Waits for the step last dispatched. Raises `UserError` (DIVERGED) when its loss was not finite."""
+        """Waits for the step last dispatched. Raises `UserError` (DIVERGED) after too many skipped steps in a row."""
         if self._pending is None:
             return
         (step, on_device), self._pending = self._pending, None
-        metrics = StepMetrics(*map(float, on_device))
-        if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
-            what = f"loss {metrics.loss:g}, gradient norm {metrics.grad_norm:g} at step {step}"
-            fix = "lower optimizer.learning_rate or raise optimizer.warmup; the newest checkpoint is from before"
-            raise UserError(ExitCode.DIVERGED, what, self._config.output, fix)
+        metrics = StepMetrics(*map(float, jax.device_get(on_device)))
+        self._real += metrics.real
         if step == self._first_step + 1:
             took = duration(time.perf_counter() - self._first_time)
             self._log.say(f"first step took {took}, compilation included")
+        self._count_skipped(step, metrics)
         if step % self._config.training.log_every == 0 or step == self._config.training.total_steps:
             self._write(step, metrics)
         if step == self._first_step + 1:  # its time says nothing about the others
             self._busy_steps, self._busy_seconds = 0, 0.0
             self._start_interval(step)
 
-    def evaluated(self, step: int, evaluations: Mapping[str, Evaluation]) -> None:
+    def evaluated(self, step: int, evaluations: Mapping[str, Evaluation], texts: Sequence[str] = ()) -> None:
         """Writes what all datasets give together and, of several, the loss of each; the time counts for no step."""
         whole = sum(evaluations.values(), Evaluation())
         values = {
@@ -105,28 +123,79 @@ class StepReport:
         if len(evaluations) > 1:
             values |= {f"validation/loss/{folder}": part.loss for folder, part in evaluations.items()}
         self._log.write(step, values, f"step {step:>7}  validation {whole}")
+        self._log.write_texts(step, texts)
         self._start_interval(step)
 
+    def _count_skipped(self, step: int, metrics: StepMetrics) -> None:
+        self.skipped = int(metrics.skipped)
+        losses = {"loss": metrics.loss, "gradient norm": metrics.grad_norm}
+        bad = next((f"{name} {value:g}" for name, value in losses.items() if not math.isfinite(value)), None)
+        if bad is None:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        last = self._samples(step) - 1
+        first = last + 1 - self._config.data.global_batch_size
+        line = f"warning: step {step} skipped: {bad}; samples {first}..{last}"
+        self._log.write(step, {"train/skipped_steps": metrics.skipped}, line)
+        if self.skipped_in_a_row >= self._config.training.max_skipped_steps:
+            what = f"{bad} at step {step}, skipped steps in a row: {self.skipped_in_a_row}"
+            fix = "lower optimizer.learning_rate or raise optimizer.warmup; the newest checkpoint is from before"
+            raise UserError(ExitCode.DIVERGED, what, self._config.output, fix)
+
     def _write(self, step: int, metrics: StepMetrics) -> None:
-        data, total = self._config.data, self._config.training.total_steps
+        total = self._config.training.total_steps
         steps, seconds = step - self._line_step, time.perf_counter() - self._line_time
         self._busy_steps, self._busy_seconds = self._busy_steps + steps, self._busy_seconds + seconds
-        tokens_per_second = steps * data.global_batch_size * data.seq_length / seconds
+        tokens_per_second = steps * self._throughput.positions / seconds
+        utilization = self._throughput.utilization(tokens_per_second)
         remaining = (total - step) * self._busy_seconds / self._busy_steps
-        values = {
+        speeds = {
+            "train/tokens_per_second": tokens_per_second,
+            "train/real_tokens_per_second": tokens_per_second * self._real / steps,
+            "train/mfu": utilization,
+            "train/data_wait_s": self._waited / steps,
+            "train/device_memory_peak_bytes": peak_memory(jax.local_devices()),
+        }
+        values = self._model_values(metrics) | speeds | self._positions_in_data(step)
+        line = (
+            f"step {step:>7}/{total}  loss {metrics.loss:.4f}  lr {metrics.learning_rate:.2e}  "
+            f"grad {metrics.grad_norm:.2f}  {si(tokens_per_second)} tokens/s  "
+            f"{'' if utilization is None else f'MFU {utilization:.1%}  '}ETA {duration(remaining)}"
+        )
+        self._log.write(step, {name: value for name, value in values.items() if value is not None}, line)
+        self._start_interval(step)
+
+    def _model_values(self, metrics: StepMetrics) -> dict[str, float | None]:
+        characters = self._throughput.characters_per_target
+        return {
             "train/loss": metrics.loss,
+            "train/perplexity": math.exp(min(metrics.loss, 700.0)),
+            "train/bits_per_character": metrics.loss / math.log(2) / characters if characters else None,
             "train/accuracy": metrics.accuracy,
             "train/grad_norm": metrics.grad_norm,
             "train/learning_rate": metrics.learning_rate,
-            "train/tokens_per_second": tokens_per_second,
-            "train/data_wait_s": self._waited / steps,
+            "train/target_share": metrics.targets,
+            "train/skipped_steps": metrics.skipped,
         }
-        line = (
-            f"step {step:>7}/{total}  loss {metrics.loss:.4f}  lr {metrics.learning_rate:.2e}  "
-            f"grad {metrics.grad_norm:.2f}  {si(tokens_per_second)} tokens/s  ETA {duration(remaining)}"
-        )
-        self._log.write(step, values, line)
-        self._start_interval(step)
+
+    def _positions_in_data(self, step: int) -> dict[str, float]:
+        samples, sizes = self._samples(step), self._throughput.samples_per_epoch
+        several = len(sizes) > 1
+        epochs = {f"train/epoch/{name}" if several else "train/epoch": samples / size for name, size in sizes.items()}
+        return {"train/samples": samples, **epochs}
+
+    def _samples(self, step: int) -> int:
+        return self._first_sample + (step - self._first_step) * self._config.data.global_batch_size
 
     def _start_interval(self, step: int) -> None:
-        self._line_step, self._line_time, self._waited = step, time.perf_counter(), 0.0
+        self._line_step, self._line_time, self._waited, self._real = step, time.perf_counter(), 0.0, 0.0
+
+
+def _lines(path: Path) -> TextIO:
+    """Opens a file of lines to add to, behind the end of a line that a kill may have cut short."""
+    file = open(path, "ab+")  # noqa: SIM115 (the caller closes it)
+    if file.tell():
+        file.seek(-1, os.SEEK_END)
+        file.write(b"" if file.read() == b"\n" else b"\n")
+    return io.TextIOWrapper(file, encoding="utf-8")

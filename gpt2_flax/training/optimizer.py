@@ -1,44 +1,122 @@
-"""The learning rate over a run, and AdamW (Loshchilov and Hutter, arXiv:1711.05101) around it."""
+"""The learning rate over a run, and AdamW (Loshchilov and Hutter, arXiv:1711.05101) or Muon around it.
 
+Dimension key: L layers, D n_embd, Q query, key and value, H heads, K head size, F inner width of the MLP.
+"""
+
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from gpt2_flax.config import Config
+from gpt2_flax.config import Config, OptimizerConfig
 from gpt2_flax.parallel.rules import path_of
+
+_MATRIX_AXES = {
+    "h/attn/c_attn/kernel": "LDQHK",
+    "h/attn/c_proj/kernel": "LHKD",
+    "h/mlp/c_fc/kernel": "LDF",
+    "h/mlp/c_proj/kernel": "LFD",
+}
+"""Each layer (L), and each of query, key and value (Q), is a matrix of its own: D by all other axes."""
+
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of Jordan et al., https://kellerjordan.github.io/posts/muon
+_NEWTON_SCHULZ_STEPS = 5
+_MUON_MOMENTUM = 0.95
+_MUON_RMS = 0.2
 
 
 def learning_rate(config: Config) -> optax.Schedule:
     """Returns the learning rate of each optimizer step: a rise from 0, then the decay that the config names.
 
-    The first step has rate 0 when there is warm-up; the last of `training.total_steps` has almost the lowest.
+    The first step has rate 0 when there is warm-up; the last of `training.total_steps` has almost the lowest. `wsd`
+    (warm-up, stable, decay) is that of arXiv:2404.06395, `inverse_sqrt` that of arXiv:1706.03762.
     """
-    optimizer, warmup = config.optimizer, config.warmup_steps
-    peak, steps = optimizer.learning_rate, max(1, config.training.total_steps - config.warmup_steps)
-    decay = {
-        "linear": lambda: optax.linear_schedule(peak, peak * optimizer.min_learning_rate_ratio, steps),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, steps, optimizer.min_learning_rate_ratio),
-        "constant": lambda: optax.constant_schedule(peak),
+    optimizer, warmup, total = config.optimizer, config.warmup_steps, config.training.total_steps
+    peak, lowest, steps = optimizer.learning_rate, optimizer.min_learning_rate_ratio, max(1, total - warmup)
+    constant = optax.constant_schedule(peak)
+    after = {
+        "linear": lambda: optax.linear_schedule(peak, peak * lowest, steps),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, steps, lowest),
+        "constant": lambda: constant,
+        "wsd": lambda: optax.join_schedules(
+            [constant, optax.linear_schedule(peak, peak * lowest, config.decay_steps)], [steps - config.decay_steps]
+        ),
+        "inverse_sqrt": lambda: lambda count: peak * jnp.sqrt(warmup / (warmup + count)),
     }[optimizer.schedule]()
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup]) if warmup else decay
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Returns clipping by global norm and AdamW with decay of matrices only."""
-    optimizer = config.optimizer
-    adamw = optax.adamw(
-        learning_rate(config),
-        b1=optimizer.b1,
-        b2=optimizer.b2,
-        eps=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-        mask=_is_matrix,
-    )
+    """Returns clipping by global norm, then AdamW, that of UER-py, or Muon for matrices and AdamW for all else."""
+    optimizer, rate = config.optimizer, learning_rate(config)
+
+    def decayed(params):
+        return _by_path(params, ("/kernel", "/embedding") if optimizer.decay_embeddings else ("/kernel",))
+
     clip = optax.clip_by_global_norm(optimizer.max_grad_norm) if optimizer.max_grad_norm else optax.identity()
-    return optax.chain(clip, adamw)
+    direction = optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps)
+    if optimizer.name == "adamw_uer":
+        # To decay the parameters after the step is to decay those before it and take so much less of a step.
+        less = optax.scale_by_schedule(lambda count: 1 - optimizer.weight_decay * rate(count))
+        direction = optax.chain(_without_bias_correction(direction, optimizer), optax.masked(less, decayed))
+    elif optimizer.name == "muon":
+        direction = optax.partition({"muon": _muon(), "adam": direction}, _label)
+    decay = optax.add_decayed_weights(optimizer.weight_decay, decayed)
+    # Nested as `optax.adamw` is: checkpoints name the moments by their places in these chains.
+    return optax.chain(clip, optax.chain(direction, decay, optax.scale_by_learning_rate(rate)))
 
 
-def _is_matrix(params: Any) -> Any:
-    # By name, not by rank: a stacked bias has two dimensions or more.
-    return jax.tree_util.tree_map_with_path(lambda key_path, _: path_of(key_path).endswith("/kernel"), params)
+def _without_bias_correction(
+    adam: optax.GradientTransformation, optimizer: OptimizerConfig
+) -> optax.GradientTransformation:
+    def update(grads, state, params=None):
+        mu = optax.tree.update_moment(grads, state.mu, optimizer.b1, 1)
+        nu = optax.tree.update_moment(grads, state.nu, optimizer.b2, 2)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + optimizer.eps), mu, nu)
+        return updates, optax.ScaleByAdamState(state.count + 1, mu, nu)
+
+    return optax.GradientTransformation(adam.init, update)
+
+
+def _muon() -> optax.GradientTransformation:
+    """Returns Muon: Nesterov momentum, then about the nearest orthogonal matrix.
+
+    It is scaled to the root mean square that updates of AdamW usually have (arXiv:2502.16982), so that one learning
+    rate and one weight decay serve both.
+    """
+    orthogonalise = optax.stateless(
+        lambda updates, params: jax.tree_util.tree_map_with_path(
+            lambda key_path, update: _orthogonal(update, _MATRIX_AXES[path_of(key_path)]), updates
+        )
+    )
+    return optax.chain(optax.trace(_MUON_MOMENTUM, nesterov=True), orthogonalise)
+
+
+def _orthogonal(x: jax.Array, axes: str) -> jax.Array:
+    """Returns the matrices of `x` with all singular values brought near 1, times what gives them an RMS of 0.2.
+
+    A polynomial in X Xᵀ does it, so only (D, D) products are needed, and no sharded axis is ever reshaped.
+    """
+    stack, others = "".join(axis for axis in axes if axis in "LQ"), axes.replace("D", "E")
+    of_matrix = tuple(index for index, axis in enumerate(axes) if axis not in stack)
+    a, b, c = _NEWTON_SCHULZ
+    x /= jnp.sqrt(jnp.square(x).sum(of_matrix, keepdims=True)) + 1e-8  # no singular value is above 1 now
+
+    def iterate(_, x):
+        gram = jnp.einsum(f"{axes},{others}->{stack}DE", x, x)
+        return a * x + jnp.einsum(f"{stack}DE,{others}->{axes}", b * gram + c * gram @ gram, x)
+
+    x = jax.lax.fori_loop(0, _NEWTON_SCHULZ_STEPS, iterate, x)
+    longer_side = math.prod(x.shape[index] for index in of_matrix) // x.shape[axes.index("D")]
+    return x * (_MUON_RMS * longer_side**0.5)
+
+
+def _label(params: Any) -> Any:
+    return jax.tree.map(lambda matrix: "muon" if matrix else "adam", _by_path(params, ("/kernel",)))
+
+
+def _by_path(params: Any, endings: tuple[str, ...]) -> Any:
+    """Returns which parameters are meant: by name, not by rank, for a stacked bias has two dimensions or more."""
+    return jax.tree_util.tree_map_with_path(lambda key_path, _: path_of(key_path).endswith(endings), params)

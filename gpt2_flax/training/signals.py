@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a question that the loop asks once a step."""
+"""SIGTERM and SIGINT as a question that the loop asks once a step and stage."""
 
 import signal
 import threading
@@ -18,7 +18,7 @@ class StopRequest(AbstractContextManager):
     """
 
     def __enter__(self) -> "StopRequest":
-        self._asked, self._several = False, jax.process_count() > 1
+        self._asked, self._several, self._calls = False, jax.process_count() > 1, 0
         self._previous = {}
         if threading.current_thread() is threading.main_thread():
             # With several processes SIGTERM is the coordination service's: a handler of ours would disable it.
@@ -30,10 +30,11 @@ class StopRequest(AbstractContextManager):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def __call__(self, step: int) -> bool:
-        """Returns whether to stop after `step`, the same in every process."""
-        if self._several:
-            return multihost_utils.reached_preemption_sync_point(step)
+    def __call__(self) -> bool:
+        """Returns whether to stop now. All processes ask at the same moments, and get the same answers."""
+        self._calls += 1
+        if self._several and not self._asked:
+            self._asked = multihost_utils.reached_preemption_sync_point(self._calls)
         return self._asked
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -1,21 +1,24 @@
 """How a run starts: what must hold before, and where its first state comes from."""
 
 import contextlib
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.source import Source, load_source
 from gpt2_flax.checkpoint.store import CheckpointStore
-from gpt2_flax.config import Config, config_keys
+from gpt2_flax.config import Config, ModelConfig, config_keys
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.parallel.feed import row_shards
+from gpt2_flax.progress import si
 from gpt2_flax.text.tokenizer import load_tokenizer
 from gpt2_flax.training.step import TrainState, initial_state, state_layout
 
@@ -31,41 +34,57 @@ FREE_TO_CHANGE = (
     "training.evaluation_batches",
     "training.save_every",
     "training.keep_checkpoints",
+    "training.max_skipped_steps",
+    "training.prompts",
+    "training.sample_tokens",
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
 )
 
 
+def newest_step(
+    store: CheckpointStore, mixture: Mixture, allow_change: Sequence[str], say: Callable[[str], None]
+) -> int | None:
+    """Returns the step that the run goes on from, None for a new one.
+
+    Raises `UserError`: IO when there are only damaged checkpoints, CONFIG when they saw other data than `mixture`.
+    """
+    step = store.newest_whole(say)
+    if step is not None and "data.dataset" not in allow_change:
+        _check_datasets(store.meta(step), mixture)
+    return step
+
+
 def start_or_resume(
     config: Config,
     mesh: Mesh,
     store: CheckpointStore,
+    step: int | None,
     mixture: Mixture,
-    allow_change: Sequence[str],
     say: Callable[[str], None],
 ) -> tuple[TrainState, int]:
-    """1 the run's own newest checkpoint, 2 `init_from`, 3 scratch. Returns the state and the samples it has seen.
+    """1 the run's own checkpoint `step`, 2 `init_from`, 3 scratch. Returns the state and the samples it has seen.
 
-    Raises `UserError`: IO when there are only damaged checkpoints, CONFIG when dataset or `init_from` do not fit.
+    Raises `UserError`: CONFIG when the checkpoint or `init_from` is of another model, IO when the disk is too full,
+    and as `load_source`.
     """
     layout = state_layout(config, mesh)
-    step = store.newest_whole(say)
+    _check_disk(config, layout, store)
     if step is not None:
         meta = store.meta(step)
-        if "data.dataset" not in allow_change:
-            _check_datasets(meta, mixture)
         restored = store.restore(step, model=layout.model, opt_state=layout.opt_state)
-        say(f"resumed from step {step} of {config.output}")
-        count = jax.device_put(jnp.int32(step), layout.step.sharding)
-        return TrainState(restored["model"], restored["opt_state"], count), meta["samples_seen"]
+        say(f"resumed from step {step} of {config.output}{_repeated(config, step)}")
+        count, skipped = (jax.device_put(jnp.int32(n), layout.step.sharding) for n in (step, meta.get("skipped", 0)))
+        return TrainState(restored["model"], restored["opt_state"], count, skipped), meta["samples_seen"]
     if config.init_from is None:
         say(f"starting from scratch with seed {config.training.seed}")
         return initial_state(config, layout), 0
     source = load_source(Path(config.init_from))
-    _check_fits(config, source.model)
+    check_fits(config, source.model)
     _warn_of_tokenizer(source, mixture, say)
-    say(f"starting from {source.origin}: {len(source.weights)} parameter arrays, fresh optimizer")
+    loaded = f"{len(source.weights)} parameter arrays, {sum(map(np.size, source.weights.values())):,} parameters"
+    say(f"starting from {source.origin}: {loaded}; fresh optimizer and schedule")
     return initial_state(config, layout, source.weights), 0
 
 
@@ -89,6 +108,15 @@ def check_rows(config: Config, mesh: Mesh) -> None:
         raise UserError(ExitCode.CONFIG, what, "config", fix)
 
 
+def check_fits(config: Config, model: ModelConfig) -> None:
+    """Raises `UserError` (CONFIG) when a run of `config` cannot start from weights of `model`."""
+    for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "layer_norm_epsilon"):
+        old, new = getattr(model, name), getattr(config.model, name)
+        if old != new:
+            what = f"model.{name} is {new} but {old} in init_from"
+            raise UserError(ExitCode.CONFIG, what, config.init_from, f"set model.{name} = {old}")
+
+
 def check_same_run(config: Config, run: RunFolder, allow_change: Sequence[str]) -> None:
     keys = config_keys()
     for key in allow_change:
@@ -103,6 +131,24 @@ def check_same_run(config: Config, run: RunFolder, allow_change: Sequence[str]) 
             what = f"{key} is {new} but the run has {old}"
             fix = f"change it back, choose another output, or add --allow-change {key}"
             raise UserError(ExitCode.CONFIG, what, run.path, fix)
+
+
+def _check_disk(config: Config, layout: TrainState, store: CheckpointStore) -> None:
+    # What would fill the disk hours from now is refused now. While one checkpoint is written no other is deleted yet.
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((layout.model, layout.opt_state)))
+    keep = config.training.keep_checkpoints
+    needed = size * (keep + 1 - min(keep, len(store.steps())))
+    free = shutil.disk_usage(store.folder).free
+    if free < needed:
+        what = f"{si(free)}B free on the disk but checkpoints need {si(needed)}B, {si(size)}B each"
+        fix = "free some space, choose another output, or lower training.keep_checkpoints"
+        raise UserError(ExitCode.IO, what, config.output, fix)
+
+
+def _repeated(config: Config, step: int) -> str:
+    logged = RunFolder(config.output).last_step()
+    again = 0 if logged is None else logged - step
+    return f" ({again} step{'s' * (again > 1)} repeated)" if again > 0 else ""
 
 
 def _check_datasets(meta: Mapping[str, Any], mixture: Mixture) -> None:
@@ -121,14 +167,6 @@ def _warn_of_tokenizer(source: Source, mixture: Mixture, say: Callable[[str], No
     with contextlib.suppress(UserError):
         if load_tokenizer(source.tokenizer_folder).fingerprint != mixture.tokenizer_fingerprint:
             say(f"warning: {mixture.name} was not prepared with the tokenizer of {source.origin}: ids may differ")
-
-
-def _check_fits(config: Config, model: Any) -> None:
-    for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "layer_norm_epsilon"):
-        old, new = getattr(model, name), getattr(config.model, name)
-        if old != new:
-            what = f"model.{name} is {new} but {old} in init_from"
-            raise UserError(ExitCode.CONFIG, what, config.init_from, f"set model.{name} = {old}")
 
 
 def _value(config: Config, key: str) -> Any:

@@ -24,20 +24,27 @@ from gpt2_flax.training.optimizer import learning_rate, make_optimizer
 
 
 class TrainState(NamedTuple):
-    """All that a step changes. `step` counts finished optimizer steps."""
+    """All that a step changes. `step` counts batches, int32, and `skipped` those of them that changed nothing."""
 
     model: GPT2
     opt_state: optax.OptState
     step: jax.Array
+    skipped: jax.Array
 
 
 class StepMetrics(NamedTuple):
-    """float32 scalars of one optimizer step, on the devices: reading one waits for the step."""
+    """Scalars of one optimizer step, on the devices: reading one waits for the step."""
 
     loss: jax.Array
     accuracy: jax.Array
     grad_norm: jax.Array
     learning_rate: jax.Array
+    real: jax.Array
+    """Share of the positions that are not padding."""
+    targets: jax.Array
+    """Share of the positions that are trained on."""
+    skipped: jax.Array
+    """Steps of the whole run so far that changed nothing, int32."""
 
 
 def state_layout(config: Config, mesh: Mesh) -> TrainState:
@@ -72,7 +79,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Returns the compiled-on-first-use step; the state it is given is used up (donated).
 
-    The loss is the mean over all targets of the global batch, whatever the number of devices or of parts.
+    The loss is the mean over all targets of the global batch, whatever the number of devices or of parts. A step whose
+    loss or gradient is not finite is skipped: it changes neither the parameters nor the optimizer, whose schedule waits
+    with it; only `step` goes on, and with it the data. All that is decided on the devices.
     """
     tx, schedule, parts = make_optimizer(config), learning_rate(config), config.training.accumulation_steps
 
@@ -92,10 +101,22 @@ def make_train_step(
             sums = jax.tree.map(jnp.sum, sums_A)
         updates, opt_state = tx.update(grads, state.opt_state, state.model)
         model = jax.tree.map(jnp.add, state.model, updates)
-        metrics = StepMetrics(
-            sums.nats / n_targets, sums.correct / n_targets, optax.tree.norm(grads), schedule(state.step)
+        loss, norm = sums.nats / n_targets, optax.tree.norm(grads)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        model, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), (model, opt_state), (state.model, state.opt_state)
         )
-        return TrainState(model, opt_state, state.step + 1), metrics
+        skipped = state.skipped + ~good
+        metrics = StepMetrics(
+            loss,
+            sums.correct / n_targets,
+            norm,
+            schedule(state.step - state.skipped),
+            (batch.segments_BT != 0).mean(),
+            n_targets / batch.targets_BT.size,
+            skipped,
+        )
+        return TrainState(model, opt_state, state.step + 1, skipped), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
     return jax.jit(
@@ -106,8 +127,14 @@ def make_train_step(
     )
 
 
+@jax.jit
+def all_finite(state: TrainState) -> jax.Array:
+    """Returns whether every number of the state is finite, bool ()."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]).all()
+
+
 def _fresh(model: GPT2, tx: optax.GradientTransformation) -> TrainState:
-    return TrainState(model, tx.init(model), jnp.zeros((), jnp.int32))
+    return TrainState(model, tx.init(model), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def _loss(model: GPT2, batch: Batch, dropout_key: jax.Array, n_targets: jax.Array) -> tuple[jax.Array, LossSums]:

