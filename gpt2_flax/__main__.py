@@ -11,6 +11,7 @@ from typing import NoReturn
 import typer
 
 from gpt2_flax.cli import DEBUG, app
+from gpt2_flax.compilation_cache import keep_compiled_programs
 from gpt2_flax.errors import ExitCode, UserError, io_error, printable
 
 
@@ -18,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs a command and exits with a code of `ExitCode`; every failure is one line on stderr."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    keep_compiled_programs()
     sys.exit(_exit_code(arguments))
 
 

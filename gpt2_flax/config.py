@@ -40,7 +40,15 @@ class ModelConfig(Section):
         "bfloat16", description="type of activations; parameters, softmax and loss stay float32"
     )
     attend_across_documents: bool = Field(False, description="see what comes before in the row, of other documents too")
-    remat: bool = Field(False, description="recompute activations going backward: less memory, a third more work")
+    attention: Literal["auto", "xla", "cudnn", "splash"] = Field(
+        "auto", description="kernel: cuDNN flash attention (GPU), Pallas splash attention (TPU), XLA; auto: the fastest"
+    )
+    layers: Literal["auto", "scanned", "unrolled"] = Field(
+        "auto", description="scanned: compiled once; unrolled: all in line, faster on CPU; auto: by the device"
+    )
+    remat: Literal["none", "selected", "full"] = Field(
+        "none", description="activations computed again going backward: none, all but two a layer, or all of a layer"
+    )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "ModelConfig":
@@ -51,6 +59,12 @@ class ModelConfig(Section):
     @property
     def head_size(self) -> int:
         return self.n_embd // self.n_head
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters; the head is the token embedding."""
+        block = 12 * self.n_embd**2 + 13 * self.n_embd
+        return (self.vocab_size + self.n_positions + 2) * self.n_embd + self.n_layer * block
 
     @property
     def padded_vocab_size(self) -> int:
@@ -172,16 +186,21 @@ class TrainingConfig(Section):
 
 
 class MeshConfig(Section):
-    """How devices are arranged: their product is the number of devices."""
+    """How devices are arranged: their product is the number of devices. What is left out is chosen for the model."""
 
     data: int = Field(-1, ge=-1, description="copies of the model, each with its own rows; -1 takes what is left")
-    fsdp: int = Field(1, gt=0, description="devices that share parameters and optimizer state, each with its own rows")
-    tensor: int = Field(1, gt=0, description="devices that share each matrix product")
+    fsdp: int | Literal["auto"] = Field(
+        "auto", description="devices that share parameters and optimizer state, each with its own rows"
+    )
+    tensor: int | Literal["auto"] = Field("auto", description="devices that share each matrix product")
 
     @model_validator(mode="after")
-    def _data_is_not_zero(self) -> "MeshConfig":
+    def _sizes_are_above_zero(self) -> "MeshConfig":
         if self.data == 0:
             raise ValueError("mesh.data must be -1 (what is left) or at least 1")
+        for name, size in (("fsdp", self.fsdp), ("tensor", self.tensor)):
+            if size != "auto" and size < 1:
+                raise ValueError(f'mesh.{name} must be "auto" or at least 1')
         return self
 
 

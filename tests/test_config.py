@@ -26,6 +26,8 @@ KEYS = [
     "model.initializer",
     "model.dtype",
     "model.attend_across_documents",
+    "model.attention",
+    "model.layers",
     "model.remat",
     "data.dataset",
     "data.seq_length",
@@ -188,7 +190,12 @@ def test_warmup_counts_steps_or_a_share_of_them():
         dict,
         output=st.text(min_size=1),
         model=st.fixed_dictionaries(
-            {}, optional={"vocab_size": st.integers(1, 10**6), "n_layer": st.integers(1, 99), "remat": st.booleans()}
+            {},
+            optional={
+                "vocab_size": st.integers(1, 10**6),
+                "n_layer": st.integers(1, 99),
+                "remat": st.sampled_from(["none", "selected", "full"]),
+            },
         ),
         data=st.fixed_dictionaries(
             {

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +18,11 @@ import yaml
 from weight_folders import random_weights
 
 from gpt2_flax.checkpoint.huggingface import read_folder
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config import ModelConfig, parse_config
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export import transformers_folder, verify
 from gpt2_flax.export.model_card import CardFacts, model_card
+from gpt2_flax.export.publish import _run_facts
 from gpt2_flax.export.transformers_folder import MARKER, export_folder
 from gpt2_flax.text.tokenizer import load_tokenizer
 from gpt2_flax.text.train_tokenizer import train_sentencepiece, train_wordpiece
@@ -73,6 +75,20 @@ def silence(caplog):
         yield
     transformers.utils.logging.disable_propagation()
     assert [record.message for record in caplog.records if record.name.startswith("transformers")] == []
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "words"),
+    [
+        ({}, "| optimizer | AdamW, betas 0.9 and 0.95, weight decay 0.1 |"),
+        ({"preset": "uer"}, "| optimizer | AdamW without bias correction, as in UER-py, betas 0.9 and 0.999,"),
+        ({"name": "muon"}, "| optimizer | Muon for matrices and AdamW for all else, betas"),
+    ],
+)
+def test_the_card_names_the_optimizer_of_the_run(config, optimizer, words):
+    config = parse_config(config.model_dump(exclude_none=True) | {"optimizer": optimizer}, "test")
+    facts = _run_facts(SimpleNamespace(step=3, metrics={}), config)
+    assert words in model_card(CardFacts("a model", ModelConfig(vocab_size=300), False, **facts))
 
 
 # What transformers makes of it

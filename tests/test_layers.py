@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gpt2_flax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
+    "compilation_cache",
     "errors",
     "progress",
     "folders",
@@ -25,10 +26,22 @@ LAYERS = [
     "export",
     "inference",
     "training",
+    "plan",
     "cli",
     "__main__",
 ]
-JAX_FREE = ("errors", "progress", "folders", "config", "config_file", "text", "data", "cli", "__main__")
+JAX_FREE = (
+    "compilation_cache",
+    "errors",
+    "progress",
+    "folders",
+    "config",
+    "config_file",
+    "text",
+    "data",
+    "cli",
+    "__main__",
+)
 
 
 def imports(path):

@@ -21,13 +21,14 @@ from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.inference.generate import Sampling, generate_text
 from gpt2_flax.model.flops import flops_per_token
 from gpt2_flax.model.gpt2 import GPT2
+from gpt2_flax.parallel import devices as parallel_devices
+from gpt2_flax.parallel.devices import peak_flops, peak_memory
 from gpt2_flax.parallel.mesh import make_mesh
 from gpt2_flax.parallel.rules import tree_shardings
 from gpt2_flax.training import loop, throughput
 from gpt2_flax.training.metrics import MetricsLog
 from gpt2_flax.training.samples import Samples
 from gpt2_flax.training.step import make_train_step
-from gpt2_flax.training.throughput import peak_flops, peak_memory
 
 PROMPTS = ["这是很久", "", "大鸟飞过山河"]
 
@@ -68,7 +69,7 @@ def trained(dataset_folder, tmp_path_factory):
     }
     config = parse_config(values, "test")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
-        patch.setattr(throughput, "_PEAK_TFLOPS", (("cpu", 2, 1e-6),))
+        patch.setattr(parallel_devices, "KINDS", (parallel_devices.Kind("cpu", 2, 1e-6, 1),))
         loop.train(config)
     return config, printed.getvalue()
 

@@ -9,7 +9,6 @@ from flax import nnx
 from gpt2_flax.checkpoint.weights import model_from_weights, weights_of
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.data.packing import IGNORE
-from gpt2_flax.model.attention import attention, document_mask
 from gpt2_flax.model.gpt2 import GPT2, Cache
 from gpt2_flax.model.loss import cross_entropy
 
@@ -40,19 +39,6 @@ def test_past_tokens_do_change_future_logits(model):
     changed_BT = TOKENS_BT.copy()
     changed_BT[:, 0] = (changed_BT[:, 0] + 1) % 64
     assert not np.allclose(run(model, TOKENS_BT)[:, -1], run(model, changed_BT)[:, -1])
-
-
-def test_attention_equals_float64_numpy():
-    draw = np.random.default_rng(1)
-    q_BTHK, k_BTHK, v_BTHK = draw.normal(size=(3, 2, 7, 3, 4))
-    segments_BT = np.array([[1, 1, 1, 2, 2, 3, 3], [1] * 7])
-    out_BTHK = attention(*(x.astype(np.float32) for x in (q_BTHK, k_BTHK, v_BTHK)), document_mask(segments_BT))
-    expected_BTHK = np.zeros_like(q_BTHK)
-    for b, t, h in np.ndindex(2, 7, 3):
-        seen = [s for s in range(t + 1) if segments_BT[b, s] == segments_BT[b, t]]
-        weights = np.exp(k_BTHK[b, seen, h] @ q_BTHK[b, t, h] / 2.0)
-        expected_BTHK[b, t, h] = weights @ v_BTHK[b, seen, h] / weights.sum()
-    np.testing.assert_allclose(out_BTHK, expected_BTHK, rtol=1e-5, atol=1e-6)
 
 
 def test_loss_equals_float64_numpy(model):
@@ -96,8 +82,12 @@ def test_each_dropout_keeps_the_mean_and_does_something(rate):
     assert float(jnp.abs(x_NBTD.mean(0) - model.hidden(TOKENS_BT)).mean()) < 0.1
 
 
-def test_rematerialisation_changes_no_gradient(model):
-    twin = model_from_weights(CFG.model_copy(update={"remat": True}), weights_of(model))
+@pytest.mark.parametrize(
+    ("remat", "layers"),
+    [("none", "scanned"), ("selected", "scanned"), ("full", "scanned"), ("selected", "unrolled"), ("full", "unrolled")],
+)
+def test_how_layers_are_computed_changes_no_gradient(model, remat, layers):
+    twin = model_from_weights(CFG.model_copy(update={"remat": remat, "layers": layers}), weights_of(model))
     for plain, rematted in zip(jax.tree.leaves(gradient(model)), jax.tree.leaves(gradient(twin)), strict=True):
         np.testing.assert_allclose(plain, rematted, rtol=1e-5, atol=1e-6)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from conftest import changed
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
@@ -20,19 +22,20 @@ from gpt2_flax.training import loop
 ROOT = Path(__file__).parent.parent
 
 
-def start(config, tmp_path, *more):
-    """Starts the two processes of a run."""
+def start(config, tmp_path, *more, of_1=()):
+    """Starts the two processes of a run; `of_1` are arguments of process 1 only."""
     path = tmp_path / "config.toml"
     path.write_text(dump_config(config), encoding="utf-8")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     command = [sys.executable, "-m", "gpt2_flax", "train", path, "--coordinator", coordinator, "--num-processes", "2"]
     command += more
     return [
         subprocess.Popen(
-            [*command, "--process-id", str(number)],
+            [*command, "--process-id", str(number), *(of_1 if number == 1 else ())],
             cwd=ROOT,
             env=environment,
             text=True,
@@ -53,8 +56,18 @@ def ended(processes):
     return [process.returncode for process in processes], *zip(*outputs, strict=True)
 
 
+def wait_until(true, processes):
+    """Waits for something that both processes do while they train."""
+    patience = time.monotonic() + 120
+    while not true() and all(process.poll() is None for process in processes):
+        assert time.monotonic() < patience
+        time.sleep(0.1)
+
+
 def logged(config):
-    lines = [json.loads(line) for line in RunFolder(config.output).metrics.read_text().splitlines()]
+    """Returns the loss of each step; of a step that was repeated after a restart the last."""
+    path = RunFolder(config.output).metrics
+    lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
@@ -64,10 +77,7 @@ def test_two_processes_stop_together_go_on_and_give_the_losses_of_one(config, tm
     prompts = {"training__prompts": ["这是", "大鸟", ""]}
     config = changed(config, output=str(tmp_path / "two"), model__resid_pdrop=0.1, **seldom, **same_rate, **prompts)
     processes = start(changed(config, training__total_steps=2000), tmp_path)
-    metrics, patience = RunFolder(config.output).metrics, time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") > 3) and processes[0].poll() is None:
-        assert time.monotonic() < patience
-        time.sleep(0.1)
+    wait_until(lambda: max(logged(config), default=0) > 3, processes)
     processes[1].send_signal(signal.SIGTERM)
     codes, _, errors = ended(processes)
     assert codes == [ExitCode.TRY_AGAIN] * 2, errors
@@ -88,3 +98,40 @@ def test_two_processes_stop_together_go_on_and_give_the_losses_of_one(config, tm
     two, one = logged(config), logged(alone)
     assert sorted(two) == sorted(one) == list(range(1, step + 4))
     np.testing.assert_allclose([two[step] for step in one], list(one.values()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("killed", [1, 0])
+def test_when_one_is_killed_the_other_says_so_and_a_restart_gives_the_same_losses(config, tmp_path, capsys, killed):
+    keys = {"optimizer__schedule": "constant", "training__evaluate_every": 1000, "training__keep_checkpoints": 2}
+    config = changed(config, **keys, training__total_steps=3000, training__save_every=10)
+    processes, run = start(config, tmp_path), RunFolder(config.output)
+    wait_until(lambda: (run.path / "sha256" / "10.json").exists() and max(logged(config)) > 15, processes)
+    processes[killed].kill()
+    begun = time.monotonic()
+    codes, _, errors = ended(processes)
+    assert time.monotonic() - begun < 60
+    assert codes[killed] == -signal.SIGKILL
+    assert codes[1 - killed] == ExitCode.TRY_AGAIN, errors
+    line = next(line for line in errors[1 - killed].splitlines() if line.startswith("error: "))
+    assert line.startswith(f"error: process {killed} (host {socket.gethostname()}, pid {processes[killed].pid})")
+    assert f"of the run has ended: {run.path}; start the same command again" in line
+    assert "a bug" not in errors[1 - killed]
+
+    before = logged(config)
+    config = changed(config, training__total_steps=max(before) + 1)
+    loop.train(config, allow_change=["training.total_steps"])  # by another number of processes at that
+    assert re.search(r"resumed from step \d+0\b", capsys.readouterr().out)
+    after = logged(config)
+    assert sorted(after) == list(range(1, max(before) + 2))
+    np.testing.assert_allclose([after[step] for step in before], list(before.values()), rtol=1e-5)
+
+
+def test_when_one_fails_the_other_says_why(config, tmp_path):
+    begun = time.monotonic()
+    codes, _, errors = ended(start(config, tmp_path, of_1=["data.dataset=/nowhere"]))
+    assert time.monotonic() - begun < 100
+    assert codes == [ExitCode.NO_INPUT] * 2, errors
+    assert errors[1].splitlines()[-1].startswith("error: ")
+    own = errors[1].splitlines()[-1].removeprefix("error: ")
+    assert errors[0].splitlines()[-1].startswith("error: process 1 (host ")
+    assert errors[0].splitlines()[-1].endswith(f" of the run has failed: gpt2-flax train; it says: {own}")

@@ -1,4 +1,4 @@
-"""What is done with models: train, evaluate, generate, export, import."""
+"""What is done with models: plan, train, evaluate, generate, export, import."""
 
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,9 @@ def train(
     allow_change: Annotated[
         list[str] | None, typer.Option(help="Key that may differ from the run so far, when resuming; repeatable.")
     ] = None,
+    profile: Annotated[
+        int, typer.Option(min=0, metavar="STEPS", help="Trace so many steps for TensorBoard's profiler or XProf.")
+    ] = 0,
     coordinator: Annotated[str | None, typer.Option(help="Several hosts: HOST:PORT of process 0.")] = None,
     num_processes: Annotated[int | None, typer.Option(min=1, help="Several hosts: number of processes.")] = None,
     process_id: Annotated[int | None, typer.Option(min=0, help="Several hosts: number of this process.")] = None,
@@ -35,17 +38,55 @@ def train(
     before: configs/cluecorpussmall.toml is an example. SECTION.KEY=VALUE holds for all, stages.2.SECTION.KEY=VALUE for
     the second.
 
-    Under SLURM, Open MPI and on TPU pods several hosts find each other; elsewhere give the three options above.
+    Under SLURM, Open MPI, Kubernetes (scripts/kubernetes_jobset.yaml), torchrun and on TPU pods several hosts find each
+    other; elsewhere give the three options above. When one process ends all do, with 75 where starting again helps.
     SIGTERM or Ctrl-C stops after the step under way and saves; the same command goes on from there.
     """
     from gpt2_flax.config_file import load_stages
 
     stages = load_stages(config, overrides or ())
-    from gpt2_flax.parallel.mesh import start_processes
+    from gpt2_flax.parallel.processes import start_processes
     from gpt2_flax.training.loop import train as run
 
-    start_processes(coordinator, num_processes, process_id)
-    run(*stages, allow_change=allow_change or ())
+    with start_processes(coordinator, num_processes, process_id) as watchdog:
+        run(*stages, allow_change=allow_change or (), profile_steps=profile, watchdog=watchdog)
+
+
+@app.command(epilog="The keys: gpt2-flax keys")
+def plan(
+    config: Annotated[Path, typer.Argument(help="TOML file, such as configs/quickstart.toml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SECTION.KEY=VALUE]...", callback=utf8, help="What shall differ from the file."),
+    ] = None,
+    topology: Annotated[
+        str | None, typer.Option(help="Compile for v5e:2x4, v6e:16x16, h200:8, h200:32x8, ...; none need be here.")
+    ] = None,
+    stage: Annotated[int | None, typer.Option(min=1, help="Which stage of the config; all when left out.")] = None,
+    mfu: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Share of the devices' peak that training is taken to reach.")
+    ] = 0.4,
+    optimize: Annotated[
+        bool, typer.Option("--optimize", help="Compile with all optimizations: minutes, for a little less memory.")
+    ] = False,
+) -> None:
+    """Show what a run will take, before it does: parameters, tokens, arithmetic, memory, days.
+
+    With --topology the real training step is compiled for TPUs or GPUs that need not be here, and what the compiler
+    says of its memory is shown, or the smallest change that makes it fit.
+    """
+    from gpt2_flax.config_file import load_config, load_stages
+
+    stages = load_stages(config, overrides or ()) if stage is None else [load_config(config, overrides or (), stage)]
+    from gpt2_flax.parallel.topology import devices_for
+    from gpt2_flax.plan.lines import plan_lines
+
+    devices = devices_for(topology)
+    for number, planned in enumerate(stages, 1):
+        if len(stages) > 1:
+            print(f"{'' if number == 1 else chr(10)}stage {number} of {len(stages)}: {planned.output}")
+        for line in plan_lines(planned, devices, mfu, topology, optimize):
+            print(line, flush=True)
 
 
 @app.command()

@@ -13,6 +13,12 @@ from gpt2_flax.export.verify import Verification
 from gpt2_flax.text.tokenizer import load_tokenizer
 from gpt2_flax.text.wordpiece import WordPieceTokenizer
 
+_OPTIMIZERS = {
+    "adamw": "AdamW",
+    "adamw_uer": "AdamW without bias correction, as in UER-py",
+    "muon": "Muon for matrices and AdamW for all else",
+}
+
 
 def publish(
     source: Source, output: Path, *, torch_bin: bool, overwrite: bool, **card: str | None
@@ -43,7 +49,10 @@ def _run_facts(source: Source, config: Config) -> dict[str, Any]:
         "seq_length": config.data.seq_length,
         "steps": source.step,
         "batch_rows": config.data.global_batch_size,
-        "optimizer": f"AdamW, betas {optimizer.b1:g} and {optimizer.b2:g}, weight decay {optimizer.weight_decay:g}",
+        "optimizer": (
+            f"{_OPTIMIZERS[optimizer.name]}, betas {optimizer.b1:g} and {optimizer.b2:g}, "
+            f"weight decay {optimizer.weight_decay:g}"
+        ),
         "learning_rate": optimizer.learning_rate,
         "schedule": f"{optimizer.schedule} after {config.warmup_steps:,} steps of warm-up",
         "training_loss": source.metrics.get("train/loss"),

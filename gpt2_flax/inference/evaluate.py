@@ -21,7 +21,7 @@ from gpt2_flax.data.prepare import prepare_text
 from gpt2_flax.data.token_dataset import TokenSplit
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.model.gpt2 import GPT2
-from gpt2_flax.model.loss import LossSums, cross_entropy
+from gpt2_flax.model.loss import LossSums
 from gpt2_flax.parallel.feed import device_batch, prefetch, row_shards
 from gpt2_flax.parallel.mesh import make_mesh
 from gpt2_flax.progress import progress_bar
@@ -148,5 +148,4 @@ def _splits(source: Source, data: str | None, folder: Path, options: CorpusOptio
 
 @jax.jit
 def _sums(model: GPT2, batch: Batch) -> LossSums:
-    x_BTD = model.hidden(batch.tokens_BT, batch.segments_BT, batch.positions_BT)
-    return cross_entropy(x_BTD, model.wte.embedding[...], batch.targets_BT, model.cfg.vocab_size)
+    return model.loss(batch)

@@ -1,36 +1,92 @@
-"""Attention and dropout as pure functions.
+"""Causal attention within documents, in three implementations, the choice between them, and dropout.
 
+    xla      plain matrix products, a block of queries at a time; the only one that drops attention probabilities
+    cudnn    cuDNN's flash attention, for NVIDIA GPUs
+    splash   Pallas splash attention, for TPUs
+
+None of them keeps probabilities for the backward pass.
 Dimension key: B batch, T queries, S keys, H heads, K head size.
 """
 
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Literal, NamedTuple
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from gpt2_flax.config import ModelConfig
+from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.parallel.mesh import BATCH_AXES
+
+Kernel = Literal["xla", "cudnn", "splash"]
+
+# Queries at a time: fewer skip more of the keys that lie in the future (of 1024 tokens 256 leave 5/8 of the work, 128
+# leave 9/16) and need less memory, but make more and smaller products.
+QUERY_BLOCK = 256
+_INTERPRET = False  # of Pallas kernels, without a TPU: only for tests
 
 
-def attention(
+class _Obstacle(NamedTuple):
+    """Why a kernel cannot be used: `fact`, and `need`; `fix` is what to change."""
+
+    fact: str
+    need: str
+    fix: str
+
+
+def choose(cfg: ModelConfig, length: int, *, dropout: bool, documents: bool, platform: str) -> tuple[Kernel, str]:
+    """Returns the implementation for rows of `length` tokens, and why it is that one, to be shown.
+
+    dropout: whether this is training, so that `cfg.attn_pdrop` counts. documents: whether segments are told apart.
+    Raises `UserError` (CONFIG) when `cfg.attention` names one that cannot do it.
+    """
+    fastest: dict[str, Kernel] = {"gpu": "cudnn", "tpu": "splash"}
+    kernel = fastest.get(platform, "xla") if cfg.attention == "auto" else cfg.attention
+    if kernel == "cudnn":
+        obstacle = _cudnn_obstacle(cfg, length, dropout, documents, platform)
+    elif kernel == "splash":
+        obstacle = _splash_obstacle(cfg, length, dropout, platform)
+    else:
+        obstacle = None
+    if obstacle is None:
+        return kernel, f"the fastest on a {platform}" if cfg.attention == "auto" else "set by model.attention"
+    if cfg.attention == "auto":
+        return "xla", f"{obstacle.fact}, and {obstacle.need}"
+    what = f"model.attention is {kernel} but {obstacle.fact}, and {obstacle.need}"
+    raise UserError(ExitCode.CONFIG, what, "section [model]", f"set {obstacle.fix} or model.attention = xla")
+
+
+def causal_attention(
+    kernel: Kernel,
     q_BTHK: jax.Array,
-    k_BSHK: jax.Array,
-    v_BSHK: jax.Array,
-    mask_BTS: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHK: jax.Array,
+    segments_BT: jax.Array | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """Returns scaled dot-product attention, out_BTHK in the dtype of `q_BTHK`; the softmax is float32.
 
-    A query sees the keys where `mask_BTS` (bool) is true; each row must have at least one.
+    A token sees itself and what comes before it in its segment, a run of one number in `segments_BT` (None: all is
+    one). The kernel must be one that `choose` gives; all but "xla" leave dropout out.
     """
-    scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK * q_BTHK.shape[-1] ** -0.5, k_BSHK)
-    scores_BHTS = jnp.where(mask_BTS[:, None], scores_BHTS.astype(jnp.float32), jnp.finfo(jnp.float32).min)
-    weights_BHTS = jax.nn.softmax(scores_BHTS).astype(q_BTHK.dtype)
-    weights_BHTS = dropout(weights_BHTS, dropout_rate, dropout_key)
+    if kernel != "xla":
+        return _on_each_device(_KERNELS[kernel], q_BTHK, k_BTHK, v_BTHK, segments_BT)
+    return _blockwise(dropout_rate, q_BTHK, k_BTHK, v_BTHK, segments_BT, dropout_key if dropout_rate else None)
+
+
+def attention(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """Returns scaled dot-product attention, out_BTHK in the dtype of `q_BTHK`; the softmax is float32.
+
+    A query sees the keys where `mask_BTS` (bool) is true; each row must have at least one. Not meant for training: a
+    gradient would keep all probabilities.
+    """
+    weights_BHTS = jax.nn.softmax(_scores(q_BTHK, k_BSHK, mask_BTS)).astype(q_BTHK.dtype)
     return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS, v_BSHK)
-
-
-def document_mask(segments_BT: jax.Array) -> jax.Array:
-    """Returns bool mask_BTT: a token sees itself and what comes before it in its own segment."""
-    length = segments_BT.shape[1]
-    causal_TT = jnp.tril(jnp.ones((length, length), bool))
-    return causal_TT & (segments_BT[:, :, None] == segments_BT[:, None, :])
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -38,3 +94,164 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     if key is None or rate == 0.0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+
+def _mask(stop: int, segments_BT: jax.Array | None, start: int = 0) -> jax.Array:
+    """Which keys up to `stop` the queries from `start` on see, bool mask_BTS; without segments B is 1."""
+    causal_TS = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
+    if segments_BT is None:
+        return causal_TS[None]
+    return causal_TS & (segments_BT[:, start:stop, None] == segments_BT[:, None, :stop])
+
+
+def _scores(q_BTHK: jax.Array, k_BSHK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    scores_BHTS = _product("BTHK,BSHK->BHTS", q_BTHK * q_BTHK.shape[-1] ** -0.5, k_BSHK)
+    return jnp.where(mask_BTS[:, None], scores_BHTS, jnp.finfo(jnp.float32).min)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blockwise(rate: float, q_BTHK, k_BTHK, v_BTHK, segments_BT, key) -> jax.Array:
+    """`causal_attention`, with what is needed for the backward pass kept as in arXiv:2205.14135: sums, no products."""
+    return _blockwise_forward(rate, q_BTHK, k_BTHK, v_BTHK, segments_BT, key)[0]
+
+
+def _blockwise_forward(rate: float, q_BTHK, k_BTHK, v_BTHK, segments_BT, key) -> tuple[jax.Array, tuple]:
+    outs, log_sums = [], []
+    for start, stop, key_of_block in _blocks(q_BTHK.shape[1], key):
+        mask_BTS = _mask(stop, segments_BT, start)
+        scores_BHTS = _scores(q_BTHK[:, start:stop], k_BTHK[:, :stop], mask_BTS)
+        highest_BHT1 = scores_BHTS.max(-1, keepdims=True)
+        weights_BHTS = jnp.exp(scores_BHTS - highest_BHT1)
+        sums_BHT1 = weights_BHTS.sum(-1, keepdims=True)
+        weights_BHTS = dropout(weights_BHTS, rate, key_of_block).astype(q_BTHK.dtype)
+        out_BTHK = _product("BHTS,BSHK->BTHK", weights_BHTS, v_BTHK[:, :stop]) / sums_BHT1.swapaxes(1, 2)
+        outs.append(out_BTHK.astype(q_BTHK.dtype))
+        log_sums.append(highest_BHT1 + jnp.log(sums_BHT1))
+    # Named here, where the backward pass begins: rematerialisation that keeps both does not run all this again.
+    out_BTHK = checkpoint_name(jnp.concatenate(outs, 1), "attention")
+    log_sums_BHT1 = checkpoint_name(jnp.concatenate(log_sums, 2), "attention")
+    return out_BTHK, (q_BTHK, k_BTHK, v_BTHK, segments_BT, key, out_BTHK, log_sums_BHT1)
+
+
+def _blockwise_backward(rate: float, kept: tuple, d_out_BTHK: jax.Array) -> tuple:
+    q_BTHK, k_BTHK, v_BTHK, segments_BT, key, out_BTHK, log_sums_BHT1 = kept
+    dtype, scale = q_BTHK.dtype, q_BTHK.shape[-1] ** -0.5
+    means_BTH = jnp.einsum("BTHK,BTHK->BTH", d_out_BTHK, out_BTHK, preferred_element_type=jnp.float32)
+    means_BHT1 = means_BTH.swapaxes(1, 2)[..., None]
+    # Nothing but zeros, yet the compiler does not know: else it would see the scores of the forward pass come again and
+    # keep those. Barriers, and so jax.checkpoint, do not hold it back where layers are unrolled on a CPU.
+    q_BTHK += 0 * d_out_BTHK
+    d_q, d_k_BTHK, d_v_BTHK = [], jnp.zeros_like(k_BTHK, jnp.float32), jnp.zeros_like(v_BTHK, jnp.float32)
+    for start, stop, key_of_block in _blocks(q_BTHK.shape[1], key):
+        mask_BTS = _mask(stop, segments_BT, start)
+        q_block_BTHK, d_block_BTHK = q_BTHK[:, start:stop], d_out_BTHK[:, start:stop]
+        scores_BHTS = _scores(q_block_BTHK, k_BTHK[:, :stop], mask_BTS)
+        weights_BHTS = jnp.exp(scores_BHTS - log_sums_BHT1[:, :, start:stop])
+        d_weights_BHTS = _product("BTHK,BSHK->BHTS", d_block_BTHK, v_BTHK[:, :stop])
+        # What dropout did going forward, to the weights and to their gradient.
+        dropped_BHTS = dropout(weights_BHTS, rate, key_of_block).astype(dtype)
+        d_weights_BHTS = dropout(d_weights_BHTS, rate, key_of_block)
+        d_scores_BHTS = (weights_BHTS * (d_weights_BHTS - means_BHT1[:, :, start:stop]) * scale).astype(dtype)
+        d_q.append(_product("BHTS,BSHK->BTHK", d_scores_BHTS, k_BTHK[:, :stop]).astype(dtype))
+        later = ((0, 0), (0, q_BTHK.shape[1] - stop), (0, 0), (0, 0))
+        d_k_BTHK += jnp.pad(_product("BHTS,BTHK->BSHK", d_scores_BHTS, q_block_BTHK), later)
+        d_v_BTHK += jnp.pad(_product("BHTS,BTHK->BSHK", dropped_BHTS, d_block_BTHK), later)
+    return jnp.concatenate(d_q, 1), d_k_BTHK.astype(dtype), d_v_BTHK.astype(dtype), None, None
+
+
+_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+_product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _blocks(length: int, key: jax.Array | None) -> Iterator[tuple[int, int, jax.Array | None]]:
+    """Where each block of queries starts and stops, and its dropout key."""
+    for number, start in enumerate(range(0, length, QUERY_BLOCK)):
+        yield start, min(start + QUERY_BLOCK, length), None if key is None else jax.random.fold_in(key, number)
+
+
+def _on_each_device(kernel: Callable, q_BTHK, k_BTHK, v_BTHK, segments_BT) -> jax.Array:
+    """Runs `kernel` on the rows and heads that a device has: the compiler cannot split kernels that it did not make."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return kernel(q_BTHK, k_BTHK, v_BTHK, segments_BT)
+    heads = P(BATCH_AXES, None, "tensor", None)
+    # Pallas kernels do not say along which axes their results vary, so that is not checked.
+    split = jax.shard_map(kernel, in_specs=(heads, heads, heads, P(BATCH_AXES, None)), out_specs=heads, check_vma=False)
+    return split(q_BTHK, k_BTHK, v_BTHK, segments_BT)
+
+
+def _cudnn(q_BTHK, k_BTHK, v_BTHK, segments_BT) -> jax.Array:
+    attend = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    if segments_BT is None:
+        return attend(q_BTHK, k_BTHK, v_BTHK)
+
+    def attend_within(q_BTHK, k_BTHK, v_BTHK, segments_BT):
+        return attend(q_BTHK, k_BTHK, v_BTHK, mask=(segments_BT[:, :, None] == segments_BT[:, None])[:, None])
+
+    # The mask becomes an array of T x T numbers a row, of which each layer would keep its own for the backward pass.
+    kept = jax.checkpoint(attend_within, policy=lambda operation, *_, **__: "dot_product_attention" in operation.name)
+    return kept(q_BTHK, k_BTHK, v_BTHK, segments_BT)
+
+
+def _splash(q_BTHK, k_BTHK, v_BTHK, segments_BT) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import, and only TPUs need it
+
+    length, heads = q_BTHK.shape[1:3]
+    block = next(size for size in (512, 256, 128) if length % size == 0)
+    sizes = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    kernel = splash.make_splash_mha_single_device(
+        mask=splash.MultiHeadMask([splash.CausalMask((length, length))] * heads),
+        block_sizes=splash.BlockSizes(**{f"block_{size}": block for size in sizes}),
+        residual_checkpoint_name="attention",
+        interpret=_INTERPRET,
+    )
+    q_BHTK, k_BHTK, v_BHTK = (x.swapaxes(1, 2) for x in (q_BTHK * q_BTHK.shape[-1] ** -0.5, k_BTHK, v_BTHK))
+    segments = None if segments_BT is None else splash.SegmentIds(segments_BT, segments_BT)
+    return jax.vmap(kernel)(q_BHTK, k_BHTK, v_BHTK, segments).swapaxes(1, 2)
+
+
+_KERNELS = {"cudnn": _cudnn, "splash": _splash}
+
+
+def _cudnn_obstacle(cfg: ModelConfig, length: int, dropout: bool, documents: bool, platform: str) -> _Obstacle | None:
+    capability = _compute_capability() if platform == "gpu" else None
+    widest = 128 if capability is not None and capability < (9, 0) else 256
+    if platform != "gpu" or capability == ():
+        return _Obstacle(f"the device is a {platform}", "cuDNN needs an NVIDIA GPU", "model.attention = auto")
+    if capability is not None and capability < (8, 0):
+        fact = f"the GPU has compute capability {capability[0]}.{capability[1]}"
+        return _Obstacle(fact, "cuDNN flash attention needs 8.0 or more", "model.attention = auto")
+    if dropout and cfg.attn_pdrop:
+        fact = f"model.attn_pdrop is {cfg.attn_pdrop}"
+        return _Obstacle(fact, "cuDNN flash attention has no dropout", "model.attn_pdrop = 0")
+    if cfg.dtype != "bfloat16":
+        need = "cuDNN flash attention needs bfloat16"
+        return _Obstacle(f"model.dtype is {cfg.dtype}", need, "model.dtype = bfloat16")
+    if cfg.head_size % 8 or cfg.head_size > widest:
+        need = f"cuDNN flash attention needs a multiple of 8 up to {widest}"
+        return _Obstacle(f"heads are {cfg.head_size} wide (n_embd / n_head)", need, "another model.n_head")
+    if length == 1 or (documents and length % 2):
+        need = "cuDNN flash attention needs an even number to mask documents"
+        return _Obstacle(f"rows have {length} tokens", need, "an even data.seq_length")
+    return None
+
+
+def _splash_obstacle(cfg: ModelConfig, length: int, dropout: bool, platform: str) -> _Obstacle | None:
+    if platform != "tpu":
+        return _Obstacle(f"the device is a {platform}", "splash attention needs a TPU", "model.attention = auto")
+    if dropout and cfg.attn_pdrop:
+        return _Obstacle(
+            f"model.attn_pdrop is {cfg.attn_pdrop}", "splash attention has no dropout", "model.attn_pdrop = 0"
+        )
+    if length % 128:
+        need = "splash attention needs a multiple of 128"
+        return _Obstacle(f"rows have {length} tokens", need, "data.seq_length to a multiple of 128")
+    return None
+
+
+def _compute_capability() -> tuple[int, ...] | None:
+    """That of the first GPU, () when it is not NVIDIA's, None without one: then the program is compiled for another."""
+    try:
+        capability = jax.local_devices(backend="gpu")[0].compute_capability
+    except RuntimeError:
+        return None
+    return tuple(map(int, capability.split("."))) if re.fullmatch(r"\d+\.\d+", capability) else ()

@@ -3,8 +3,8 @@
 Blocks are stacked: every parameter under `h` has a leading layer axis, so a block is compiled once and the tree has
 16 arrays at any depth. Nothing is assigned outside `__init__`; the gradient of a `GPT2` is a `GPT2`.
 
-Dimension key: B batch, T sequence, N = B * T tokens, D n_embd, H heads, K head size, V vocabulary, L layers, S columns
-of the cache.
+Dimension key: B batch, T sequence, N = B * T tokens, D n_embd, H heads, K head size, F inner width, V vocabulary, L
+layers, S columns of the cache.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from gpt2_flax.config import ModelConfig
-from gpt2_flax.model.attention import attention, document_mask, dropout
-from gpt2_flax.model.loss import logits
+from gpt2_flax.data.packing import Batch
+from gpt2_flax.model.attention import attention, causal_attention, choose, dropout
+from gpt2_flax.model.embedding import copies, look_up
+from gpt2_flax.model.loss import LossSums, cross_entropy, logits
+from gpt2_flax.parallel.mesh import platform
 from gpt2_flax.parallel.rules import constrain_BTD
+
+_REMAT_POLICIES = {
+    "selected": jax.checkpoint_policies.save_only_these_names("attention", "mlp"),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, Any]]
 """(q_BTHK, k_BTHK, v_BTHK, dropout_key) -> (out_BTHK, whatever the caller wants to keep of the layer)."""
@@ -49,7 +58,11 @@ class Mlp(nnx.Module):
         self.c_proj = linear(4 * cfg.n_embd, cfg.n_embd, kernel_init=_residual_init(cfg))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return _by_token(lambda x_ND: self.c_proj(nnx.gelu(self.c_fc(x_ND), approximate=True)), x_BTD)
+        def mlp(x_ND):
+            inner_NF = checkpoint_name(self.c_fc(x_ND), "mlp")
+            return self.c_proj(nnx.gelu(inner_NF, approximate=True))
+
+        return _by_token(mlp, x_BTD)
 
 
 class Block(nnx.Module):
@@ -106,27 +119,40 @@ class GPT2(nnx.Module):
         x_BTD = self.hidden(tokens_BT, segments_BT, positions_BT, dropout_key)
         return logits(x_BTD, self.wte.embedding[...], self.cfg.vocab_size)[..., : self.cfg.vocab_size]
 
+    def loss(self, batch: Batch, dropout_key: jax.Array | None = None) -> LossSums:
+        """Returns the summed next-token loss of a batch; under a mesh its rows must be as `batch_sharding` says."""
+        embedding_RVD = copies(self.wte.embedding[...])  # gathered, and its gradient reduced, once for both uses
+        x_BTD = self.hidden(batch.tokens_BT, batch.segments_BT, batch.positions_BT, dropout_key, embedding_RVD)
+        return cross_entropy(x_BTD, embedding_RVD, batch.targets_BT, self.cfg.vocab_size)
+
     def hidden(
         self,
         tokens_BT: jax.Array,
         segments_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
+        embedding_RVD: jax.Array | None = None,
     ) -> jax.Array:
         """Returns what the head sees, x_BTD in the compute dtype.
 
-        tokens_BT: int32 ids. segments_BT: attention stays inside runs of one number (default: one segment a row).
+        tokens_BT: int32 ids. segments_BT: attention stays inside runs of one number (default: one segment a row),
+        unless the model attends across documents; padding must come last in a row.
         positions_BT: default 0..T-1. Passing a `dropout_key` is what turns dropout on.
+        embedding_RVD: `copies` of the token embedding, if they are there already.
         """
-        if segments_BT is None:
-            segments_BT = jnp.ones_like(tokens_BT)
-        mask_BTT = document_mask(segments_BT)
+        if self.cfg.attend_across_documents:
+            segments_BT = None  # all that they tell apart then is padding, which comes last, so that nothing sees it
+        dropping, documents = dropout_key is not None, segments_BT is not None
+        kernel, _ = choose(
+            self.cfg, tokens_BT.shape[1], dropout=dropping, documents=documents, platform=platform()
+        )
 
         def attend(q_BTHK, k_BTHK, v_BTHK, key, _):
-            return attention(q_BTHK, k_BTHK, v_BTHK, mask_BTT, self.cfg.attn_pdrop, key), None
+            return causal_attention(kernel, q_BTHK, k_BTHK, v_BTHK, segments_BT, self.cfg.attn_pdrop, key), None
 
         embed_key, layers_key = _split(dropout_key, 2)
-        x_BTD, _ = self._blocks(self._embed(tokens_BT, positions_BT, embed_key), attend, None, layers_key)
+        x_BTD = self._embed(tokens_BT, positions_BT, embed_key, embedding_RVD)
+        x_BTD, _ = self._blocks(x_BTD, attend, None, layers_key)
         return x_BTD
 
     def decode(
@@ -155,10 +181,11 @@ class GPT2(nnx.Module):
         logits_BV = logits(x_BTD[:, -1:], self.wte.embedding[...], self.cfg.vocab_size)[:, 0, : self.cfg.vocab_size]
         return logits_BV, Cache(k_LBSHK, v_LBSHK, cache.length + tokens_BT.shape[1])
 
-    def _embed(self, tokens_BT, positions_BT, key) -> jax.Array:
+    def _embed(self, tokens_BT, positions_BT, key, embedding_RVD=None) -> jax.Array:
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-        x_BTD = self.wte(tokens_BT) + self.wpe(positions_BT)
+        looked_up = self.wte(tokens_BT) if embedding_RVD is None else look_up(embedding_RVD, tokens_BT, self.cfg.dtype)
+        x_BTD = looked_up + self.wpe(positions_BT)
         return constrain_BTD(dropout(x_BTD, self.cfg.embd_pdrop, key))
 
     def _blocks(self, x_BTD, attend, per_layer, key) -> tuple[jax.Array, Any]:
@@ -168,9 +195,10 @@ class GPT2(nnx.Module):
             block, key, of_layer = block_and_more
             return block(x_BTD, lambda q, k, v, key: attend(q, k, v, key, of_layer), key)
 
-        unrolled = jax.default_backend() == "cpu"  # faster there; elsewhere compile time and memory decide
-        if self.cfg.remat:
-            layer = jax.checkpoint(layer, prevent_cse=unrolled)
+        # Unrolled is faster on a CPU; elsewhere compile time and memory decide.
+        unrolled = self.cfg.layers == "unrolled" or (self.cfg.layers == "auto" and platform() == "cpu")
+        if self.cfg.remat != "none":
+            layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[self.cfg.remat], prevent_cse=unrolled)
         keys = None if key is None else jax.random.split(key, self.cfg.n_layer)
         x_BTD, kept = jax.lax.scan(layer, x_BTD, (self.h, keys, per_layer), unroll=unrolled)
         return self.ln_f(x_BTD), kept

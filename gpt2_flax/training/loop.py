@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -14,9 +14,13 @@ from gpt2_flax.data.loader import Loader
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.inference.evaluate import evaluate
+from gpt2_flax.model.attention import choose
+from gpt2_flax.parallel.auto_mesh import choose_mesh
 from gpt2_flax.parallel.feed import device_batch, prefetch
-from gpt2_flax.parallel.mesh import make_mesh
+from gpt2_flax.parallel.mesh import make_mesh, platform
+from gpt2_flax.parallel.watchdog import Watchdog
 from gpt2_flax.training.metrics import MetricsLog, StepReport
+from gpt2_flax.training.profiler import Profiler
 from gpt2_flax.training.samples import Samples, check_prompts
 from gpt2_flax.training.signals import StopRequest
 from gpt2_flax.training.start import (
@@ -31,21 +35,38 @@ from gpt2_flax.training.step import TrainState, all_finite, make_train_step, sta
 from gpt2_flax.training.throughput import throughput
 
 
-def train(*stages: Config, allow_change: Sequence[str] = (), devices: Sequence[jax.Device] | None = None) -> None:
+class _Stage(NamedTuple):
+    """A stage that was checked."""
+
+    config: Config
+    mixture: Mixture
+    mesh: Mesh
+    choices: tuple[str, ...]
+    """What was chosen for the model and its devices, and why, a line each."""
+
+
+def train(
+    *stages: Config,
+    allow_change: Sequence[str] = (),
+    profile_steps: int = 0,
+    devices: Sequence[jax.Device] | None = None,
+    watchdog: Watchdog | None = None,
+) -> None:
     """Trains each stage until its `training.total_steps`, from the newest checkpoint of its run folder if there is one.
 
-    All are checked before the first begins, and those that have all their steps are passed over.
+    All are checked before the first begins, and those that have all their steps are passed over. A trace of
+    `profile_steps` steps of each goes to the `tensorboard` folder of its run. Several processes bring a `watchdog`.
     Raises `UserError`; with TRY_AGAIN when it was asked to stop and has saved.
     """
     names = [f"stage {number} of {len(stages)}: " if len(stages) > 1 else "" for number in range(1, len(stages) + 1)]
     checked = []
     for name, config in zip(names, stages, strict=True):
         with _naming(name):
-            checked.append(_check(config, [before for before, _, _ in checked], allow_change, devices))
+            checked.append(_check(config, [stage.config for stage in checked], allow_change, devices))
     with StopRequest() as stop:
         for number, name in enumerate(names, 1):
             with _naming(name):
-                _train(*checked[number - 1], stop, allow_change, name)
+                _train(checked[number - 1], stop, watchdog or Watchdog(), allow_change, name, profile_steps)
                 if number < len(stages) and stop():
                     output, fix = stages[number - 1].output, "run the same command to go on"
                     raise UserError(ExitCode.TRY_AGAIN, "stopped at its end, saved", output, fix)
@@ -61,11 +82,13 @@ def _naming(name: str) -> Iterator[None]:
 
 def _check(
     config: Config, before: Sequence[Config], allow_change: Sequence[str], devices: Sequence[jax.Device] | None
-) -> tuple[Config, Mixture, Mesh]:
-    """What can be known of a stage without training those before it; returns it with all it needs."""
+) -> _Stage:
+    """What can be known of a stage without training those before it."""
     mixture = Mixture(config.data.datasets)
     config = with_vocab_size(config, mixture)
-    mesh = make_mesh(config.mesh, devices)
+    sizes, why = choose_mesh(config, devices or jax.devices())
+    mesh = make_mesh(sizes, devices)
+    choices = _choices(config, mesh, why)
     check_rows(config, mesh)
     check_prompts(config, mixture.tokenizer_folder)
     for stage in before:
@@ -75,12 +98,27 @@ def _check(
     if jax.process_index() == 0:
         run.create()
     check_same_run(config, run, allow_change)
-    return config, mixture, mesh
+    return _Stage(config, mixture, mesh, choices)
+
+
+def _choices(config: Config, mesh: Mesh, why_mesh: str) -> tuple[str, ...]:
+    with jax.set_mesh(mesh):
+        kernel, why = choose(
+            config.model,
+            config.data.seq_length,
+            dropout=True,
+            documents=not config.model.attend_across_documents,
+            platform=platform(),
+        )
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    of_mesh = (f"mesh {sizes}: {why_mesh}",) if mesh.size > 1 else ()
+    return *of_mesh, f"attention {kernel}: {why}"
 
 
 def _train(
-    config: Config, mixture: Mixture, mesh: Mesh, stop: StopRequest, allow_change: Sequence[str], name: str
+    stage: _Stage, stop: StopRequest, watchdog: Watchdog, allow_change: Sequence[str], name: str, profile_steps: int
 ) -> None:
+    config, mixture, mesh = stage.config, stage.mixture, stage.mesh
     run, leads, total = RunFolder(config.output), jax.process_index() == 0, config.training.total_steps
     with contextlib.ExitStack() as stack:
         if leads:
@@ -88,6 +126,7 @@ def _train(
         log = stack.enter_context(MetricsLog(run if leads else None))
         store = stack.enter_context(CheckpointStore(run.checkpoints, config.training.keep_checkpoints))
         stack.enter_context(jax.set_mesh(mesh))
+        stack.enter_context(watchdog.running(config.output))
 
         def say(line: str) -> None:
             log.say(name + line)
@@ -104,19 +143,23 @@ def _train(
             more = "" if name else "; to go on add training.total_steps=N --allow-change training.total_steps"
             say(f"{config.output} has all its {total} steps{more}")
         else:
-            _run(config, mesh, mixture, store, log, stop, *start)
+            for choice in stage.choices:
+                say(choice)
+            profiler = stack.enter_context(Profiler(profile_steps, run.tensorboard, int(start[0].step), say))
+            _run(stage, store, log, profiler, stop, watchdog, *start)
 
 
 def _run(
-    config: Config,
-    mesh: Mesh,
-    mixture: Mixture,
+    stage: _Stage,
     store: CheckpointStore,
     log: MetricsLog,
+    profiler: Profiler,
     stop: StopRequest,
+    watchdog: Watchdog,
     state: TrainState,
     samples_seen: int,
 ) -> None:
+    config, mixture, mesh = stage.config, stage.mixture, stage.mesh
     training, n_rows = config.training, config.data.global_batch_size
     total, first_step, first_sample = training.total_steps, int(state.step), samples_seen
     packing, across = config.data.packing, config.model.attend_across_documents
@@ -139,15 +182,18 @@ def _run(
             batch = report.next_batch(batches)
             state, metrics = train_step(state, batch)
             report.dispatched(step, metrics)
+            profiler.after(step, metrics)
+            watchdog.step(step)
             samples_seen += n_rows
             stopping = stop()
             if (step % training.evaluate_every == 0 and not stopping) or step == total:
                 report.catch_up()
-                evaluations = {
-                    folder: evaluate(state.model, split, mesh, n_rows, training.evaluation_batches)
-                    for folder, split in held_out.items()
-                }
-                report.evaluated(step, evaluations, samples.texts(state.model))
+                with watchdog.paused():
+                    evaluations = {
+                        folder: evaluate(state.model, split, mesh, n_rows, training.evaluation_batches)
+                        for folder, split in held_out.items()
+                    }
+                    report.evaluated(step, evaluations, samples.texts(state.model))
             save_due |= step % training.save_every == 0
             last = step == total or stopping
             if save_due or last:
@@ -155,7 +201,8 @@ def _run(
                 # Steps may be skipped for the state's sake: as long as they are, older states are not given up for it.
                 if last or not report.skipped_in_a_row:
                     so_far = {"step": step, "samples_seen": samples_seen, "skipped": report.skipped}
-                    _save(store, state, meta | so_far, config.output)
+                    with watchdog.paused():
+                        _save(store, state, meta | so_far, config.output)
                     save_due = False
             if stopping and step < total:
                 what = f"stopped at step {step}, saved"

@@ -18,9 +18,10 @@ from gpt2_flax.config import Config
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.errors import ExitCode, UserError, printable
 from gpt2_flax.inference.evaluate import Evaluation
+from gpt2_flax.parallel.devices import peak_memory
 from gpt2_flax.progress import duration, si
 from gpt2_flax.training.step import StepMetrics
-from gpt2_flax.training.throughput import Throughput, peak_memory
+from gpt2_flax.training.throughput import Throughput
 
 
 class MetricsLog(AbstractContextManager):

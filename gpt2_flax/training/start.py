@@ -27,6 +27,8 @@ FREE_TO_CHANGE = (
     "output",
     "init_from",
     "data.dataset",  # places; what lies there, and its shares, are compared by fingerprint
+    "model.attention",
+    "model.layers",
     "model.remat",
     "training.accumulation_steps",
     "training.log_every",

@@ -18,7 +18,7 @@ from gpt2_flax.checkpoint.weights import Weights, model_from_weights
 from gpt2_flax.config import Config
 from gpt2_flax.data.packing import IGNORE, Batch
 from gpt2_flax.model.gpt2 import GPT2
-from gpt2_flax.model.loss import LossSums, cross_entropy
+from gpt2_flax.model.loss import LossSums
 from gpt2_flax.parallel.rules import batch_sharding, tree_shardings
 from gpt2_flax.training.optimizer import learning_rate, make_optimizer
 
@@ -138,8 +138,7 @@ def _fresh(model: GPT2, tx: optax.GradientTransformation) -> TrainState:
 
 
 def _loss(model: GPT2, batch: Batch, dropout_key: jax.Array, n_targets: jax.Array) -> tuple[jax.Array, LossSums]:
-    x_BTD = model.hidden(batch.tokens_BT, batch.segments_BT, batch.positions_BT, dropout_key)
-    sums = cross_entropy(x_BTD, model.wte.embedding[...], batch.targets_BT, model.cfg.vocab_size)
+    sums = model.loss(batch, dropout_key)
     return sums.nats / n_targets, sums
 
 

@@ -1,32 +1,15 @@
 """What turns counts of a run into figures that runs can be compared by."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import jax
 from jax.sharding import Mesh
 
 from gpt2_flax.config import Config
 from gpt2_flax.data.loader import MixedLoader
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.model.flops import flops_per_token
-
-# TFLOP/s of dense matrix products in bfloat16 and in float32 by JAX's name of the device, from the makers' data sheets.
-# In float32 JAX multiplies in TF32 on these GPUs and in bfloat16 on TPUs, unless told otherwise.
-_PEAK_TFLOPS = (
-    (r"NVIDIA A100-(SXM4|PCIE)-[48]0GB|NVIDIA A100 80GB PCIe", 312, 156),
-    (r"NVIDIA H100 PCIe", 756, 378),
-    (r"NVIDIA H(100|200) NVL", 835, 417),
-    (r"NVIDIA H100 80GB HBM3|NVIDIA H200|NVIDIA GH200 .*GB", 989, 494),
-    (r"NVIDIA L40S", 362, 183),
-    (r"NVIDIA L4", 121, 60),
-    (r"NVIDIA GeForce RTX 4090", 165, 83),
-    (r"TPU v4", 275, 275),
-    (r"TPU v5( lite|e)", 197, 197),
-    (r"TPU v5p?", 459, 459),
-    (r"TPU v6( lite|e)", 918, 918),
-)
+from gpt2_flax.parallel.devices import peak_flops
 
 
 @dataclass(frozen=True)
@@ -61,20 +44,6 @@ def throughput(config: Config, mesh: Mesh, mixture: Mixture, loader: MixedLoader
         _characters_per_target(mixture, weights),
         {folder: rows[folder] * total / weight for folder, weight in weights.items()},
     )
-
-
-def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Returns the FLOP/s of a device's matrix products in a dtype, None for a device that is not in the table."""
-    for pattern, in_bfloat16, in_float32 in _PEAK_TFLOPS:
-        if re.fullmatch(pattern, device_kind):
-            return 1e12 * (in_bfloat16 if dtype == "bfloat16" else in_float32)
-    return None
-
-
-def peak_memory(devices: Sequence[jax.Device]) -> int | None:
-    """Returns the most bytes that any of these devices had in use at once, None where the backend does not say."""
-    stats = [device.memory_stats() or {} for device in devices]
-    return max((found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found), default=None)
 
 
 def _characters_per_target(mixture: Mixture, weights: Mapping[str, float]) -> float | None:

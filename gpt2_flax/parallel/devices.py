@@ -1,0 +1,68 @@
+"""What is known of accelerators by their names in JAX."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+
+
+class Kind(NamedTuple):
+    """A kind of device, from its maker's data sheet.
+
+    TFLOP/s are those of dense matrix products; in float32 JAX multiplies in TF32 on these GPUs and in bfloat16 on TPUs,
+    unless told otherwise. Memory is in 10^9 bytes.
+    """
+
+    name: str  # regular expression over `jax.Device.device_kind`
+    tflops_bfloat16: float
+    tflops_float32: float
+    memory: float
+
+
+KINDS = (
+    Kind(r"NVIDIA A100-(SXM4|PCIE)-40GB", 312, 156, 40),
+    Kind(r"NVIDIA A100-SXM4-80GB|NVIDIA A100 80GB PCIe", 312, 156, 80),
+    Kind(r"NVIDIA H100 PCIe", 756, 378, 80),
+    Kind(r"NVIDIA H100 NVL", 835, 417, 94),
+    Kind(r"NVIDIA H200 NVL", 835, 417, 141),
+    Kind(r"NVIDIA H100 80GB HBM3", 989, 494, 80),
+    Kind(r"NVIDIA H200", 989, 494, 141),
+    Kind(r"NVIDIA GH200 480GB", 989, 494, 96),
+    Kind(r"NVIDIA GH200 144G HBM3e", 989, 494, 144),
+    Kind(r"NVIDIA L40S", 362, 183, 48),
+    Kind(r"NVIDIA L4", 121, 60, 24),
+    Kind(r"NVIDIA GeForce RTX 4090", 165, 83, 24),
+    Kind(r"TPU v4", 275, 275, 32),
+    Kind(r"TPU v5( lite|e)", 197, 197, 16),
+    Kind(r"TPU v5p?", 459, 459, 95),
+    Kind(r"TPU v6( lite|e)", 918, 918, 32),
+)
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Returns the FLOP/s of a device's matrix products in a dtype, None for a device that is not in the table."""
+    kind = _kind(device_kind)
+    return kind and 1e12 * (kind.tflops_bfloat16 if dtype == "bfloat16" else kind.tflops_float32)
+
+
+def memory_bytes(device: jax.Device) -> float | None:
+    """Returns what a program may use of a device's memory: as the device says, else by the table, else None."""
+    try:
+        stats = device.memory_stats()
+    except (RuntimeError, NotImplementedError):  # a device of a topology, which is not here
+        stats = None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    kind = _kind(device.device_kind)
+    return kind and kind.memory * 1e9
+
+
+def peak_memory(devices: Sequence[jax.Device]) -> int | None:
+    """Returns the most bytes that any of these devices had in use at once, None where the backend does not say."""
+    stats = [device.memory_stats() or {} for device in devices]
+    return max((found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found), default=None)
+
+
+def _kind(device_kind: str) -> Kind | None:
+    return next((kind for kind in KINDS if re.fullmatch(kind.name, device_kind)), None)

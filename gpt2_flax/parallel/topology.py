@@ -1,0 +1,185 @@
+"""Accelerators that are not here: XLA compiles for them all the same, given a description.
+
+That of a TPU comes with libtpu, that of a GPU stands below. Nothing compiled for them can run on this machine.
+"""
+
+import contextlib
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from gpt2_flax.errors import ExitCode, UserError, quote
+
+KNOWN = (
+    "v5e:2x4, v6e:16x16 (TPU, chips along two sides), v4:2x2x4, v5p:4x4x4 (three sides), "
+    "a100-40gb:8, a100:8, h100:8, h200:8 (GPUs of a host), h200:32x8 (hosts x GPUs), cpu:8 (simulated here)"
+)
+_MOST_DEVICES = 10_000  # the largest TPU pod has 9,216
+_MOST_CPU_DEVICES = 256
+_DEVICE_FILES = ("nvidia[0-9]*", "dxg", "kfd", "accel*", "vfio/*")  # of GPUs and TPUs
+_SIDES = {"v4": (3,), "v5e": (2,), "v5p": (3,), "v6e": (2,)}
+
+
+class Gpu(NamedTuple):
+    """What XLA asks of a GPU, from NVIDIA's data sheets and architecture white papers."""
+
+    kind: str
+    """The name that the driver gives, and JAX with it."""
+    capability: tuple[int, int]
+    memory: int
+    """Bytes, as the driver counts them."""
+    bandwidth: int
+    """Bytes of memory a second."""
+    multiprocessors: int
+    lanes: int
+    """float32 units of a multiprocessor."""
+    shared: int
+    """Bytes of shared memory of a multiprocessor; a block gets all but 1 KiB."""
+    l2: int
+    gigahertz: float
+
+
+_MIB = 2**20
+_GPUS = {
+    "a100-40gb": Gpu(
+        "NVIDIA A100-SXM4-40GB", (8, 0), 40960 * _MIB, 1_555 * 10**9, 108, 64, 164 * 1024, 40 * _MIB, 1.41
+    ),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 81920 * _MIB, 2_039 * 10**9, 108, 64, 164 * 1024, 40 * _MIB, 1.41),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 81559 * _MIB, 3_350 * 10**9, 132, 128, 228 * 1024, 50 * _MIB, 1.98),
+    "h200": Gpu("NVIDIA H200", (9, 0), 143771 * _MIB, 4_800 * 10**9, 132, 128, 228 * 1024, 50 * _MIB, 1.98),
+}
+_CUDA, _CUDNN = (12, 9, 0), (9, 10, 0)  # of the wheels that `jax[cuda12]` brings, or before
+
+
+def devices_for(name: str | None) -> Sequence[jax.Device]:
+    """Returns the devices of a machine such as `v5e:2x4` or `h200:32x8`, to compile for; see KNOWN. None: those here.
+
+    Must come before anything asks JAX for devices: the program keeps off accelerators that this machine has.
+    Raises `UserError`: USAGE for an unknown name or a missing extra.
+    """
+    if name is None:
+        if not any(True for pattern in _DEVICE_FILES for _ in Path("/dev").glob(pattern)):
+            jax.config.update("jax_platforms", "cpu")  # plugins that look for what is not there complain at length
+        return jax.devices()
+    kind, _, shape = name.partition(":")
+    sizes = tuple(map(int, shape.split("x"))) if re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})*", shape) else ()
+    rightly = {"cpu": (1,), **_SIDES, **dict.fromkeys(_GPUS, (1, 2))}.get(kind, ())
+    if len(sizes) not in rightly:
+        raise UserError(ExitCode.USAGE, "unknown topology", quote(name), f"take one such as {KNOWN}")
+    most = _MOST_CPU_DEVICES if kind == "cpu" else _MOST_DEVICES
+    if math.prod(sizes) > most:
+        what = f"topology of {math.prod(sizes):,} devices"
+        raise UserError(ExitCode.USAGE, what, quote(name), f"take at most {most:,}")
+    if kind == "cpu":
+        return _cpu_devices(sizes[0])
+    jax.config.update("jax_platforms", "cpu")
+    return _gpu_devices(_GPUS[kind], sizes) if kind in _GPUS else _tpu_devices(kind, sizes)
+
+
+def _cpu_devices(count: int) -> Sequence[jax.Device]:
+    jax.config.update("jax_platforms", "cpu")
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # the devices are there already
+            jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        fix = f"set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        raise UserError(ExitCode.USAGE, f"only {len(devices)} simulated CPU devices", f"cpu:{count}", fix)
+    return devices[:count]
+
+
+def _tpu_devices(kind: str, sizes: tuple[int, ...]) -> Sequence[jax.Device]:
+    _need("libtpu", "tpu")
+    # It asks around for a TPU of its own otherwise, complains that there is none, logs to /tmp, and lets no second
+    # program load it, for one TPU cannot serve two; here none is used.
+    for variable, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-8"),
+        ("TPU_LOG_DIR", "disabled"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+    ):
+        os.environ.setdefault(variable, value)
+    # Hosts of four chips; small machines have one.
+    options = {"chips_per_host_bounds": (2, 2, 1) if all(size % 2 == 0 for size in sizes[:2]) else (1, 1, 1)}
+    if kind == "v4":
+        options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as JAX runs them
+    name = f"{kind}:{'x'.join(map(str, sizes))}"
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    except RuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
+        fix = f"take one such as {KNOWN}"
+        raise UserError(ExitCode.USAGE, f"no such TPU: {_first_line(error)}", quote(name), fix) from None
+
+
+def _gpu_devices(gpu: Gpu, sizes: tuple[int, ...]) -> Sequence[jax.Device]:
+    _need("jax_plugins.xla_cuda12", "cuda")
+    hosts, gpus = sizes if len(sizes) == 2 else (1, sizes[0])
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="", topology=f"1x{hosts}x{gpus}", target_config=_description(gpu)
+    ).devices
+
+
+def _need(module: str, extra: str) -> None:
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # of the package around it
+        found = None
+    if found is None:
+        fix = f"install it with `pip install 'gpt2_flax[{extra}]'`; no accelerator is needed"
+        raise UserError(ExitCode.USAGE, "the compiler for this topology is not installed", module.split(".")[-1], fix)
+
+
+def _description(gpu: Gpu) -> str:
+    """Returns XLA's `GpuTargetConfigProto` as text."""
+    major, minor = gpu.capability
+    features = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
+    cuda, cudnn = (".".join(map(str, version)) for version in (_CUDA, _CUDNN))
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: {48 * 1024}
+  shared_memory_per_block_optin: {gpu.shared - 1024}
+  shared_memory_per_core: {gpu.shared}
+  threads_per_core_limit: 2048
+  core_count: {gpu.multiprocessors}
+  fpus_per_core: {gpu.lanes}
+  block_dim_limit_x: {2**31 - 1}
+  block_dim_limit_y: {2**16 - 1}
+  block_dim_limit_z: {2**16 - 1}
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  registers_per_core_limit: {2**16}
+  registers_per_block_limit: {2**16}
+  memory_bandwidth: {gpu.bandwidth}
+  l2_cache_size: {gpu.l2}
+  clock_rate_ghz: {gpu.gigahertz}
+  device_memory_size: {gpu.memory}
+  cuda_compute_capability {{ major: {major} minor: {minor}{features} }}
+  device_vendor: "NVIDIA Corporation"
+  platform_version: "Compute Capability {major}.{minor}"
+  name: "{gpu.kind}"
+  driver_version: "{cuda}"
+  runtime_version: "{cuda}"
+  compile_time_toolkit_version: "{cuda}"
+  dnn_version: "{cudnn}"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: {_CUDNN[0]} minor: {_CUDNN[1]} patch: {_CUDNN[2]} }}
+device_description_str: "{gpu.kind}"
+"""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,211 @@
+"""Ends all processes of a run when one of them has ended, failed or hangs, and says which.
+
+Without it the others would wait in a collective for minutes, or be aborted by JAX without a word that helps.
+How the processes talk is described in `hub`, which decides; here each of them listens and obeys.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import statistics
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+from gpt2_flax.errors import ExitCode, UserError, io_error, printable
+from gpt2_flax.parallel import hub
+from gpt2_flax.parallel.hub import AGAIN, Hub, receive, send
+
+UNWINDING = 5.0  # seconds in which the process that is to blame may end in its own way
+LEAST_LIMIT = 120.0  # seconds; a step may take so long, or
+MEDIANS = 20  # so many times as long as most do
+
+
+class Watchdog(AbstractContextManager):
+    """As it is, belongs to a run of one process and does nothing; `join` returns one of several.
+
+    Leaving the context waits for the other processes: all leave together, or the run ends for all.
+    """
+
+    def __init__(self) -> None:
+        self._connection: socket.socket | None = None
+        self._number, self._hub, self._where = 0, "process 0", "gpt2-flax train"
+        self._failure: BaseException | None = None
+        self._over, self._together = threading.Event(), True
+        self._step, self._paused = 0, True
+        self._times: deque[float] = deque(maxlen=100)  # of the last steps
+        self._last = 0.0
+
+    @classmethod
+    def join(cls, coordinator: str, n_processes: int, number: int) -> tuple["Watchdog", str]:
+        """Waits until all processes have come; returns the watchdog and the address for JAX's coordinator.
+
+        `coordinator` is HOST:PORT of process 0. Raises `UserError`: TRY_AGAIN when a process does not come, USAGE
+        when numbers do not fit or the port is taken.
+        """
+        self = cls()
+        self._number = number
+        host, port = coordinator.rsplit(":", 1)
+        own_hub = Hub(int(port), n_processes) if number == 0 else None
+        self._connection = own_hub.own if own_hub else _connect(host.strip("[]"), int(port))
+        self._connection.settimeout(min(0.5, hub.BEAT))
+        me = {"number": number, "n_processes": n_processes, "host": socket.gethostname(), "pid": os.getpid()}
+        send(self._connection, "hello", **me)
+        if own_hub:
+            own_hub.start()
+        jax_port = self._started(coordinator)
+        self._abort = _delay_abort()
+        threading.Thread(target=self._listen, name="watchdog", daemon=True).start()
+        return self, f"{host}:{jax_port}"
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not self._connection:
+            return
+        if error and not self._failure:
+            self._announce(error)
+        send(self._connection, "out")
+        self._over.wait()
+        if self._together:
+            _libc_signal(self._abort)
+            self._connection.close()
+        else:  # the hub waits until this process is gone; JAX's own end, which would wait for the others, comes after
+            atexit.register(_leave, _exit_code(self._failure))
+
+    @contextlib.contextmanager
+    def running(self, where: str) -> Iterator[None]:
+        """A stage of the run, which messages call `where`. An exception is announced before anything is unwound."""
+        self._where, self._paused = where, True
+        try:
+            yield
+        except BaseException as error:
+            if self._connection:
+                self._announce(error)
+            raise
+        finally:
+            self._paused = True
+
+    def step(self, step: int) -> None:
+        """Says that a step is finished. From now on the next one is expected."""
+        now = time.monotonic()
+        if not self._paused:
+            self._times.append(now - self._last)
+        self._step, self._last, self._paused = step, now, False
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What may take any time: evaluation, saves."""
+        self._paused = True
+        yield
+        self._paused, self._last = False, time.monotonic()
+
+    def _started(self, coordinator: str) -> int:
+        """Returns the port for JAX once all have come."""
+        rest, patience = bytearray(), time.monotonic() + hub.START + hub.SILENCE
+        while time.monotonic() < patience:
+            try:
+                messages = receive(self._connection, rest)
+            except EOFError:
+                break
+            for message in messages:
+                if message["kind"] == "started":
+                    self._hub = message["hub"]
+                    return message["port"]
+                if message["kind"] == "verdict":
+                    raise UserError(ExitCode(message["code"]), message["what"], coordinator, message["fix"])
+        raise UserError(ExitCode.TRY_AGAIN, "process 0 has ended before all had come", coordinator, "start all again")
+
+    def _announce(self, error: BaseException) -> None:
+        self._failure = error
+        send(self._connection, "failed", code=_exit_code(error), sentence=_sentence(error)[:2000])
+
+    def _listen(self) -> None:
+        """Beats, and waits for the hub's word; a thread."""
+        rest, heard, beaten = bytearray(), time.monotonic(), 0.0
+        while True:
+            if time.monotonic() - beaten > hub.BEAT:
+                beaten = time.monotonic()
+                limit = max(LEAST_LIMIT, MEDIANS * statistics.median(self._times or [0.0]))
+                send(self._connection, "beat", step=self._step, paused=self._paused, limit=limit)
+            try:
+                messages = receive(self._connection, rest)
+            except EOFError:
+                return self._end(0, ExitCode.TRY_AGAIN, f"{self._hub} of the run has ended", AGAIN)
+            heard = time.monotonic() if messages else heard
+            if time.monotonic() - heard > hub.SILENCE:
+                what = f"{self._hub} of the run has been silent for {hub.SILENCE:.0f} s"
+                return self._end(0, ExitCode.TRY_AGAIN, what, AGAIN)
+            for message in messages:
+                if message["kind"] == "over":
+                    return self._over.set()
+                if message["kind"] == "verdict":
+                    return self._end(message["number"], message["code"], message["what"], message["fix"])
+
+    def _end(self, number: int, code: int, what: str, fix: str) -> None:
+        """Ends this process, wherever its main thread hangs; that to blame for it may say why itself."""
+        if number == self._number and self._failure:
+            self._together = False
+            self._over.set()
+            time.sleep(UNWINDING)
+            if not isinstance(self._failure, UserError):
+                traceback.print_exception(self._failure)
+            _leave(_exit_code(self._failure), _sentence(self._failure))
+        else:
+            _leave(code, str(UserError(ExitCode(code), what, self._where, fix)))
+
+
+def _connect(host: str, port: int) -> socket.socket:
+    """Returns a connection to the hub, for which it waits."""
+    patience = time.monotonic() + hub.START
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=5.0)
+        except OSError as error:  # no name yet, nobody listens yet: process 0 may be started later
+            if time.monotonic() > patience:
+                what = f"process 0 cannot be reached within {hub.START:.0f} s ({error.strerror or error})"
+                fix = "check that it runs, its address, and that the hosts let each other in"
+                raise UserError(ExitCode.TRY_AGAIN, what, f"{host}:{port}", fix) from error
+            time.sleep(min(1.0, hub.START / 10))
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, OSError):
+        error = io_error(error, "")
+    if isinstance(error, KeyboardInterrupt):
+        return ExitCode.INTERRUPTED
+    return getattr(error, "exit_code", ExitCode.BUG)
+
+
+def _sentence(error: BaseException) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {str(error)[:500]}".strip(": ")
+
+
+def _leave(code: int, sentence: str = "") -> None:
+    """Ends the process at once: nothing of Python or JAX is asked, which might wait for processes that are gone."""
+    if sentence:
+        os.write(2, f"error: {printable(sentence)}\n".encode(errors="backslashreplace"))
+    else:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def _delay_abort() -> int | None:
+    """Gives the watchdog the time to speak when JAX aborts; returns the handler that was there.
+
+    The moment process 0 is gone JAX calls abort() from a thread of its own, which no Python code can hinder. The
+    handler must be C code, and is called with the number of the signal: sleep(6), as SIGABRT is 6.
+    """
+    return _libc_signal(ctypes.cast(ctypes.CDLL(None).sleep, ctypes.c_void_p).value)
+
+
+def _libc_signal(handler: int | None) -> int | None:
+    libc_signal = ctypes.CDLL(None).signal
+    libc_signal.argtypes, libc_signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    return libc_signal(signal.SIGABRT, handler)

@@ -1,0 +1,177 @@
+"""The real training step compiled for devices that are not here: what XLA says it needs, and what makes it fit."""
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+from gpt2_flax.config import Config, MeshConfig, parse_config
+from gpt2_flax.data.packing import Batch
+from gpt2_flax.errors import UserError
+from gpt2_flax.parallel.auto_mesh import choose_mesh
+from gpt2_flax.parallel.collectives import Collective, collectives
+from gpt2_flax.parallel.devices import memory_bytes
+from gpt2_flax.parallel.mesh import make_mesh
+from gpt2_flax.parallel.rules import batch_sharding
+from gpt2_flax.plan.figures import bytes_on_a_device
+from gpt2_flax.training.start import check_rows
+from gpt2_flax.training.step import make_train_step, state_layout
+
+Note = Callable[[str], AbstractContextManager]
+"""A context in which people are told what takes so long."""
+
+_QUICK = 9  # XLA's effort level O0; the default is O2 or so
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_REMAT = ("none", "selected", "full")
+_USABLE = 0.75  # share of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A training step for one topology; bytes are those of each device."""
+
+    mesh: MeshConfig
+    why: str
+    """Of the mesh, in words."""
+    seconds: float
+    arguments: int
+    """State and batch."""
+    temporaries: int
+    available: float | None
+    """Memory, None where it is not known."""
+    collectives: Mapping[str, Collective] | None
+    """A step's; None when the compiler refused the program for its memory."""
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporaries
+
+    @property
+    def fits(self) -> bool:
+        return self.collectives is not None and (self.available is None or self.total <= self.available)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is different from the config, as on the command line, and what came of it."""
+
+    keys: tuple[str, ...]
+    compiled: Compiled
+
+
+def compile_step(config: Config, devices: Sequence[jax.Device], optimize: bool = False) -> Compiled:
+    """Compiles the step of a config whose `model.vocab_size` is known, quickly unless `optimize`.
+
+    Raises `UserError` (CONFIG) when the mesh does not suit the devices or the batch.
+    """
+    sizes, why = choose_mesh(config, devices)
+    mesh = make_mesh(sizes, devices)
+    check_rows(config, mesh)
+    start = time.perf_counter()
+    with jax.set_mesh(mesh):
+        layout = state_layout(config, mesh)
+        shape = (config.data.global_batch_size, config.data.seq_length)
+        batch = Batch(*[jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))] * len(Batch._fields))
+        lowered = make_train_step(config, layout, mesh).lower(layout, batch)
+        arguments = bytes_on_a_device((layout, batch))
+        compiled, refused = None, 0
+        try:
+            compiled = lowered.compile(compiler_options=None if optimize else {"optimization_level": _QUICK})
+        except jax.errors.JaxRuntimeError as error:
+            refused = _bytes_refused(str(error), arguments)
+    result = Compiled(sizes, why, time.perf_counter() - start, arguments, refused, memory_bytes(devices[0]), None)
+    if compiled is None:
+        return result
+    stats = compiled.memory_analysis()
+    return replace(
+        result,
+        arguments=stats.argument_size_in_bytes,
+        # The new state takes the place of the old one; what does not is more memory.
+        temporaries=stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        collectives=collectives(compiled.as_text()),
+    )
+
+
+def smallest_change(config: Config, devices: Sequence[jax.Device], optimize: bool, note: Note) -> Change | None:
+    """Returns the cheapest change with which the step fits, None when none of those tried does.
+
+    Activations are computed again first, then batches are computed in parts, then parameters are shared by more
+    devices: each is compiled, but for those whose state alone is too large.
+    """
+    available = memory_bytes(devices[0])
+    for keys, candidate in _candidates(config, devices):
+        if available is not None and _state_and_gradients(candidate, devices) > available:
+            continue
+        with note(f"trying {' '.join(keys)}"):
+            compiled = compile_step(candidate, devices, optimize)
+        if compiled.fits:
+            return Change(keys, compiled)
+    return None
+
+
+def memory_fraction(devices: Sequence[jax.Device], compiled: Compiled) -> float | None:
+    """Returns what XLA_PYTHON_CLIENT_MEM_FRACTION must be for a step that fits, None when it may stay as it is."""
+    if devices[0].platform != "gpu" or compiled.available is None or compiled.total <= _USABLE * compiled.available:
+        return None
+    return 0.95
+
+
+def _candidates(config: Config, devices: Sequence[jax.Device]) -> Iterator[tuple[tuple[str, ...], Config]]:
+    """Yields what to try in order of its cost: `section.key=value` and the config with it."""
+    sizes, _ = choose_mesh(config, devices)
+    rows, parts = config.data.global_batch_size, config.training.accumulation_steps
+    remats = [{"model.remat": remat} for remat in _REMAT[_REMAT.index(config.model.remat) + 1 :]]
+    strongest = remats[-1] if remats else {}
+    more_parts = [parts * 2**power for power in range(1, (rows // parts).bit_length())]
+    on_one_mesh = remats + [strongest | {"training.accumulation_steps": count} for count in more_parts]
+    more_shared = [sizes.fsdp * 2**power for power in range(1, (len(devices) // sizes.fsdp).bit_length())]
+    for fsdp in (sizes.fsdp, *more_shared):
+        mesh = MeshConfig(data=len(devices) // (fsdp * sizes.tensor), fsdp=fsdp, tensor=sizes.tensor)
+        if fsdp == sizes.fsdp:
+            shared, combinations = {}, on_one_mesh
+        else:
+            shared = {"mesh.data": mesh.data} if config.mesh.data != -1 else {}
+            shared, combinations = {"mesh.fsdp": fsdp} | shared, [{}, *on_one_mesh]
+        for combination in combinations:
+            if (candidate := _changed(config, mesh, combination, devices)) is not None:
+                yield tuple(f"{key}={value}" for key, value in (combination | shared).items()), candidate
+
+
+def _changed(
+    config: Config, mesh: MeshConfig, changes: Mapping[str, str | int], devices: Sequence[jax.Device]
+) -> Config | None:
+    """The config with other values and this mesh, None when its rows or arrays cannot be split so."""
+    values = config.model_dump(exclude_none=True) | {"mesh": mesh.model_dump()}
+    for key, value in changes.items():
+        section, name = key.split(".")
+        values[section][name] = value
+    try:
+        candidate = parse_config(values, "config")
+        check_rows(candidate, make_mesh(mesh, devices))
+        state_layout(candidate, make_mesh(mesh, devices))
+    except UserError:
+        return None
+    return candidate
+
+
+def _state_and_gradients(config: Config, devices: Sequence[jax.Device]) -> int:
+    layout = state_layout(config, make_mesh(config.mesh, devices))
+    return bytes_on_a_device(layout) + bytes_on_a_device(layout.model)
+
+
+def _bytes_refused(message: str, arguments: int) -> int:
+    """Returns the temporaries that a compiler speaks of which found the device's memory too small.
+
+    Raises `RuntimeError` when it complains of something else.
+    """
+    if "RESOURCE_EXHAUSTED" not in message:
+        raise RuntimeError(message)
+    if found := re.search(r"temporaries \(([\d.]+)([KMGT]?)\)", message):
+        return round(float(found[1]) * _UNITS[found[2]])
+    if found := re.search(r"Used ([\d.]+)([KMGT]?) of", message):
+        return max(0, round(float(found[1]) * _UNITS[found[2]]) - arguments)
+    return 0

@@ -1,0 +1,433 @@
+import contextlib
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from gpt2_flax.config import ModelConfig
+from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.model import attention as module
+from gpt2_flax.model.attention import attention, causal_attention, choose
+from gpt2_flax.model.gpt2 import GPT2
+
+CFG = ModelConfig(vocab_size=64, n_positions=2048, n_layer=2, n_head=2, n_embd=128, attn_pdrop=0.0)
+auto = partial(choose, length=1024, dropout=True, documents=True)
+
+
+def reference(q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, segments_BT=None, keep_BHTT=None, rate=0.0):
+    """Attention and its gradients in float64, a head of a row at a time: (out, d_q, d_k, d_v)."""
+    q_BTHK, k_BTHK, v_BTHK, d_out_BTHK = (np.asarray(x, np.float64) for x in (q_BTHK, k_BTHK, v_BTHK, d_out_BTHK))
+    results = tuple(np.zeros_like(q_BTHK) for _ in range(4))
+    length, scale = q_BTHK.shape[1], 1 / np.sqrt(q_BTHK.shape[-1])
+    for b, h in np.ndindex(q_BTHK.shape[0], q_BTHK.shape[2]):
+        q, k, v, d_out = (x[b, :, h] for x in (q_BTHK, k_BTHK, v_BTHK, d_out_BTHK))
+        seen = np.tril(np.ones((length, length), bool))
+        if segments_BT is not None:
+            seen &= np.equal.outer(segments_BT[b], segments_BT[b])
+        weights = np.where(seen, np.exp(q @ k.T * scale), 0.0)
+        weights /= weights.sum(1, keepdims=True)
+        keep = 1.0 if keep_BHTT is None else np.asarray(keep_BHTT[b, h], np.float64) / (1 - rate)
+        d_weights = d_out @ v.T * keep
+        d_scores = weights * (d_weights - (weights * d_weights).sum(1, keepdims=True)) * scale
+        ours = (weights * keep) @ v, d_scores @ k, d_scores.T @ q, (weights * keep).T @ d_out
+        for result, value in zip(results, ours, strict=True):
+            result[b, :, h] = value
+    return results
+
+
+def draw(batch, length, heads, size, dtype=jnp.float32, seed=0):
+    """Queries, keys, values, a gradient of the result, and segments of several lengths, padding (0) last."""
+    random = np.random.default_rng(seed)
+    arrays = [jnp.asarray(random.normal(size=(batch, length, heads, size)), dtype) for _ in range(4)]
+    starts_BT = random.random((batch, length)) < 4 / length
+    segments_BT = (np.cumsum(starts_BT, 1) + 1).astype(np.int32)
+    segments_BT[-1, length - length // 5 :] = 0
+    return (*arrays, segments_BT)
+
+
+def with_gradients(kernel, q, k, v, d_out, segments=None, rate=0.0, key=None):
+    @jax.jit
+    def run(q, k, v, d_out):
+        out, backward = jax.vjp(lambda q, k, v: causal_attention(kernel, q, k, v, segments, rate, key), q, k, v)
+        return out, *backward(d_out)
+
+    return run(q, k, v, d_out)
+
+
+def assert_close(ours, expected, relative):
+    """Each array differs by at most `relative` of the largest number in it."""
+    for name, array, other in zip(("out", "d_q", "d_k", "d_v"), ours, expected, strict=True):
+        off = np.abs(np.asarray(array, np.float64) - other).max() / np.abs(other).max()
+        assert off < relative, f"{name} is off by {off:.1e}"
+
+
+def set_block(monkeypatch, size):
+    monkeypatch.setattr(module, "QUERY_BLOCK", size)
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(
+    ("length", "heads", "size"), [(1, 1, 4), (7, 3, 4), (16, 2, 8), (33, 2, 12), (48, 4, 16), (50, 1, 8)]
+)
+def test_xla_equals_float64(monkeypatch, length, heads, size, documents):
+    set_block(monkeypatch, 16)
+    *arrays, segments = draw(2, length, heads, size)
+    segments = segments if documents else None
+    ours = with_gradients("xla", *arrays, segments)
+    expected = reference(*arrays, segments)
+    if length == 1:  # the gradient of the only score is zero
+        for d_x in ours[1:3]:
+            np.testing.assert_allclose(d_x, 0, atol=1e-6)
+        ours, expected = (ours[0], ours[0], ours[0], ours[3]), (expected[0],) * 3 + expected[3:]
+    assert_close(ours, expected, 1e-6)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_xla_in_bfloat16_is_as_exact_as_its_inputs(monkeypatch, documents):
+    set_block(monkeypatch, 32)
+    *arrays, segments = draw(2, 80, 2, 64, jnp.bfloat16)
+    segments = segments if documents else None
+    ours = with_gradients("xla", *arrays, segments)
+    assert {x.dtype for x in ours} == {jnp.dtype(jnp.bfloat16)}
+    assert_close(ours, reference(*arrays, segments), 2**-7)
+
+
+def test_block_size_changes_nothing_but_rounding(monkeypatch):
+    *arrays, segments = draw(2, 40, 2, 8)
+    results = []
+    for size in (8, 13, 64):
+        set_block(monkeypatch, size)
+        results.append(with_gradients("xla", *arrays, segments))
+    assert_close(results[1], results[0], 2e-6)
+    assert_close(results[2], results[0], 2e-6)
+
+
+def test_large_scores_stay_finite():
+    q, k, v, d_out, segments = draw(1, 20, 1, 8)
+    for array in with_gradients("xla", q * 1e3, k * 1e3, v, d_out, segments):
+        assert np.isfinite(array).all()
+
+
+def test_the_future_and_other_documents_are_not_seen(monkeypatch):
+    set_block(monkeypatch, 8)
+    q, k, v, _, _ = draw(1, 30, 2, 4)
+    segments = np.repeat([[1, 2]], [12, 18], 1)
+    d_out = jnp.zeros_like(q).at[:, 19].set(1.0)  # only position 19 is asked about
+    _, _, d_k, d_v = with_gradients("xla", q, k, v, d_out, segments)
+    for d_x in (d_k, d_v):
+        assert d_x[:, 12:20].all()
+        assert not d_x[:, :12].any()
+        assert not d_x[:, 20:].any()
+
+
+def test_attention_with_a_mask_equals_float64():
+    q, k, v, d_out, segments = draw(3, 9, 2, 4)
+    mask = np.tril(np.ones((9, 9), bool)) & (segments[:, :, None] == segments[:, None])
+    np.testing.assert_allclose(attention(q, k, v, mask), reference(q, k, v, d_out, segments)[0], rtol=1e-5, atol=1e-6)
+
+
+# Dropout
+
+
+def kept_BHTT(key, batch, heads, length, block, rate):
+    """Which probabilities dropout keeps, read off the result: values are unit vectors, so it is the weights."""
+    eye = jnp.broadcast_to(jnp.eye(length)[:, None], (batch, length, heads, length))
+    out_BTHK = causal_attention("xla", jnp.zeros_like(eye), jnp.zeros_like(eye), eye, None, rate, key)
+    return np.asarray(out_BTHK).transpose(0, 2, 1, 3) > 0
+
+
+def test_dropout_drops_its_share_and_scales_the_rest(monkeypatch):
+    set_block(monkeypatch, 16)
+    kept = kept_BHTT(jax.random.key(0), 8, 4, 64, 16, 0.25)
+    causal = np.tril(np.ones((64, 64), bool))
+    assert abs(kept[..., causal].mean() - 0.75) < 0.005  # 66,560 draws: 3 standard deviations
+    assert not kept[..., ~causal].any()
+    shares_of_blocks = [kept[:, :, i : i + 16, :i].mean() for i in (16, 32, 48)]
+    np.testing.assert_allclose(shares_of_blocks, 0.75, atol=0.03)
+    # Blocks, heads and rows draw on their own.
+    assert (kept[:, :, 16:32, :16] != kept[:, :, 32:48, :16]).mean() > 0.3
+    assert (kept[:, 0, 32:, :32] != kept[:, 1, 32:, :32]).mean() > 0.3
+    assert (kept[0, :, 32:, :32] != kept[1, :, 32:, :32]).mean() > 0.3
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_dropout_going_backward_is_that_of_going_forward(monkeypatch, documents):
+    set_block(monkeypatch, 16)
+    *arrays, segments = draw(2, 40, 2, 40)
+    segments, key = segments if documents else None, jax.random.key(7)
+    kept = kept_BHTT(key, 2, 2, 40, 16, 0.4)
+    ours = with_gradients("xla", *arrays, segments, 0.4, key)
+    assert_close(ours, reference(*arrays, segments, kept, 0.4), 2e-6)
+
+
+def test_dropout_is_decided_by_the_key(monkeypatch):
+    set_block(monkeypatch, 16)
+    q, k, v, _, _ = draw(1, 40, 2, 8)
+    run = jax.jit(lambda key: causal_attention("xla", q, k, v, None, 0.5, key))
+    np.testing.assert_array_equal(run(jax.random.key(1)), run(jax.random.key(1)))
+    assert not np.allclose(run(jax.random.key(1)), run(jax.random.key(2)))
+    plain = causal_attention("xla", q, k, v)
+    np.testing.assert_array_equal(plain, causal_attention("xla", q, k, v, None, 0.5, None))
+    np.testing.assert_array_equal(plain, causal_attention("xla", q, k, v, None, 0.0, jax.random.key(1)))
+
+
+def test_dropout_keeps_the_mean(monkeypatch):
+    set_block(monkeypatch, 8)
+    q, k, v, _, _ = draw(1, 20, 1, 4)
+    run = jax.jit(jax.vmap(lambda key: causal_attention("xla", q, k, v, None, 0.3, key)))
+    outs = run(jax.random.split(jax.random.key(0), 4000))
+    errors = np.abs(outs.mean(0) - causal_attention("xla", q, k, v)) / (outs.std(0) / np.sqrt(4000) + 1e-7)
+    assert errors.max() < 5  # standard errors
+
+
+# Memory
+
+
+def test_xla_keeps_no_probabilities_for_the_backward_pass():
+    batch, length, heads, size = 1, 1024, 4, 16
+    shape = jax.ShapeDtypeStruct((batch, length, heads, size), jnp.float32)
+
+    def bytes_of(layers):
+        def loss(x_BTHK):
+            for _ in range(layers):
+                x_BTHK = causal_attention("xla", x_BTHK, x_BTHK, x_BTHK)
+            return (x_BTHK**2).sum()
+
+        return jax.jit(jax.grad(loss)).lower(shape).compile().memory_analysis().temp_size_in_bytes
+
+    # One float32 number for each of the half of the pairs that are seen would be 8 MiB a layer.
+    assert (bytes_of(6) - bytes_of(2)) / 4 < 0.6 * (4 * batch * heads * length * length / 2)
+
+
+# Splash attention, interpreted
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    monkeypatch.setattr(module, "_INTERPRET", True)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(("length", "documents"), [(128, False), (256, True), (384, True)])
+def test_splash_equals_float64(interpreted, length, documents):
+    *arrays, segments = draw(2, length, 2, 16)
+    segments = segments if documents else None
+    assert_close(with_gradients("splash", *arrays, segments), reference(*arrays, segments), 1e-5)
+
+
+def test_splash_in_bfloat16(interpreted):
+    *arrays, segments = draw(1, 128, 2, 64, jnp.bfloat16)
+    assert_close(with_gradients("splash", *arrays, segments), reference(*arrays, segments), 2**-6)
+
+
+def mesh_2x2x2():
+    return jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+@pytest.mark.parametrize("kernel", ["xla", "splash"])
+def test_a_mesh_changes_nothing(interpreted, kernel):
+    *arrays, segments = draw(4, 128, 2, 8)
+    expected = reference(*arrays, segments)
+    with jax.set_mesh(mesh_2x2x2()):
+        place = jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor")
+        ours = with_gradients(kernel, *(jax.device_put(x, place) for x in arrays), segments)
+    assert_close(ours, expected, 1e-5)
+
+
+# cuDNN: no GPU here, so only what the compiler is given
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """Lets jax lower cuDNN calls without a GPU: all that it asks the library for is its version."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91800)
+
+
+def lowered_for_gpu(function, *shapes):
+    return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("mesh", [False, True])
+def test_cudnn_gets_its_own_calls(cudnn, documents, mesh):
+    x, segments = jax.ShapeDtypeStruct((8, 128, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((8, 128), jnp.int32)
+
+    def loss(q, k, v, segments):
+        return causal_attention("cudnn", q, k, v, segments if documents else None).astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh_2x2x2()) if mesh else contextlib.nullcontext():
+        text = lowered_for_gpu(jax.grad(loss, (0, 1, 2)), x, x, x, segments)
+    name = "fmhaScaleBiasSoftmax" if documents else "fmhaSoftmax"
+    assert re.findall(r"@__cudnn\$(\w+)", text) == [name, f"{name}Backward"]
+    assert "CAUSAL" in text
+    if mesh:  # what a device runs is its own part, of 2 rows and 2 heads
+        operands = re.search(r"@__cudnn\$\w+\(.*?\) .*?: \((.*?)\)", text).group(1)
+        assert operands.startswith("tensor<2x128x2x64xbf16>")
+
+
+def test_layers_keep_no_mask_for_cudnn_each(cudnn):
+    x, segments = jax.ShapeDtypeStruct((2, 128, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 128), jnp.int32)
+
+    def loss(x, segments):
+        x, _ = jax.lax.scan(lambda x, _: (causal_attention("cudnn", x, x, x, segments), None), x, length=3)
+        return x.astype(jnp.float32).sum()
+
+    text = lowered_for_gpu(jax.grad(loss), x, segments)
+    assert len(re.findall(r"@__cudnn\$\w+Backward", text)) == 1
+    assert len(re.findall(r"@__cudnn\$\w+Softmax\(", text)) == 1
+    assert "tensor<3x2x128x2x64xbf16>" in text
+    assert "tensor<3x2x1x128x128x" not in text
+
+
+# The choice
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    monkeypatch.setattr(module, "_compute_capability", lambda: (9, 0))
+
+
+@pytest.mark.parametrize(
+    ("platform", "changes", "arguments", "expected"),
+    [
+        ("cpu", {}, {}, ("xla", "the fastest on a cpu")),
+        ("gpu", {}, {}, ("cudnn", "the fastest on a gpu")),
+        ("tpu", {}, {}, ("splash", "the fastest on a tpu")),
+        ("gpu", {"attention": "xla"}, {}, ("xla", "set by model.attention")),
+        ("gpu", {"attention": "cudnn"}, {}, ("cudnn", "set by model.attention")),
+        ("tpu", {"attention": "splash"}, {}, ("splash", "set by model.attention")),
+        ("tpu", {"dtype": "float32"}, {}, ("splash", "the fastest on a tpu")),
+        ("gpu", {"attn_pdrop": 0.1}, {"dropout": False}, ("cudnn", "the fastest on a gpu")),
+        ("tpu", {"attn_pdrop": 0.1}, {"dropout": False}, ("splash", "the fastest on a tpu")),
+        ("gpu", {}, {"length": 1023, "documents": False}, ("cudnn", "the fastest on a gpu")),
+        ("gpu", {"n_head": 1, "n_embd": 256}, {}, ("cudnn", "the fastest on a gpu")),
+    ],
+)
+def test_choice(platform, changes, arguments, expected):
+    assert auto(CFG.model_copy(update=changes), platform=platform, **arguments) == expected
+
+
+REFUSALS = [
+    ("cudnn", "cpu", {}, {}, "the device is a cpu, and cuDNN needs an NVIDIA GPU", "model.attention = auto"),
+    ("splash", "gpu", {}, {}, "the device is a gpu, and splash attention needs a TPU", "model.attention = auto"),
+    (
+        "cudnn",
+        "gpu",
+        {"attn_pdrop": 0.1},
+        {},
+        "model.attn_pdrop is 0.1, and cuDNN flash attention has no dropout",
+        "model.attn_pdrop = 0",
+    ),
+    (
+        "splash",
+        "tpu",
+        {"attn_pdrop": 0.1},
+        {},
+        "model.attn_pdrop is 0.1, and splash attention has no dropout",
+        "model.attn_pdrop = 0",
+    ),
+    (
+        "cudnn",
+        "gpu",
+        {"dtype": "float32"},
+        {},
+        "model.dtype is float32, and cuDNN flash attention needs bfloat16",
+        "model.dtype = bfloat16",
+    ),
+    (
+        "cudnn",
+        "gpu",
+        {"n_embd": 24},
+        {},
+        "heads are 12 wide (n_embd / n_head), and cuDNN flash attention needs a multiple of 8 up to 256",
+        "another model.n_head",
+    ),
+    (
+        "cudnn",
+        "gpu",
+        {"n_embd": 528},
+        {},
+        "heads are 264 wide (n_embd / n_head), and cuDNN flash attention needs a multiple of 8 up to 256",
+        "another model.n_head",
+    ),
+    (
+        "cudnn",
+        "gpu",
+        {},
+        {"length": 127},
+        "rows have 127 tokens, and cuDNN flash attention needs an even number to mask documents",
+        "an even data.seq_length",
+    ),
+    (
+        "splash",
+        "tpu",
+        {},
+        {"length": 192},
+        "rows have 192 tokens, and splash attention needs a multiple of 128",
+        "data.seq_length to a multiple of 128",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kernel", "platform", "changes", "arguments", "why", "fix"), REFUSALS)
+def test_what_cannot_be_is_refused_when_asked_for_and_else_left(kernel, platform, changes, arguments, why, fix):
+    with pytest.raises(UserError) as refusal:
+        auto(CFG.model_copy(update={"attention": kernel, **changes}), platform=platform, **arguments)
+    assert refusal.value.exit_code == ExitCode.CONFIG
+    assert refusal.value.what == f"model.attention is {kernel} but {why}"
+    assert refusal.value.fix == f"set {fix} or model.attention = xla"
+    if {"cudnn": "gpu", "splash": "tpu"}[kernel] == platform:
+        assert auto(CFG.model_copy(update=changes), platform=platform, **arguments) == ("xla", why)
+
+
+@pytest.mark.parametrize(
+    ("capability", "size", "expected"),
+    [
+        ((7, 5), 64, "the GPU has compute capability 7.5, and cuDNN flash attention needs 8.0 or more"),
+        ((), 64, "the device is a gpu, and cuDNN needs an NVIDIA GPU"),
+        ((8, 9), 128, None),
+        ((8, 9), 256, "multiple of 8 up to 128"),
+        ((10, 0), 256, None),
+        (None, 64, None),
+    ],
+)
+def test_choice_by_the_kind_of_gpu(monkeypatch, capability, size, expected):
+    monkeypatch.setattr(module, "_compute_capability", lambda: capability)
+    kernel, reason = auto(CFG.model_copy(update={"n_embd": 2 * size}), platform="gpu")
+    assert kernel == ("xla" if expected else "cudnn")
+    assert expected is None or expected in reason
+
+
+def test_without_a_gpu_there_is_no_compute_capability(monkeypatch):
+    monkeypatch.undo()
+    assert module._compute_capability() is None
+
+
+# In the model
+
+
+def test_a_model_that_attends_across_documents_sees_the_same_with_and_without_segments():
+    from flax import nnx
+
+    cfg = CFG.model_copy(update={"n_embd": 16, "dtype": "float32", "attend_across_documents": True})
+    model = GPT2(cfg, rngs=nnx.Rngs(0))
+    tokens = np.random.default_rng(0).integers(0, 64, (2, 24)).astype(np.int32)
+    segments = np.where(np.arange(24) < [[24], [15]], 1, 0).astype(np.int32)
+    across, alone = model.hidden(tokens, segments), model.hidden(tokens[1:, :15])
+    np.testing.assert_array_equal(across, model.hidden(tokens))
+    np.testing.assert_allclose(across[1:, :15], alone, atol=1e-6)  # padding is not seen by what comes before it
+
+
+def test_a_kernel_that_cannot_be_is_refused_where_the_model_runs():
+    from flax import nnx
+
+    model = GPT2(CFG.model_copy(update={"n_embd": 16, "attention": "cudnn"}), rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="attention is cudnn but the device is a cpu"):
+        model.hidden(np.zeros((1, 8), np.int32))

@@ -1,0 +1,59 @@
+"""Compiled programs are found again by the next call."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import changed
+
+from gpt2_flax.compilation_cache import keep_compiled_programs
+from gpt2_flax.config import dump_config
+
+NAMES = (
+    "JAX_COMPILATION_CACHE_DIR",
+    "JAX_COMPILATION_CACHE_MAX_SIZE",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+)
+
+
+@pytest.fixture
+def environment(monkeypatch, tmp_path):
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return monkeypatch
+
+
+def test_programs_go_to_the_cache_folder_of_the_user_by_processor(environment, tmp_path):
+    keep_compiled_programs()
+    assert Path(os.environ[NAMES[0]]).parent == tmp_path / "gpt2_flax/compiled"
+    environment.delenv("XDG_CACHE_HOME")
+    environment.delenv(NAMES[0])
+    keep_compiled_programs()
+    assert Path(os.environ[NAMES[0]]).parent == Path.home() / ".cache/gpt2_flax/compiled"
+
+
+def test_what_the_user_says_counts(environment):
+    environment.setenv(NAMES[0], "")
+    keep_compiled_programs()
+    assert os.environ[NAMES[0]] == ""
+
+
+@pytest.mark.parametrize("folder", ["cache", "", "/proc/none"])
+def test_a_second_start_reads_what_the_first_has_compiled(config, tmp_path, folder):
+    path = tmp_path / "config.toml"
+    path.write_text(dump_config(changed(config, training__total_steps=1)), encoding="utf-8")
+    cache = folder and tmp_path / folder
+    environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(cache), XLA_FLAGS="", JAX_LOG_COMPILES="0")
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    losses = []
+    for output in ("one", "two"):
+        command = [sys.executable, "-m", "gpt2_flax", "train", path, f"output={tmp_path / output}"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        losses += [line for line in done.stdout.splitlines() if "loss" in line and "validation" in line]
+        files = sorted(cache.glob("jit_train_step-*-cache")) if folder == "cache" else []
+        assert len(files) == (folder == "cache")  # one of both calls
+    assert losses[0] == losses[1]

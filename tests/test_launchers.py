@@ -1,0 +1,218 @@
+"""How a process learns which of a run it is, from each launcher's environment."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import jax
+import pytest
+import yaml
+
+from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.parallel import processes
+from gpt2_flax.parallel.processes import Place, find_place, start_processes
+from gpt2_flax.parallel.watchdog import Watchdog
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+LAUNCHERS = r"(SLURM|OMPI|PMIX|JAX_(COORD|NUM_P|PROC|LOCAL)|MASTER|WORLD_S|RANK|LOCAL_|TORCHEL|TPU|MEGASC|JOB_C|CUDA_V)"
+
+SLURM = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0",
+    "SLURM_NTASKS": "4",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NUM_NODES": "4",
+    "SLURM_STEP_NODELIST": "node[001-004]",
+    "SLURM_PROCID": "2",
+    "SLURM_LOCALID": "0",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "PMIX_NAMESPACE": "1531576321",
+}
+TORCHRUN = {
+    "WORLD_SIZE": "2",
+    "RANK": "1",
+    "MASTER_ADDR": "host0",
+    "MASTER_PORT": "29500",
+    "LOCAL_WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+}
+TPU = {"TPU_WORKER_HOSTNAMES": "t0,t1,t2,t3", "TPU_WORKER_ID": "3"}
+GENERAL = {"JAX_COORDINATOR_ADDRESS": "host0:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+KUBERNETES = {**GENERAL, "JOB_COMPLETION_INDEX": "1"}
+del KUBERNETES["JAX_PROCESS_ID"]
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """Sets the environment of a launcher, and nothing of another."""
+    for name in os.environ:
+        if re.match(LAUNCHERS, name):
+            monkeypatch.delenv(name)
+
+    def be(variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return be
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({}, None),
+        (SLURM, Place("node001:PORT", 4, 2)),
+        (SLURM | {"SLURM_STEP_NODELIST": "node7,node9"}, Place("node7:PORT", 4, 2)),
+        (SLURM | {"SLURM_STEP_NODELIST": "node[7,9-12]-ib,other"}, Place("node7-ib:PORT", 4, 2)),
+        (SLURM | {"SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "1"}, Place("node001:PORT", 4, 2, 1)),
+        (SLURM | {"SLURM_STEP_NUM_NODES": "2", "CUDA_VISIBLE_DEVICES": "5"}, Place("node001:PORT", 4, 2)),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "4711", "SLURM_PROCID": "0"}, None),  # salloc, the script of sbatch
+        (OPEN_MPI, Place("10.96.0.1:PORT", 2, 1)),
+        (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "1.0;tcp6://[fe80::1,2620::2]:43370"}, Place("[fe80::1]:PORT", 2, 1)),
+        (
+            OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+            Place("localhost:PORT", 2, 1, 1),
+        ),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, None),
+        (TORCHRUN, Place("host0:29500", 2, 1)),
+        (TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True"}, Place("host0:29501", 2, 1)),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}, Place("host0:29500", 2, 1, 1)),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, None),
+        (TPU, Place("t0:8476", 4, 3)),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
+        (
+            TPU | {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "s0:8080"},
+            Place("s0:8476", 8, 7),
+        ),
+        (GENERAL, Place("host0:1234", 2, 1)),
+        (KUBERNETES, Place("host0:1234", 2, 1)),
+        (KUBERNETES | {"JOB_COMPLETION_INDEX": "0"}, Place("host0:1234", 2, 0)),
+        ({"JOB_COMPLETION_INDEX": "1"}, None),  # an indexed job of another kind
+        ({"JAX_NUM_PROCESSES": "1"}, None),
+        (SLURM | {"JAX_COORDINATOR_ADDRESS": "other:99"}, Place("other:99", 4, 2)),
+        (SLURM | GENERAL, Place("host0:1234", 2, 1)),
+    ],
+)
+def test_place_by_environment(environment, variables, place):
+    environment(variables)
+    found = find_place()
+    if place and "PORT" in place.coordinator:
+        port = int(found.coordinator.rsplit(":", 1)[1])
+        assert 20000 <= port < 30000
+        place = place._replace(coordinator=place.coordinator.replace("PORT", str(port)))
+    assert found == place
+
+
+def test_the_command_line_comes_first(environment):
+    environment(SLURM)
+    assert find_place("[::1]:1234", 3, 2) == Place("[::1]:1234", 3, 2)
+    assert find_place("host0:1234", 1, 0) is None
+
+
+def test_two_steps_of_a_job_have_ports_of_their_own(environment):
+    environment(SLURM)
+    first = find_place().coordinator
+    assert find_place().coordinator == first
+    environment({"SLURM_STEP_ID": "1"})
+    assert find_place().coordinator != first
+
+
+@pytest.mark.parametrize(
+    ("given", "variables", "what", "fix"),
+    [
+        (("host0:1", 2, None), {}, "half a process group", "give --coordinator"),
+        ((None, None, 0), GENERAL, "half a process group", "give --coordinator"),
+        ((), {"JAX_COORDINATOR_ADDRESS": "h:1"}, "half a", "set JAX_NUM_PROCESSES and JAX_PROCESS_ID too"),
+        ((), {"JAX_NUM_PROCESSES": "2", "JOB_COMPLETION_INDEX": "0"}, "half a", "set JAX_COORDINATOR_ADDRESS too"),
+        ((), {"JAX_PROCESS_ID": "0"}, "half a", "set JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES too"),
+        ((), {**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": ""}, "half a", "set JAX_COORDINATOR_ADDRESS too"),
+        ((), {**TPU, "TPU_WORKER_ID": ""}, "half a", "set JAX_PROCESS_ID too"),
+        ((), GENERAL | {"JAX_PROCESS_ID": "x"}, "'x' is no number", "correct or unset it"),
+        ((), SLURM | {"SLURM_STEP_NUM_TASKS": "-1"}, "'-1' is no number", "correct or unset it"),
+        (("host0:1", 2, 2), {}, "process 2 of 2", "numbers are 0 to 1"),
+        ((), GENERAL | {"JAX_PROCESS_ID": "7"}, "process 7 of 2", "numbers are 0 to 1"),
+        (("host0", 2, 0), {}, "'host0' is no address", "give HOST:PORT"),
+        (("host0:99999", 2, 0), {}, "'host0:99999' is no address", "give HOST:PORT"),
+        (("a b:1", 2, 0), {}, "'a b:1' is no address", "give HOST:PORT"),
+        ((":1", 2, 0), {}, "':1' is no address", "give HOST:PORT"),
+    ],
+)
+def test_what_is_missing_or_wrong(environment, given, variables, what, fix):
+    environment(variables)
+    with pytest.raises(UserError) as error:
+        find_place(*given)
+    assert error.value.exit_code == ExitCode.USAGE
+    assert what in error.value.what
+    assert fix in error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("variables", "devices"),
+    [
+        (SLURM, []),  # all of the host
+        (SLURM | {"SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "1"}, [1]),
+        (SLURM | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, None),  # JAX reads it
+        (GENERAL, []),
+    ],
+)
+def test_which_devices_a_process_gets(environment, monkeypatch, variables, devices):
+    environment(variables)
+    calls, watchdog = [], Watchdog()
+    monkeypatch.setattr(processes.Watchdog, "join", lambda *place: (watchdog, "host0:5"))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *place, **keys: calls.append((place, keys)))
+    assert start_processes(None, None, None) is watchdog
+    place = find_place()
+    assert calls[0][0] == ("host0:5", place.n_processes, place.number)
+    assert calls[0][1]["local_device_ids"] == devices
+
+
+def test_one_process_is_not_joined_to_anything(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", None)
+    assert isinstance(start_processes(None, None, None), Watchdog)
+
+
+def test_the_jobset_says_what_the_program_reads(environment):
+    """Its variables, its own number for the hosts, and the exit codes that a restart does not help."""
+    jobset = yaml.safe_load((SCRIPTS / "kubernetes_jobset.yaml").read_text(encoding="utf-8"))
+    name, (hosts,) = jobset["metadata"]["name"], jobset["spec"]["replicatedJobs"]
+    job = hosts["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    n_hosts, index = job["parallelism"], job["parallelism"] - 1
+    assert (job["completionMode"], job["completions"], hosts["replicas"]) == ("Indexed", n_hosts, 1)
+    variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    environment(variables | {"JOB_COMPLETION_INDEX": str(index)})
+    place = find_place()
+    assert (place.n_processes, place.number) == (n_hosts, index)
+    assert place.coordinator.split(":")[0] == f"{name}-{hosts['name']}-0-0.{name}"
+
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    restarted = {ExitCode.OK, ExitCode.TRY_AGAIN, ExitCode.INTERRUPTED}
+    assert set(rule["onExitCodes"]["values"]) == set(ExitCode) - restarted
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in job["template"]["spec"]["volumes"]}
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "again"),
+    [(0, 0, False), (75, 0, True), (137, 3, True), (65, 0, False), (76, 0, False), (130, 0, False), (75, 100, False)],
+)
+def test_the_slurm_script_starts_again_where_that_helps(tmp_path, code, restarts, again):
+    for name, end in {"srun": f"exit {code}", "scontrol": "exit 0"}.items():
+        stand_in = tmp_path / name
+        stand_in.write_text(f'#!/bin/sh\necho {name} "$@"\n{end}\n')
+        stand_in.chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
+    command = ["bash", SCRIPTS / "train.slurm", "configs/x.toml", "output=a b"]
+    result = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert result.stderr == ""
+    assert "gpt2-flax train configs/x.toml output=a b\n" in result.stdout
+    assert ("scontrol requeue 7" in result.stdout) == again
+    assert result.returncode == (0 if again else code)

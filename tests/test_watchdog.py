@@ -1,0 +1,388 @@
+"""The watchdog of several processes; here they are threads and sockets, in test_processes.py real ones."""
+
+import contextlib
+import json
+import re
+import socket
+import threading
+import time
+
+import pytest
+
+from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.parallel import hub, watchdog
+from gpt2_flax.parallel.watchdog import Watchdog
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    for name, seconds in {"BEAT": 0.05, "SILENCE": 1.0, "GRACE": 0.5, "START": 5.0, "CLOSING": 0.3}.items():
+        monkeypatch.setattr(hub, name, seconds)
+    monkeypatch.setattr(watchdog, "UNWINDING", 0.2)
+    monkeypatch.setattr(watchdog, "LEAST_LIMIT", 1.0)
+    monkeypatch.setattr(watchdog, "MEDIANS", 1)
+    monkeypatch.setattr(watchdog, "_delay_abort", lambda: None)
+    monkeypatch.setattr(watchdog, "_libc_signal", lambda handler: None)
+    monkeypatch.setattr(watchdog.atexit, "register", lambda *arguments: None)
+
+
+class Ended(BaseException):
+    """In place of the end of a process."""
+
+
+@pytest.fixture
+def left(monkeypatch):
+    """What would have been said, by whom, when a process would have been ended."""
+    said = {}
+
+    def leave(code, sentence=""):
+        said[numbers[threading.current_thread()]] = (code, sentence)
+        raise Ended
+
+    numbers = {}
+    listen = Watchdog._listen
+
+    def known(self):
+        numbers[threading.current_thread()] = self._number
+        with contextlib.suppress(Ended):
+            listen(self)
+
+    monkeypatch.setattr(watchdog, "_leave", leave)
+    monkeypatch.setattr(Watchdog, "_listen", known)
+    return said
+
+
+@pytest.fixture
+def address():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def join(address, n_processes, *numbers, n=None):
+    """Returns the watchdogs of `numbers`, or their errors."""
+    results = {}
+
+    def come(number):
+        try:
+            results[number] = Watchdog.join(address, (n or {}).get(number, n_processes), number)[0]
+        except UserError as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=come, args=[number]) for number in numbers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return [results[number] for number in numbers]
+
+
+class Stranger:
+    """Speaks the protocol by hand."""
+
+    def __init__(self, address):
+        host, port = address.split(":")
+        patience = time.monotonic() + 5
+        while True:
+            try:
+                self.socket = socket.create_connection((host, int(port)))
+                break
+            except OSError:
+                assert time.monotonic() < patience
+                time.sleep(0.01)
+        self.rest = bytearray()
+
+    def hello(self, number, n_processes):
+        hub.send(self.socket, "hello", number=number, n_processes=n_processes, host="far", pid=7)
+
+    def wait_for(self, kind):
+        while True:
+            for message in hub.receive(self.socket, self.rest):
+                if message["kind"] == kind:
+                    return message
+
+
+def wait_until(true):
+    patience = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < patience
+        time.sleep(0.01)
+
+
+def leave(dog, error=None):
+    """Runs what a process does in its context: returns the thread and the list its exception ends in."""
+    raised = []
+
+    def run():
+        try:
+            with dog, dog.running("runs/x"):
+                if error:
+                    raise error
+        except Exception as found:
+            raised.append(found)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, raised
+
+
+def test_one_process_needs_none():
+    dog = Watchdog()
+    with dog, dog.running("run"):
+        dog.step(1)
+        with dog.paused():
+            pass
+    with pytest.raises(ZeroDivisionError), dog, dog.running("run"):
+        1 / 0  # noqa: B018
+
+
+def test_all_finish_whoever_is_first(address, left):
+    stranger = threading.Timer(1.5, lambda: dogs.extend(join(address, 3, 2)))  # longer than SILENCE
+    dogs = []
+    stranger.start()
+    dogs[:0] = join(address, 3, 0, 1)
+    stranger.join()
+    threads = []
+    for dog in reversed(dogs):
+        threads.append(leave(dog)[0])
+        time.sleep(0.3)
+        assert threads[0].is_alive() == (len(threads) < 3)  # waits for the others
+    for thread in threads:
+        thread.join(5)
+        assert not thread.is_alive()
+    assert not left
+
+
+@pytest.mark.parametrize("closing", ["whole", "half a line", "nonsense"])
+def test_a_closed_connection_ends_all(address, left, closing):
+    stranger = Stranger.__new__(Stranger)
+    connect = threading.Thread(target=lambda: (stranger.__init__(address), stranger.hello(2, 3)))
+    connect.start()
+    dogs = join(address, 3, 0, 1)
+    connect.join()
+    stranger.wait_for("started")
+    for dog in dogs:
+        dog._where = "runs/x"
+    stranger.socket.sendall({"whole": b"", "half a line": b'{"kind"', "nonsense": b"[1]\n"}[closing])
+    stranger.socket.close()
+    wait_until(lambda: len(left) == 2)
+    for code, sentence in left.values():
+        assert code == ExitCode.TRY_AGAIN
+        assert sentence.startswith("process 2 (host far, pid 7) of the run has ended: runs/x; start the same command")
+
+
+def test_silence_ends_all(address, left):
+    connect = threading.Thread(target=lambda: strangers.append(Stranger(address)) or strangers[0].hello(1, 2))
+    strangers = []
+    connect.start()
+    join(address, 2, 0)
+    wait_until(lambda: left)
+    assert left[0][0] == ExitCode.TRY_AGAIN
+    assert "process 1 (host far, pid 7) of the run has been silent for 1 s" in left[0][1]
+    assert strangers[0].wait_for("verdict")["number"] == 1  # told too, should it wake up
+    strangers[0].socket.close()
+
+
+def test_process_0_gone(address, left, monkeypatch):
+    monkeypatch.setattr(hub.Hub, "_judge", lambda self: setattr(self, "_ended", True))  # then it closes
+    join(address, 2, 0, 1)
+    wait_until(lambda: len(left) == 2)
+    assert left[1][0] == ExitCode.TRY_AGAIN
+    assert re.match(r"process 0 \(host .*, pid \d+\) of the run has ended: gpt2-flax train; start the", left[1][1])
+
+
+def test_process_0_silent(address, left, monkeypatch):
+    monkeypatch.setattr(hub.Hub, "_judge", lambda self: time.sleep(2))
+    join(address, 2, 0, 1)
+    wait_until(lambda: len(left) == 2)
+    assert re.match(r"process 0 \(host .*, pid \d+\) of the run has been silent for 1 s", left[1][1])
+
+
+def test_one_fails_and_the_others_say_so(address, left):
+    dogs = join(address, 3, 0, 1, 2)
+    failure = UserError(ExitCode.IO, "disk full", "runs/x", "free some")
+    thread, raised = leave(dogs[1], failure)
+    wait_until(lambda: 0 in left and 2 in left)
+    thread.join(5)
+    assert raised == [failure]  # goes its own way
+    for number in (0, 2):
+        assert left[number][0] == ExitCode.IO
+        assert re.match(
+            r"process 1 \(.*\) of the run has failed: .*; it says: disk full: runs/x; free", left[number][1]
+        )
+    wait_until(lambda: 1 in left)  # it hangs on its way out, so it is ended, by its own words
+    assert left[1] == (ExitCode.IO, "disk full: runs/x; free some")
+
+
+def test_process_0_fails_alone(address, left):
+    dogs = join(address, 2, 0, 1)
+    _, raised = leave(dogs[0], ZeroDivisionError("no"))
+    wait_until(lambda: 1 in left)
+    assert left[1][0] == ExitCode.BUG
+    assert "process 0 (" in left[1][1]
+    assert "it says: ZeroDivisionError: no" in left[1][1]
+    wait_until(lambda: raised and 0 in left)
+
+
+@pytest.mark.parametrize(("code", "apart"), [(ExitCode.DIVERGED, 0.2), (ExitCode.TRY_AGAIN, 1.0)])
+def test_all_fail_each_with_its_own_error(address, left, code, apart):
+    """What all agree on may take one much longer than the other: saving, sealing."""
+    dogs = join(address, 2, 0, 1)
+    errors = [UserError(code, f"error {number}", "runs/x", "fix") for number in range(2)]
+    first, first_raised = leave(dogs[1], errors[1])
+    time.sleep(apart)
+    second, second_raised = leave(dogs[0], errors[0])
+    first.join(5)
+    second.join(5)
+    assert (first_raised, second_raised) == ([errors[1]], [errors[0]])
+    assert not left
+
+
+def test_what_follows_from_a_death_is_not_blamed(address, left):
+    """A collective raises in a survivor, before the silence of a machine that is gone is taken for its death."""
+    connect = threading.Thread(target=lambda: strangers.append(Stranger(address)) or strangers[0].hello(1, 2))
+    strangers = []
+    connect.start()
+    dogs = join(address, 2, 0)
+    leave(dogs[0], ValueError("Gloo all-reduce failed"))
+    wait_until(lambda: left)
+    assert left[0][0] == ExitCode.TRY_AGAIN
+    assert "process 1 (host far, pid 7) of the run has been silent" in left[0][1]
+    strangers[0].socket.close()
+
+
+def test_no_step_finished(address, left):
+    dogs = join(address, 2, 0, 1)
+    time.sleep(1.2)  # compilation takes its time
+    for step in (1, 2):
+        for dog in dogs:
+            dog.step(step)
+    for dog in dogs:
+        with dog.paused():
+            time.sleep(0.7)
+    time.sleep(0.2)
+    assert not left
+    dogs[0].step(3)
+    begun = time.monotonic()
+    wait_until(lambda: len(left) == 2)
+    assert time.monotonic() - begun > 0.8
+    for code, sentence in left.values():
+        assert code == ExitCode.TRY_AGAIN
+        assert re.match(r"process 1 \(.*\) behind: no step of the run finished for 1 s, the last was 2: ", sentence)
+
+
+def test_slow_steps_are_given_more_time():
+    dog = Watchdog()
+    assert not dog._times
+    dog.step(1)
+    assert not dog._times  # the first one was compiled
+    dog.step(2)
+    with dog.paused():
+        pass
+    dog.step(3)
+    assert len(dog._times) == 2
+
+
+@pytest.mark.parametrize(
+    ("numbers", "n", "message"),
+    [
+        ([0, 1], {1: 3}, r"process 1 \(.*\) belongs to a run of 3 processes, process 0 to one of 2"),
+        ([0, 2], {2: 3}, r"process 2 \(.*\) belongs to a run of 3 processes, process 0 to one of 2"),
+    ],
+)
+def test_numbers_that_do_not_match(address, numbers, n, message):
+    for error in join(address, 2, *numbers, n=n):
+        assert error.exit_code == ExitCode.USAGE
+        assert re.match(message, error.what)
+
+
+def test_the_same_number_twice(address):
+    stranger = Stranger.__new__(Stranger)
+    connect = threading.Thread(target=lambda: (stranger.__init__(address), stranger.hello(1, 3)))
+    connect.start()
+    errors = join(address, 3, 0, 1)
+    connect.join()
+    stranger.socket.close()
+    for error in errors:
+        assert error.exit_code == ExitCode.USAGE
+        assert "have the same number" in error.what
+        assert "(host far, pid 7)" in error.what
+
+
+def test_a_process_that_does_not_come(address, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "START", 0.5)
+    (error,) = join(address, 4, 0)
+    assert error.exit_code == ExitCode.TRY_AGAIN
+    assert error.what == "process 1, 2, 3 of 4 has not come within 0 s"
+    assert "waiting for process 1, 2, 3 of 4" in capsys.readouterr().out
+
+
+def test_process_0_cannot_be_reached(address, monkeypatch):
+    monkeypatch.setattr(hub, "START", 0.2)
+    (error,) = join(address, 2, 1)
+    assert error.exit_code == ExitCode.TRY_AGAIN
+    assert "process 0 cannot be reached" in error.what
+    assert error.where == address
+    (error,) = join("no.such.host.invalid:1234", 2, 1)
+    assert error.exit_code == ExitCode.TRY_AGAIN
+
+
+def test_a_port_in_use(address):
+    with socket.create_server(("", int(address.split(":")[1]))):
+        (error,) = join(address, 2, 0)
+    assert error.exit_code == ExitCode.USAGE
+    assert "cannot listen" in error.what
+
+
+def test_strangers_are_ignored(address, left):
+    """A port scanner and the like, before the start; afterwards nobody is let in."""
+
+    def disturb():
+        for said in (
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"\xff" * 70_000,
+            b"[" * 60_000 + b"\n",
+            b'{"kind": "failed"}\n',
+            b"{}\n",
+        ):
+            strangers.append(Stranger(address))
+            with contextlib.suppress(OSError):
+                strangers[-1].socket.sendall(said)
+        late.wait()
+        strangers.append(Stranger(address))
+        strangers[-1].hello(1, 2)
+
+    strangers, late = [], threading.Event()
+    disturber = threading.Thread(target=disturb)
+    disturber.start()
+    threading.Timer(0.5, late.set).start()
+    (dog,) = join(address, 2, 0)
+    disturber.join()
+    assert strangers[-1].wait_for("started")["port"] > 0
+    with pytest.raises(ConnectionError):
+        socket.create_connection(("localhost", int(address.split(":")[1])))
+    assert not left
+    hub.send(strangers[-1].socket, "out")
+    leave(dog)[0].join(5)
+    strangers[-1].wait_for("over")
+    for stranger in strangers:
+        stranger.socket.close()
+
+
+def test_messages_come_in_pieces():
+    one, other = socket.socketpair()
+    with one, other:
+        other.settimeout(0.05)
+        rest = bytearray()
+        line = json.dumps({"kind": "beat", "text": "很" * 100}).encode() + b"\n"
+        found = []
+        for byte in line * 2:
+            one.sendall(bytes([byte]))
+            found += hub.receive(other, rest)
+        assert found == [json.loads(line)] * 2
+        assert hub.receive(other, rest) == []
+        one.close()
+        with pytest.raises(EOFError):
+            hub.receive(other, rest)
+        hub.send(other, "beat")
+        hub.send(other, "beat")  # to nobody: found out when receiving
