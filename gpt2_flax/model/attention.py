@@ -11,7 +11,7 @@ Dimension key: B batch, T queries, S keys, H heads, K head size.
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +79,15 @@ def causal_attention(
     return _blockwise(dropout_rate, q_BTHK, k_BTHK, v_BTHK, segments_BT, dropout_key if dropout_rate else None)
 
 
+def keep_attention(operation: Any, *operands: Any, **parameters: Any) -> bool:
+    """A policy of `jax.checkpoint`: keeps what `causal_attention` has computed, so that it is not run again."""
+    # cuDNN's call gives no names to its results.
+    return "dot_product_attention" in operation.name or _named(operation, *operands, **parameters)
+
+
+_named = jax.checkpoint_policies.save_only_these_names("attention")
+
+
 def attention(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     """Returns scaled dot-product attention, out_BTHK in the dtype of `q_BTHK`; the softmax is float32.
 
@@ -127,7 +136,7 @@ def _blockwise_forward(rate: float, q_BTHK, k_BTHK, v_BTHK, segments_BT, key) ->
         out_BTHK = _product("BHTS,BSHK->BTHK", weights_BHTS, v_BTHK[:, :stop]) / sums_BHT1.swapaxes(1, 2)
         outs.append(out_BTHK.astype(q_BTHK.dtype))
         log_sums.append(highest_BHT1 + jnp.log(sums_BHT1))
-    # Named here, where the backward pass begins: rematerialisation that keeps both does not run all this again.
+    # Named here, where the backward pass begins, for `keep_attention`.
     out_BTHK = checkpoint_name(jnp.concatenate(outs, 1), "attention")
     log_sums_BHT1 = checkpoint_name(jnp.concatenate(log_sums, 2), "attention")
     return out_BTHK, (q_BTHK, k_BTHK, v_BTHK, segments_BT, key, out_BTHK, log_sums_BHT1)
@@ -180,16 +189,9 @@ def _on_each_device(kernel: Callable, q_BTHK, k_BTHK, v_BTHK, segments_BT) -> ja
 
 
 def _cudnn(q_BTHK, k_BTHK, v_BTHK, segments_BT) -> jax.Array:
-    attend = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-    if segments_BT is None:
-        return attend(q_BTHK, k_BTHK, v_BTHK)
-
-    def attend_within(q_BTHK, k_BTHK, v_BTHK, segments_BT):
-        return attend(q_BTHK, k_BTHK, v_BTHK, mask=(segments_BT[:, :, None] == segments_BT[:, None])[:, None])
-
-    # The mask becomes an array of T x T numbers a row, of which each layer would keep its own for the backward pass.
-    kept = jax.checkpoint(attend_within, policy=lambda operation, *_, **__: "dot_product_attention" in operation.name)
-    return kept(q_BTHK, k_BTHK, v_BTHK, segments_BT)
+    # The kernel skips the future by itself; of documents it reads a number for each pair of tokens.
+    same_B1TT = None if segments_BT is None else (segments_BT[:, :, None] == segments_BT[:, None])[:, None]
+    return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, mask=same_B1TT, is_causal=True, implementation="cudnn")
 
 
 def _splash(q_BTHK, k_BTHK, v_BTHK, segments_BT) -> jax.Array:
@@ -214,7 +216,7 @@ _KERNELS = {"cudnn": _cudnn, "splash": _splash}
 
 def _cudnn_obstacle(cfg: ModelConfig, length: int, dropout: bool, documents: bool, platform: str) -> _Obstacle | None:
     capability = _compute_capability() if platform == "gpu" else None
-    widest = 128 if capability is not None and capability < (9, 0) else 256
+    widest = 256 if capability is not None and capability >= (9, 0) else 128
     if platform != "gpu" or capability == ():
         return _Obstacle(f"the device is a {platform}", "cuDNN needs an NVIDIA GPU", "model.attention = auto")
     if capability is not None and capability < (8, 0):
@@ -229,7 +231,7 @@ def _cudnn_obstacle(cfg: ModelConfig, length: int, dropout: bool, documents: boo
     if cfg.head_size % 8 or cfg.head_size > widest:
         need = f"cuDNN flash attention needs a multiple of 8 up to {widest}"
         return _Obstacle(f"heads are {cfg.head_size} wide (n_embd / n_head)", need, "another model.n_head")
-    if length == 1 or (documents and length % 2):
+    if documents and length % 2:
         need = "cuDNN flash attention needs an even number to mask documents"
         return _Obstacle(f"rows have {length} tokens", need, "an even data.seq_length")
     return None

@@ -3,84 +3,32 @@
 Blocks are stacked: every parameter under `h` has a leading layer axis, so a block is compiled once and the tree has
 16 arrays at any depth. Nothing is assigned outside `__init__`; the gradient of a `GPT2` is a `GPT2`.
 
-Dimension key: B batch, T sequence, N = B * T tokens, D n_embd, H heads, K head size, F inner width, V vocabulary, L
-layers, S columns of the cache.
+Dimension key: B batch, T sequence, D n_embd, H heads, K head size, V vocabulary, L layers, S columns
+of the cache, R parts that the rows of a batch are in.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.data.packing import Batch
-from gpt2_flax.model.attention import attention, causal_attention, choose, dropout
+from gpt2_flax.model.attention import attention, causal_attention, choose, dropout, keep_attention
+from gpt2_flax.model.block import Block, layer_norm, split_key
 from gpt2_flax.model.embedding import copies, look_up
 from gpt2_flax.model.loss import LossSums, cross_entropy, logits
 from gpt2_flax.parallel.mesh import platform
 from gpt2_flax.parallel.rules import constrain_BTD
 
 _REMAT_POLICIES = {
-    "selected": jax.checkpoint_policies.save_only_these_names("attention", "mlp"),
+    "selected": jax.checkpoint_policies.save_from_both_policies(
+        keep_attention, jax.checkpoint_policies.save_only_these_names("mlp")
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, Any]]
-"""(q_BTHK, k_BTHK, v_BTHK, dropout_key) -> (out_BTHK, whatever the caller wants to keep of the layer)."""
-
-
-class Attention(nnx.Module):
-    """The projections around multi-head attention."""
-
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        heads = (cfg.n_head, cfg.head_size)
-        linear = partial(nnx.LinearGeneral, bias_init=_bias_init(cfg), dtype=jnp.dtype(cfg.dtype), rngs=rngs)
-        self.c_attn = linear(cfg.n_embd, (3, *heads), kernel_init=nnx.initializers.normal(cfg.initializer_range))
-        self.c_proj = linear(heads, cfg.n_embd, axis=(-2, -1), kernel_init=_residual_init(cfg))
-
-    def __call__(self, x_BTD: jax.Array, attend: Attend, dropout_key: jax.Array | None) -> tuple[jax.Array, Any]:
-        q_BTHK, k_BTHK, v_BTHK = jnp.unstack(_by_token(self.c_attn, x_BTD), axis=2)
-        out_BTHK, kept = attend(q_BTHK, k_BTHK, v_BTHK, dropout_key)
-        return _by_token(self.c_proj, out_BTHK), kept
-
-
-class Mlp(nnx.Module):
-    """Two dense layers around a tanh-approximated GELU (`gelu_new` in transformers)."""
-
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        linear = partial(nnx.Linear, bias_init=_bias_init(cfg), dtype=jnp.dtype(cfg.dtype), rngs=rngs)
-        normal = nnx.initializers.normal(cfg.initializer_range)
-        self.c_fc = linear(cfg.n_embd, 4 * cfg.n_embd, kernel_init=normal)
-        self.c_proj = linear(4 * cfg.n_embd, cfg.n_embd, kernel_init=_residual_init(cfg))
-
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        def mlp(x_ND):
-            inner_NF = checkpoint_name(self.c_fc(x_ND), "mlp")
-            return self.c_proj(nnx.gelu(inner_NF, approximate=True))
-
-        return _by_token(mlp, x_BTD)
-
-
-class Block(nnx.Module):
-    """Pre-norm residual block."""
-
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        self.cfg = cfg
-        self.ln_1 = _layer_norm(cfg, rngs)
-        self.attn = Attention(cfg, rngs=rngs)
-        self.ln_2 = _layer_norm(cfg, rngs)
-        self.mlp = Mlp(cfg, rngs=rngs)
-
-    def __call__(self, x_BTD: jax.Array, attend: Attend, dropout_key: jax.Array | None) -> tuple[jax.Array, Any]:
-        attend_key, attn_key, mlp_key = _split(dropout_key, 3)
-        attn_BTD, kept = self.attn(self.ln_1(x_BTD), attend, attend_key)
-        x_BTD += dropout(attn_BTD, self.cfg.resid_pdrop, attn_key)
-        x_BTD += dropout(self.mlp(self.ln_2(x_BTD)), self.cfg.resid_pdrop, mlp_key)
-        return constrain_BTD(x_BTD), kept
 
 
 class Cache(NamedTuple):
@@ -106,7 +54,7 @@ class GPT2(nnx.Module):
         self.wte = embed(cfg.padded_vocab_size, cfg.n_embd, embedding_init=_zero_rows_from(cfg.vocab_size, normal))
         self.wpe = embed(cfg.n_positions, cfg.n_embd, embedding_init=normal)
         self.h = jax.vmap(lambda key: Block(cfg, rngs=nnx.Rngs(key)))(jax.random.split(rngs.params(), cfg.n_layer))
-        self.ln_f = _layer_norm(cfg, rngs)
+        self.ln_f = layer_norm(cfg, rngs)
 
     def __call__(
         self,
@@ -143,14 +91,12 @@ class GPT2(nnx.Module):
         if self.cfg.attend_across_documents:
             segments_BT = None  # all that they tell apart then is padding, which comes last, so that nothing sees it
         dropping, documents = dropout_key is not None, segments_BT is not None
-        kernel, _ = choose(
-            self.cfg, tokens_BT.shape[1], dropout=dropping, documents=documents, platform=platform()
-        )
+        kernel, _ = choose(self.cfg, tokens_BT.shape[1], dropout=dropping, documents=documents, platform=platform())
 
         def attend(q_BTHK, k_BTHK, v_BTHK, key, _):
             return causal_attention(kernel, q_BTHK, k_BTHK, v_BTHK, segments_BT, self.cfg.attn_pdrop, key), None
 
-        embed_key, layers_key = _split(dropout_key, 2)
+        embed_key, layers_key = split_key(dropout_key, 2)
         x_BTD = self._embed(tokens_BT, positions_BT, embed_key, embedding_RVD)
         x_BTD, _ = self._blocks(x_BTD, attend, None, layers_key)
         return x_BTD
@@ -204,30 +150,6 @@ class GPT2(nnx.Module):
         return self.ln_f(x_BTD), kept
 
 
-def _by_token(layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """Applies `layer` to x (B, T, ...) as (N, ...): XLA's products on a CPU are twice as fast in two dimensions."""
-    out = layer(x.reshape(-1, *x.shape[2:]))
-    return out.reshape(*x.shape[:2], *out.shape[1:])
-
-
-def _layer_norm(cfg: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # The fast variance, E[x^2] - E[x]^2, cancels: off by 1e-4 where a mean is large.
-    return nnx.LayerNorm(
-        cfg.n_embd, epsilon=cfg.layer_norm_epsilon, use_fast_variance=False, dtype=jnp.dtype(cfg.dtype), rngs=rngs
-    )
-
-
-def _residual_init(cfg: ModelConfig) -> nnx.Initializer:
-    """GPT-2 shrinks the projections that write to the residual stream by sqrt(2 * layers), UER-py does not."""
-    shrink = (2 * cfg.n_layer) ** 0.5 if cfg.initializer == "gpt2" else 1.0
-    return nnx.initializers.normal(cfg.initializer_range / shrink)
-
-
-def _bias_init(cfg: ModelConfig) -> nnx.Initializer:
-    """GPT-2 starts from biases of 0, UER-py draws them like all else."""
-    return nnx.initializers.zeros if cfg.initializer == "gpt2" else nnx.initializers.normal(cfg.initializer_range)
-
-
 def _zero_rows_from(row: int, init: nnx.Initializer) -> nnx.Initializer:
     """Draws the rows before `row`, so that padding does not change what is drawn, and leaves the others zero."""
 
@@ -235,7 +157,3 @@ def _zero_rows_from(row: int, init: nnx.Initializer) -> nnx.Initializer:
         return jnp.zeros(shape, dtype).at[:row].set(init(key, (row, *shape[1:]), dtype, **kwargs))
 
     return padded
-
-
-def _split(key: jax.Array | None, num: int) -> Any:
-    return [None] * num if key is None else jax.random.split(key, num)

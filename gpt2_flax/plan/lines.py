@@ -14,7 +14,7 @@ from gpt2_flax.parallel.auto_mesh import choose_mesh
 from gpt2_flax.parallel.devices import memory_bytes, peak_flops
 from gpt2_flax.plan.ahead_of_time import Change, Compiled, compile_step, memory_fraction, smallest_change
 from gpt2_flax.plan.figures import Figures, checkpoint_bytes, figures, memory, read_datasets
-from gpt2_flax.progress import si
+from gpt2_flax.progress import duration, si
 
 _COLUMN = 24
 
@@ -130,7 +130,7 @@ def _duration_lines(config: Config, counts: Figures, devices: Sequence[jax.Devic
         yield _line("time", f"not known: there is no peak of {devices[0].device_kind} in the table")
         return
     days = counts.days(peak * len(devices), mfu)
-    span = f"{days:,.1f} days" if days >= 1 else f"{days * 24:.1f} hours"
+    span = f"{days:,.1f} days" if days >= 1 else duration(days * 86400)
     together = f"{len(devices)} x {_flop(peak)}/s"
     yield _line("time", f"{span} at {mfu:.0%} of {together}; the MFU is assumed, see --mfu")
 

@@ -1,0 +1,98 @@
+"""A block of GPT-2: attention and MLP, each behind a layer norm and added to the residual stream.
+
+Dimension key: B batch, T sequence, N = B * T tokens, D n_embd, H heads, K head size, F inner width.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from gpt2_flax.config import ModelConfig
+from gpt2_flax.model.attention import dropout
+from gpt2_flax.parallel.rules import constrain_BTD
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, Any]]
+"""(q_BTHK, k_BTHK, v_BTHK, dropout_key) -> (out_BTHK, whatever the caller wants to keep of the layer)."""
+
+
+class Attention(nnx.Module):
+    """The projections around multi-head attention."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        heads = (cfg.n_head, cfg.head_size)
+        linear = partial(nnx.LinearGeneral, bias_init=_bias_init(cfg), dtype=jnp.dtype(cfg.dtype), rngs=rngs)
+        self.c_attn = linear(cfg.n_embd, (3, *heads), kernel_init=nnx.initializers.normal(cfg.initializer_range))
+        self.c_proj = linear(heads, cfg.n_embd, axis=(-2, -1), kernel_init=_residual_init(cfg))
+
+    def __call__(self, x_BTD: jax.Array, attend: Attend, dropout_key: jax.Array | None) -> tuple[jax.Array, Any]:
+        q_BTHK, k_BTHK, v_BTHK = jnp.unstack(_by_token(self.c_attn, x_BTD), axis=2)
+        out_BTHK, kept = attend(q_BTHK, k_BTHK, v_BTHK, dropout_key)
+        return _by_token(self.c_proj, out_BTHK), kept
+
+
+class Mlp(nnx.Module):
+    """Two dense layers around a tanh-approximated GELU (`gelu_new` in transformers)."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        linear = partial(nnx.Linear, bias_init=_bias_init(cfg), dtype=jnp.dtype(cfg.dtype), rngs=rngs)
+        normal = nnx.initializers.normal(cfg.initializer_range)
+        self.c_fc = linear(cfg.n_embd, 4 * cfg.n_embd, kernel_init=normal)
+        self.c_proj = linear(4 * cfg.n_embd, cfg.n_embd, kernel_init=_residual_init(cfg))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        def mlp(x_ND):
+            inner_NF = checkpoint_name(self.c_fc(x_ND), "mlp")
+            return self.c_proj(nnx.gelu(inner_NF, approximate=True))
+
+        return _by_token(mlp, x_BTD)
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.ln_1 = layer_norm(cfg, rngs)
+        self.attn = Attention(cfg, rngs=rngs)
+        self.ln_2 = layer_norm(cfg, rngs)
+        self.mlp = Mlp(cfg, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array, attend: Attend, dropout_key: jax.Array | None) -> tuple[jax.Array, Any]:
+        attend_key, attn_key, mlp_key = split_key(dropout_key, 3)
+        attn_BTD, kept = self.attn(self.ln_1(x_BTD), attend, attend_key)
+        x_BTD += dropout(attn_BTD, self.cfg.resid_pdrop, attn_key)
+        x_BTD += dropout(self.mlp(self.ln_2(x_BTD)), self.cfg.resid_pdrop, mlp_key)
+        return constrain_BTD(x_BTD), kept
+
+
+def _by_token(layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Applies `layer` to x (B, T, ...) as (N, ...): XLA's products on a CPU are twice as fast in two dimensions."""
+    out = layer(x.reshape(-1, *x.shape[2:]))
+    return out.reshape(*x.shape[:2], *out.shape[1:])
+
+
+def layer_norm(cfg: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # The fast variance, E[x^2] - E[x]^2, cancels: off by 1e-4 where a mean is large.
+    return nnx.LayerNorm(
+        cfg.n_embd, epsilon=cfg.layer_norm_epsilon, use_fast_variance=False, dtype=jnp.dtype(cfg.dtype), rngs=rngs
+    )
+
+
+def _residual_init(cfg: ModelConfig) -> nnx.Initializer:
+    """GPT-2 shrinks the projections that write to the residual stream by sqrt(2 * layers), UER-py does not."""
+    shrink = (2 * cfg.n_layer) ** 0.5 if cfg.initializer == "gpt2" else 1.0
+    return nnx.initializers.normal(cfg.initializer_range / shrink)
+
+
+def _bias_init(cfg: ModelConfig) -> nnx.Initializer:
+    """GPT-2 starts from biases of 0, UER-py draws them like all else."""
+    return nnx.initializers.zeros if cfg.initializer == "gpt2" else nnx.initializers.normal(cfg.initializer_range)
+
+
+def split_key(key: jax.Array | None, num: int) -> Any:
+    return [None] * num if key is None else jax.random.split(key, num)
