@@ -47,7 +47,7 @@ class Mlp(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         def mlp(x_ND):
             inner_NF = checkpoint_name(self.c_fc(x_ND), "mlp")
-            return self.c_proj(nnx.gelu(inner_NF, approximate=True))
+            return self.c_proj(_gelu(inner_NF))
 
         return _by_token(mlp, x_BTD)
 
@@ -64,10 +64,15 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, attend: Attend, dropout_key: jax.Array | None) -> tuple[jax.Array, Any]:
         attend_key, attn_key, mlp_key = split_key(dropout_key, 3)
-        attn_BTD, kept = self.attn(self.ln_1(x_BTD), attend, attend_key)
+        attn_BTD, kept = self.attn(_norm(self.ln_1, x_BTD), attend, attend_key)
         x_BTD += dropout(attn_BTD, self.cfg.resid_pdrop, attn_key)
-        x_BTD += dropout(self.mlp(self.ln_2(x_BTD)), self.cfg.resid_pdrop, mlp_key)
+        x_BTD += dropout(self.mlp(_norm(self.ln_2, x_BTD)), self.cfg.resid_pdrop, mlp_key)
         return constrain_BTD(x_BTD), kept
+
+
+# Both are quick to compute again from what went in, and would else keep up to five arrays of their own.
+_gelu = jax.checkpoint(partial(nnx.gelu, approximate=True))
+_norm = jax.checkpoint(nnx.LayerNorm.__call__)
 
 
 def _by_token(layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
