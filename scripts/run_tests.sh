@@ -5,7 +5,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
-make_environment .test-environment dev,export,quickstart,corpora,ray
+extras=dev,export,quickstart,corpora,ray
+# To compile for TPUs without one; its only builds are for this platform.
+[ "$(uname -sm)" != "Linux x86_64" ] || extras+=,tpu
+make_environment .test-environment "$extras"
 ruff check .
 ruff format --check .
 python -m pytest "$@"

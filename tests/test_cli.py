@@ -23,6 +23,7 @@ COMMANDS = [
     "prepare",
     "inspect",
     "import-tokens",
+    "plan",
     "train",
     "keys",
     "evaluate",
@@ -281,8 +282,8 @@ FAILURES = [
     # What only the dataset or the devices can tell.
     (66, TRAIN + " data.dataset={tmp}/none", "none/dataset.json", "gpt2-flax prepare"),
     (78, TRAIN + " model.vocab_size=50", "model.vocab_size is 50", "dataset"),
-    (78, TRAIN + " data.global_batch_size=12", "data.global_batch_size 12", "take 8 or 16"),
-    (78, TRAIN + " data.global_batch_size=4", "data.global_batch_size 4", "take 8"),
+    (78, TRAIN + " mesh.data=8 data.global_batch_size=12", "data.global_batch_size 12", "take 8 or 16"),
+    (78, TRAIN + " mesh.data=8 data.global_batch_size=4", "data.global_batch_size 4", "take 8"),
     (78, TRAIN + " mesh.data=3", "data 3", "8 devices"),
     (78, TRAIN + " mesh.tensor=3", "tensor 3", "8 devices"),
     (78, TRAIN + " mesh.tensor=8 model.n_head=4", "mesh.tensor", "n_head"),

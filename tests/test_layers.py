@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gpt2_flax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
+    "allocator",
     "compilation_cache",
     "errors",
     "progress",
@@ -31,6 +32,7 @@ LAYERS = [
     "__main__",
 ]
 JAX_FREE = (
+    "allocator",
     "compilation_cache",
     "errors",
     "progress",

@@ -122,7 +122,7 @@ def test_state_on_a_device_is_what_is_really_there(config, sizes):
 
 def test_activations_shrink_with_remat_and_with_parts():
     kept = {remat: memory(published(2, f"model.remat={remat}"), ONE) for remat in ("none", "selected", "full")}
-    assert kept["none"].activations > 3 * kept["selected"].activations > 6 * kept["full"].activations
+    assert kept["none"].activations > 2 * kept["selected"].activations > 4 * kept["full"].activations
     # What goes into each block, rows x tokens x width x layers in bfloat16, and what is around the blocks.
     assert 1 < kept["full"].activations / (128 * 1024 * 768 * 12 * 2) < 2
     halved = memory(published(2, "training.accumulation_steps=2"), ONE)

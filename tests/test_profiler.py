@@ -21,4 +21,7 @@ def test_steps_are_traced(config, capsys, steps, traced):
         (path,) = (path for path in files if path.name.endswith(".trace.json.gz"))
         events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
         calls = [event for event in events if event.get("name", "") == "PjitFunction(train_step)"]
-        assert len(calls) == len(traced)
+        starts, seen, end = sorted((call["ts"], call["dur"]) for call in calls), 0, -1.0
+        for start, took in starts:  # each call is traced by Python and again by what it calls
+            seen, end = (seen + 1, start + took) if start > end else (seen, end)
+        assert seen == len(traced)

@@ -226,7 +226,7 @@ def test_a_stop_in_any_stage_ends_with_75_and_the_next_call_goes_on(stages, monk
 @pytest.mark.parametrize(
     ("keys", "text"),
     [
-        ({"data__global_batch_size": 12}, "stage 2 of 2: data.global_batch_size 12 cannot be shared"),
+        ({"data__global_batch_size": 12, "mesh__data": 8}, "stage 2 of 2: data.global_batch_size 12 cannot be shared"),
         ({"mesh__tensor": 3}, "stage 2 of 2: "),
         ({"data__dataset": "none"}, "stage 2 of 2: .*none"),
         ({"model__vocab_size": 7}, "stage 2 of 2: model.vocab_size is 7"),

@@ -42,8 +42,10 @@ def train(
     other; elsewhere give the three options above. When one process ends all do, with 75 where starting again helps.
     SIGTERM or Ctrl-C stops after the step under way and saves; the same command goes on from there.
     """
+    from gpt2_flax.allocator import keep_freed_memory
     from gpt2_flax.config_file import load_stages
 
+    keep_freed_memory()
     stages = load_stages(config, overrides or ())
     from gpt2_flax.parallel.processes import start_processes
     from gpt2_flax.training.loop import train as run

@@ -8,8 +8,9 @@ None of them keeps probabilities for the backward pass.
 Dimension key: B batch, T queries, S keys, H heads, K head size.
 """
 
+import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -94,8 +95,9 @@ def attention(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask_BTS:
     A query sees the keys where `mask_BTS` (bool) is true; each row must have at least one. Not meant for training: a
     gradient would keep all probabilities.
     """
-    weights_BHTS = jax.nn.softmax(_scores(q_BTHK, k_BSHK, mask_BTS)).astype(q_BTHK.dtype)
-    return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS, v_BSHK)
+    q_BHTK, k_BHSK, v_BHSK = _by_head(q_BTHK * q_BTHK.shape[-1] ** -0.5, k_BSHK, v_BSHK)
+    weights_BHTS = jax.nn.softmax(_scores(q_BHTK, k_BHSK, mask_BTS)).astype(q_BTHK.dtype)
+    return jnp.einsum("BHTS,BHSK->BTHK", weights_BHTS, v_BHSK)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -113,8 +115,9 @@ def _mask(stop: int, segments_BT: jax.Array | None, start: int = 0) -> jax.Array
     return causal_TS & (segments_BT[:, start:stop, None] == segments_BT[:, None, :stop])
 
 
-def _scores(q_BTHK: jax.Array, k_BSHK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    scores_BHTS = _product("BTHK,BSHK->BHTS", q_BTHK * q_BTHK.shape[-1] ** -0.5, k_BSHK)
+def _scores(q_BHTK: jax.Array, k_BHSK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """Products of queries that are scaled, float32 scores_BHTS, the lowest number where a key is not seen."""
+    scores_BHTS = _product("BHTK,BHSK->BHTS", q_BHTK, k_BHSK)
     return jnp.where(mask_BTS[:, None], scores_BHTS, jnp.finfo(jnp.float32).min)
 
 
@@ -125,19 +128,20 @@ def _blockwise(rate: float, q_BTHK, k_BTHK, v_BTHK, segments_BT, key) -> jax.Arr
 
 
 def _blockwise_forward(rate: float, q_BTHK, k_BTHK, v_BTHK, segments_BT, key) -> tuple[jax.Array, tuple]:
+    q_BHTK, k_BHTK, v_BHTK = _by_head(q_BTHK * q_BTHK.shape[-1] ** -0.5, k_BTHK, v_BTHK)
     outs, log_sums = [], []
     for start, stop, key_of_block in _blocks(q_BTHK.shape[1], key):
         mask_BTS = _mask(stop, segments_BT, start)
-        scores_BHTS = _scores(q_BTHK[:, start:stop], k_BTHK[:, :stop], mask_BTS)
+        scores_BHTS = _scores(q_BHTK[:, :, start:stop], k_BHTK[:, :, :stop], mask_BTS)
         highest_BHT1 = scores_BHTS.max(-1, keepdims=True)
         weights_BHTS = jnp.exp(scores_BHTS - highest_BHT1)
         sums_BHT1 = weights_BHTS.sum(-1, keepdims=True)
         weights_BHTS = dropout(weights_BHTS, rate, key_of_block).astype(q_BTHK.dtype)
-        out_BTHK = _product("BHTS,BSHK->BTHK", weights_BHTS, v_BTHK[:, :stop]) / sums_BHT1.swapaxes(1, 2)
-        outs.append(out_BTHK.astype(q_BTHK.dtype))
+        out_BHTK = _product("BHTS,BHSK->BHTK", weights_BHTS, v_BHTK[:, :, :stop]) / sums_BHT1
+        outs.append(out_BHTK.astype(q_BTHK.dtype))
         log_sums.append(highest_BHT1 + jnp.log(sums_BHT1))
     # Named here, where the backward pass begins, for `keep_attention`.
-    out_BTHK = checkpoint_name(jnp.concatenate(outs, 1), "attention")
+    out_BTHK = checkpoint_name(jnp.concatenate(outs, 2).swapaxes(1, 2), "attention")
     log_sums_BHT1 = checkpoint_name(jnp.concatenate(log_sums, 2), "attention")
     return out_BTHK, (q_BTHK, k_BTHK, v_BTHK, segments_BT, key, out_BTHK, log_sums_BHT1)
 
@@ -145,27 +149,42 @@ def _blockwise_forward(rate: float, q_BTHK, k_BTHK, v_BTHK, segments_BT, key) ->
 def _blockwise_backward(rate: float, kept: tuple, d_out_BTHK: jax.Array) -> tuple:
     q_BTHK, k_BTHK, v_BTHK, segments_BT, key, out_BTHK, log_sums_BHT1 = kept
     dtype, scale = q_BTHK.dtype, q_BTHK.shape[-1] ** -0.5
-    means_BTH = jnp.einsum("BTHK,BTHK->BTH", d_out_BTHK, out_BTHK, preferred_element_type=jnp.float32)
-    means_BHT1 = means_BTH.swapaxes(1, 2)[..., None]
     # Nothing but zeros, yet the compiler does not know: else it would see the scores of the forward pass come again and
     # keep those. Barriers, and so jax.checkpoint, do not hold it back where layers are unrolled on a CPU.
-    q_BTHK += 0 * d_out_BTHK
-    d_q, d_k_BTHK, d_v_BTHK = [], jnp.zeros_like(k_BTHK, jnp.float32), jnp.zeros_like(v_BTHK, jnp.float32)
+    q_BTHK = q_BTHK * scale + 0 * d_out_BTHK
+    q_BHTK, k_BHTK, v_BHTK, d_out_BHTK, out_BHTK = _by_head(q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, out_BTHK)
+    means_BHT1 = (d_out_BHTK.astype(jnp.float32) * out_BHTK).sum(-1, keepdims=True)
+    d_q, d_k, d_v = [], [], []
     for start, stop, key_of_block in _blocks(q_BTHK.shape[1], key):
         mask_BTS = _mask(stop, segments_BT, start)
-        q_block_BTHK, d_block_BTHK = q_BTHK[:, start:stop], d_out_BTHK[:, start:stop]
-        scores_BHTS = _scores(q_block_BTHK, k_BTHK[:, :stop], mask_BTS)
+        q_block_BHTK, d_block_BHTK = q_BHTK[:, :, start:stop], d_out_BHTK[:, :, start:stop]
+        scores_BHTS = _scores(q_block_BHTK, k_BHTK[:, :, :stop], mask_BTS)
         weights_BHTS = jnp.exp(scores_BHTS - log_sums_BHT1[:, :, start:stop])
-        d_weights_BHTS = _product("BTHK,BSHK->BHTS", d_block_BTHK, v_BTHK[:, :stop])
+        d_weights_BHTS = _product("BHTK,BHSK->BHTS", d_block_BHTK, v_BHTK[:, :, :stop])
         # What dropout did going forward, to the weights and to their gradient.
         dropped_BHTS = dropout(weights_BHTS, rate, key_of_block).astype(dtype)
         d_weights_BHTS = dropout(d_weights_BHTS, rate, key_of_block)
-        d_scores_BHTS = (weights_BHTS * (d_weights_BHTS - means_BHT1[:, :, start:stop]) * scale).astype(dtype)
-        d_q.append(_product("BHTS,BSHK->BTHK", d_scores_BHTS, k_BTHK[:, :stop]).astype(dtype))
-        later = ((0, 0), (0, q_BTHK.shape[1] - stop), (0, 0), (0, 0))
-        d_k_BTHK += jnp.pad(_product("BHTS,BTHK->BSHK", d_scores_BHTS, q_block_BTHK), later)
-        d_v_BTHK += jnp.pad(_product("BHTS,BTHK->BSHK", dropped_BHTS, d_block_BTHK), later)
-    return jnp.concatenate(d_q, 1), d_k_BTHK.astype(dtype), d_v_BTHK.astype(dtype), None, None
+        d_scores_BHTS = (weights_BHTS * (d_weights_BHTS - means_BHT1[:, :, start:stop])).astype(dtype)
+        d_q.append(_product("BHTS,BHSK->BHTK", d_scores_BHTS, k_BHTK[:, :, :stop]) * scale)
+        d_k.append(_product("BHTS,BHTK->BHSK", d_scores_BHTS, q_block_BHTK))
+        d_v.append(_product("BHTS,BHTK->BHSK", dropped_BHTS, d_block_BHTK))
+    gradients_BHTK = jnp.concatenate(d_q, 2), _added_up(d_k), _added_up(d_v)
+    return *(gradient_BTHK.astype(dtype) for gradient_BTHK in _by_head(*gradients_BHTK)), None, None
+
+
+def _by_head(*arrays_BTHK: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns arrays_BHTK, which products of single heads want; or the other way round."""
+    return tuple(array.swapaxes(1, 2) for array in arrays_BTHK)
+
+
+def _added_up(starts: Sequence[jax.Array]) -> jax.Array:
+    """Returns the sum_BHSK of arrays that each begin at the first key and end with their block."""
+    stops = [0, *(start.shape[2] for start in starts)]
+    pieces = (
+        sum(start[:, :, first:stop] for start in starts[number:])
+        for number, (first, stop) in enumerate(itertools.pairwise(stops))
+    )
+    return jnp.concatenate(list(pieces), 2)
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)

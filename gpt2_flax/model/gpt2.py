@@ -17,7 +17,7 @@ from flax import nnx
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.model.attention import attention, causal_attention, choose, dropout, keep_attention
-from gpt2_flax.model.block import Block, layer_norm, split_key
+from gpt2_flax.model.block import Block, layer_norm, normed, split_key
 from gpt2_flax.model.embedding import copies, look_up
 from gpt2_flax.model.loss import LossSums, cross_entropy, logits
 from gpt2_flax.parallel.mesh import platform
@@ -147,7 +147,7 @@ class GPT2(nnx.Module):
             layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[self.cfg.remat], prevent_cse=unrolled)
         keys = None if key is None else jax.random.split(key, self.cfg.n_layer)
         x_BTD, kept = jax.lax.scan(layer, x_BTD, (self.h, keys, per_layer), unroll=unrolled)
-        return self.ln_f(x_BTD), kept
+        return normed(self.ln_f, x_BTD), kept
 
 
 def _zero_rows_from(row: int, init: nnx.Initializer) -> nnx.Initializer:

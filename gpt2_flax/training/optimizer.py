@@ -55,7 +55,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     def decayed(params):
         return _by_path(params, ("/kernel", "/embedding") if optimizer.decay_embeddings else ("/kernel",))
 
-    clip = optax.clip_by_global_norm(optimizer.max_grad_norm) if optimizer.max_grad_norm else optax.identity()
+    clip = _clip(optimizer.max_grad_norm) if optimizer.max_grad_norm else optax.identity()
     direction = optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps)
     if optimizer.name == "adamw_uer":
         # To decay the parameters after the step is to decay those before it and take so much less of a step.
@@ -66,6 +66,16 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     decay = optax.add_decayed_weights(optimizer.weight_decay, decayed)
     # Nested as `optax.adamw` is: checkpoints name the moments by their places in these chains.
     return optax.chain(clip, optax.chain(direction, decay, optax.scale_by_learning_rate(rate)))
+
+
+def _clip(max_norm: float) -> optax.GradientTransformation:
+    """Returns clipping by global norm, as a factor: `optax.clip_by_global_norm` divides, and XLA stores the result."""
+
+    def clipped(grads, params=None):
+        factor = max_norm / jnp.maximum(optax.tree.norm(grads), max_norm)
+        return jax.tree.map(lambda grad: grad * factor, grads)
+
+    return optax.stateless(clipped)
 
 
 def _without_bias_correction(
