@@ -1,5 +1,6 @@
 """Numbers of a run: lines on the screen, metrics.jsonl, TensorBoard events; and texts by which to judge it."""
 
+import functools
 import io
 import json
 import math
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
-from tensorboardX import SummaryWriter
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.config import Config
@@ -33,12 +33,19 @@ class MetricsLog(AbstractContextManager):
     def __init__(self, run: RunFolder | None):
         self._run = run
         self._file = _lines(run.metrics) if run else None
-        self._events = SummaryWriter(str(run.tensorboard)) if run else None
 
     def __exit__(self, *exception: object) -> None:
         if self._file:
             self._file.close()
-            self._events.close()
+            if "_events" in vars(self):
+                self._events.close()
+
+    @functools.cached_property
+    def _events(self) -> Any:
+        # Not before the first step: where torch is installed this imports it, which takes longer than all else.
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(str(self._run.tensorboard))
 
     def write(self, step: int, values: dict[str, float], line: str) -> None:
         """Adds the values of a step, with names such as `train/loss`, and prints `line`."""
