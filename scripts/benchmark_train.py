@@ -15,7 +15,7 @@ All do the same: forward, backward, clipping at norm 1 and AdamW for a batch of 
 
     python scripts/benchmark_train.py                                       # CPU: 124M, 4 x 128 and 1 x 1024, float32
     python scripts/benchmark_train.py --sizes base xlarge --shapes 32x1024 64x1024          # GPU: bfloat16
-    python scripts/benchmark_train.py --scaling                             # 1 to 8 simulated devices
+    python scripts/benchmark_train.py --scaling --options model.layers=scanned    # 1 to 8 simulated devices
 
 Of several shapes with one length the best counts on a GPU, as far as each fits into memory.
 """
@@ -291,8 +291,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--scaling", action="store_true", help="compile for 1 to 8 simulated devices instead")
     parser.add_argument("--task", help=argparse.SUPPRESS)
-    parser.add_argument("options", nargs="*", help="of this package: model.remat=selected")
-    args = parser.parse_intermixed_args()
+    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="of this package's config")
+    args = parser.parse_args()
     if args.task:
         values = json.loads(args.task)
         print(json.dumps(measure(Task(*values))))
