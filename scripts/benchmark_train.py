@@ -107,13 +107,13 @@ def jax_step(task: Task) -> tuple[Callable[[], None], Callable[[], float]]:
     import jax.numpy as jnp
     import numpy as np
 
-    from gpt2_flax.allocator import keep_freed_memory
+    from gpt2_flax.cpu import tune_cpu
     from gpt2_flax.data.packing import Batch
     from gpt2_flax.parallel.auto_mesh import choose_mesh
     from gpt2_flax.parallel.mesh import make_mesh
     from gpt2_flax.training.step import initial_state, make_train_step, state_layout
 
-    keep_freed_memory()  # as `gpt2-flax train` does
+    tune_cpu()  # as `gpt2-flax train` does
     config = config_of(task)
     mesh = make_mesh(choose_mesh(config, jax.devices())[0])
     jax.set_mesh(mesh)

@@ -126,3 +126,11 @@ def test_a_model_saved_as_a_run_is_loaded_exactly(tmp_path, tokenizer_folder, fo
     with pytest.raises(UserError, match=r"no checkpoint 1.*there are 2, 3, 4") as error:
         load_source(folder.parent, step=1)
     assert error.value.exit_code == ExitCode.NO_INPUT
+
+
+def test_a_model_is_not_bound_to_the_kernel_it_was_trained_with(tmp_path, tokenizer_folder, models):
+    trained = CFG.model_copy(update={"attention": "cudnn"})  # refused where there is no GPU
+    (tmp_path / "tokenizer").symlink_to(tokenizer_folder)
+    with CheckpointStore(tmp_path / "checkpoints", keep=1) as store:
+        store.save(1, models[4], None, {"model": trained.model_dump()})
+    assert load_source(tmp_path).model == CFG

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gpt2_flax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    "allocator",
+    "cpu",
     "compilation_cache",
     "errors",
     "progress",
@@ -32,7 +32,7 @@ LAYERS = [
     "__main__",
 ]
 JAX_FREE = (
-    "allocator",
+    "cpu",
     "compilation_cache",
     "errors",
     "progress",

@@ -52,6 +52,7 @@ def load_source(path: Path, step: int | None = None) -> Source:
     with CheckpointStore(run.checkpoints) as store:
         step = _choose(store, step)
         model = ModelConfig.model_validate(store.meta(step)["model"])
+        model = model.model_copy(update={"attention": "auto"})  # what trained it need not be what it is used on
         on_one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         layout = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_one_device), abstract_model(model)

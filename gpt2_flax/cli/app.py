@@ -1,6 +1,7 @@
 """The program's frame, and what all commands share."""
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -44,3 +45,5 @@ def utf8(value: str | list[str] | None) -> str | list[str] | None:
 
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that an earlier call made.")]
+Model = Annotated[Path, typer.Argument(help="A run folder, RUN/checkpoints/STEP, or a transformers folder.")]
+Step = Annotated[int | None, typer.Option(help="Which checkpoint of a run; the newest when left out.")]

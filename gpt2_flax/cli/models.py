@@ -1,18 +1,13 @@
-"""What is done with models: plan, train, evaluate, generate, export, import."""
+"""What makes models: plan, train, keys, evaluate."""
 
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from gpt2_flax.cli.app import Overwrite, app, utf8
+from gpt2_flax.cli.app import Model, Step, app, utf8
 from gpt2_flax.cli.text import Between, Encoding, Format, OnBad, TextField
 from gpt2_flax.text.documents import CorpusOptions
-
-Model = Annotated[Path, typer.Argument(help="A run folder, RUN/checkpoints/STEP, or a transformers folder.")]
-Step = Annotated[int | None, typer.Option(help="Which checkpoint of a run; the newest when left out.")]
-CardText = partial(typer.Option, callback=utf8)
 
 
 @app.command(epilog="The keys: gpt2-flax keys")
@@ -42,10 +37,10 @@ def train(
     other; elsewhere give the three options above. When one process ends all do, with 75 where starting again helps.
     SIGTERM or Ctrl-C stops after the step under way and saves; the same command goes on from there.
     """
-    from gpt2_flax.allocator import keep_freed_memory
     from gpt2_flax.config_file import load_stages
+    from gpt2_flax.cpu import tune_cpu
 
-    keep_freed_memory()
+    tune_cpu()
     stages = load_stages(config, overrides or ())
     from gpt2_flax.parallel.processes import start_processes
     from gpt2_flax.training.loop import train as run
@@ -126,73 +121,3 @@ def evaluate(
     options = CorpusOptions(format, separator, field, encoding, on_error)
     result = evaluate_source(load_source(model, step), data, seq_length, batch_size, batches, options)
     print(f"{result}  tokens {result.tokens:,}")
-
-
-@app.command()
-def generate(
-    model: Model,
-    prompt: Annotated[list[str], typer.Option(callback=utf8, help="Beginning of a text; repeat it for a batch.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Lower is safer; 0 takes the likeliest token.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Only the K likeliest tokens; 0 for all.")] = 50,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Only the likeliest that share this much.")] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(min=1.0, help="Above 1 avoids what was said before.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Same seed, same text.")] = 0,
-    step: Step = None,
-) -> None:
-    """Continue a text."""
-    from gpt2_flax.checkpoint.source import load_source
-    from gpt2_flax.inference.generate import Sampling, generate_text
-
-    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
-    for text in generate_text(load_source(model, step), prompt, max_new_tokens, sampling, seed):
-        print(text)
-
-
-@app.command()
-def export(
-    model: Model,
-    output: Annotated[Path, typer.Argument(help="Folder to make, for transformers.")],
-    step: Step = None,
-    format: Annotated[
-        Literal["safetensors", "bin"], typer.Option(help="bin writes pytorch_model.bin beside model.safetensors.")
-    ] = "safetensors",
-    name: Annotated[str | None, CardText(help="Title of the model card; the folder's name when left out.")] = None,
-    language: Annotated[str | None, CardText(help="Language code for the model card, such as zh.")] = None,
-    license: Annotated[str | None, CardText(help="License for the model card, such as apache-2.0.")] = None,
-    prompt: Annotated[str | None, CardText(help="Example prompt for the model card.")] = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Write a model as a transformers folder, and check that it computes the same there."""
-    from gpt2_flax.checkpoint.source import load_source
-    from gpt2_flax.export.publish import publish
-    from gpt2_flax.export.transformers_folder import MARKER
-    from gpt2_flax.export.verify import NOT_VERIFIED
-    from gpt2_flax.folders import check_output
-
-    check_output(output, MARKER, overwrite)
-    verification = publish(
-        load_source(model, step),
-        output,
-        torch_bin=format == "bin",
-        overwrite=overwrite,
-        name=name or output.resolve().name,
-        language=language,
-        license=license,
-        prompt=prompt,
-    )
-    print(f"{output}: {verification or NOT_VERIFIED}")
-
-
-@app.command(name="import")
-def import_(
-    folder: Annotated[Path, typer.Argument(help="A transformers folder that holds a GPT-2.")],
-    output: Annotated[Path, typer.Argument(help="Folder to make, usable wherever a run is: init_from, generate, ...")],
-    overwrite: Overwrite = False,
-) -> None:
-    """Take in a GPT-2 from transformers, to train it on or to use it."""
-    from gpt2_flax.checkpoint.source import load_source, save_as_run
-
-    source = load_source(folder)
-    save_as_run(source, output, overwrite)
-    print(f"{output}: {len(source.weights)} parameter arrays of {folder}")

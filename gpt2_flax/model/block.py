@@ -3,6 +3,7 @@
 Dimension key: B batch, T sequence, N = B * T tokens, D n_embd, H heads, K head size, F inner width.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.model.attention import dropout
-from gpt2_flax.parallel.rules import constrain_BTD
+from gpt2_flax.parallel.rules import constrain_BTD, tensor_parallel
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, Any]]
 """(q_BTHK, k_BTHK, v_BTHK, dropout_key) -> (out_BTHK, whatever the caller wants to keep of the layer)."""
@@ -30,9 +31,9 @@ class Attention(nnx.Module):
         self.c_proj = linear(heads, cfg.n_embd, axis=(-2, -1), kernel_init=_residual_init(cfg))
 
     def __call__(self, x_BTD: jax.Array, attend: Attend, dropout_key: jax.Array | None) -> tuple[jax.Array, Any]:
-        q_BTHK, k_BTHK, v_BTHK = jnp.unstack(_by_token(self.c_attn, x_BTD), axis=2)
+        q_BTHK, k_BTHK, v_BTHK = jnp.unstack(_by_token(partial(_linear, self.c_attn), x_BTD), axis=2)
         out_BTHK, kept = attend(q_BTHK, k_BTHK, v_BTHK, dropout_key)
-        return _by_token(self.c_proj, out_BTHK), kept
+        return _by_token(partial(_linear, self.c_proj), out_BTHK), kept
 
 
 class Mlp(nnx.Module):
@@ -78,6 +79,20 @@ _norm = jax.checkpoint(nnx.LayerNorm.__call__)
 def normed(norm: nnx.LayerNorm, x_BTD: jax.Array) -> jax.Array:
     """Returns the layer norm of each token, computed again going backward."""
     return _by_token(partial(_norm, norm), x_BTD)
+
+
+def _linear(layer: nnx.LinearGeneral, x: jax.Array) -> jax.Array:
+    """Applies `layer` to x (N, ...), with its axes merged to a matrix unless heads are split over devices.
+
+    A product over several axes is one over one to all compilers but XLA's for CPUs, which copies the kernel for it.
+    """
+    if tensor_parallel():
+        return layer(x)
+    features = layer.bias.shape
+    kernel, bias = (
+        parameter[...].astype(layer.dtype).reshape(-1, math.prod(features)) for parameter in (layer.kernel, layer.bias)
+    )
+    return (x.reshape(x.shape[0], -1) @ kernel + bias).reshape(-1, *features)
 
 
 def _by_token(layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

@@ -73,3 +73,9 @@ def constrain_BTD(x_BTD: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x_BTD
     return jax.lax.with_sharding_constraint(x_BTD, P(BATCH_AXES, None, None))
+
+
+def tensor_parallel() -> bool:
+    """Whether the mesh that is set splits heads and inner widths over devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["tensor"] > 1
