@@ -15,6 +15,7 @@ All do the same: forward, backward, clipping at norm 1 and AdamW for a batch of 
 
     python scripts/benchmark_train.py                                       # CPU: 124M, 4 x 128 and 1 x 1024, float32
     python scripts/benchmark_train.py --sizes base xlarge --shapes 32x1024 64x1024          # GPU: bfloat16
+    python scripts/benchmark_train.py --sizes base xlarge --shapes 32x1024 --topology h200:1  # compiled, without a GPU
     python scripts/benchmark_train.py --scaling --options model.layers=scanned    # 1 to 8 simulated devices
 
 Of several shapes with one length the best counts on a GPU, as far as each fits into memory.
@@ -275,6 +276,27 @@ def scaling(args: argparse.Namespace) -> None:
             print(f"  {f'{axis} {count}':>24}{flops / 1e9:16,.1f}{flops / alone:9.3f}   {shown}", flush=True)
 
 
+def ahead_of_time(args: argparse.Namespace) -> None:
+    """Compiles this package's steps for devices that need not be here, and prints what they need of each."""
+    from gpt2_flax.parallel.topology import devices_for
+    from gpt2_flax.plan.ahead_of_time import compile_step
+
+    devices = devices_for(args.topology)
+    print(f"compiled for {args.topology}, {args.dtype}, vocabulary {args.vocab_size:,}")
+    print(f"  {'':8}{'':20}{'rows':>12}{'GiB a device':>14}{'':>16}{'compiled in':>13}")
+    for size in args.sizes:
+        for rows, length in args.shapes:
+            for variant in (variant for variant in args.variants if variant in OURS):
+                task = Task(variant, size, rows, length, args.vocab_size, args.dtype, 0, tuple(args.options))
+                found = compile_step(config_of(task), devices, optimize=True)
+                fits = "fits" if found.fits else "does not fit"
+                print(
+                    f"  {size:8}{variant:20}{f'{rows} x {length}':>12}{found.total / 2**30:14.1f}{fits:>16}"
+                    f"{found.seconds:12.0f}s",
+                    flush=True,
+                )
+
+
 def shape(text: str) -> tuple[int, int]:
     rows, length = text.split("x")
     return int(rows), int(length)
@@ -290,6 +312,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="measured in each round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--scaling", action="store_true", help="compile for 1 to 8 simulated devices instead")
+    parser.add_argument("--topology", help="compile for v5e:2x4, h200:1, ... instead, as gpt2-flax plan does")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="of this package's config")
     args = parser.parse_args()
@@ -299,7 +322,10 @@ def main() -> None:
         return
     if args.scaling:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    args.dtype = args.dtype or ("float32" if on_cpu() else "bfloat16")
+    args.dtype = args.dtype or ("float32" if on_cpu() and not args.topology else "bfloat16")
+    if args.topology:
+        ahead_of_time(args)
+        return
     if args.scaling:
         scaling(args)
         return

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
-extras=dev,export,quickstart,corpora,ray
+extras=dev,export,gguf,push,quickstart,corpora,ray,serve
 # To compile for TPUs without one; its only builds are for this platform.
 [ "$(uname -sm)" != "Linux x86_64" ] || extras+=,tpu
 make_environment .test-environment "$extras"

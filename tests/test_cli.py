@@ -30,6 +30,9 @@ COMMANDS = [
     "generate",
     "export",
     "import",
+    "serve",
+    "push",
+    "convert",
 ]
 
 
@@ -233,7 +236,7 @@ FAILURES = [
     (64, "generate {exported} --prompt x --step 2", "--step", "exported"),
     (64, "generate {run}/checkpoints/2 --prompt x --step 4", "--step"),
     (64, "evaluate {exported}", "no data", "--data"),
-    (64, "export {run} {tmp}/new --format gguf", "--format"),
+    (64, "export {run} {tmp}/new --format onnx", "--format"),
     (64, "export {run} {tmp}/new --license \udcff", "--license", "not UTF-8"),
     (64, TOKENIZER + " --kind words", "--kind"),
     (64, TOKENIZER + " --kind sentencepiece --character-coverage 0.5", "--character-coverage"),
@@ -308,6 +311,10 @@ FAILURES = [
     (78, "evaluate {run} --seq-length 33", "--seq-length 33", "32"),
     (66, "export {tmp}/none {tmp}/new", "/none"),
     (66, "export {run} {tmp}/new --step 3", "no checkpoint 3"),
+    (64, "export {run} {tmp}/new --max-shard-size 2XB", "not a size: '2XB'", "such as 2GB"),
+    (66, "export {run} {tmp}/new --card-extra {tmp}/none", "cannot be read", "/none"),
+    (66, "push {tmp}/none somebody/model", "/none"),
+    (65, "push {run} somebody/model", "no SHA256SUMS", "gpt2-flax export"),
     (66, "import {tmp}/none {tmp}/new", "/none"),
     (66, "import {tmp}/no-weights {tmp}/new", "no weights", "no-weights"),
     (65, "import {tmp}/bert {tmp}/new", "model_type 'bert'"),

@@ -52,7 +52,7 @@ def exported(tmp_path_factory, wordpiece):
     pytest.importorskip("transformers")
     config, output = config_for(wordpiece), tmp_path_factory.mktemp("export") / "wordpiece"
     card = card_for(config, True)
-    return output, export_folder(random_weights(config), config, wordpiece, output, card=card, torch_bin=True)
+    return output, export_folder(random_weights(config), config, wordpiece, output, card=card, format="bin")
 
 
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
@@ -87,7 +87,7 @@ def silence(caplog):
 )
 def test_the_card_names_the_optimizer_of_the_run(config, optimizer, words):
     config = parse_config(config.model_dump(exclude_none=True) | {"optimizer": optimizer}, "test")
-    facts = _run_facts(SimpleNamespace(step=3, metrics={}), config)
+    facts = _run_facts(SimpleNamespace(step=3, metrics={}, hardware=None), config, {})
     assert words in model_card(CardFacts("a model", ModelConfig(vocab_size=300), False, **facts))
 
 
@@ -252,7 +252,7 @@ def test_without_torch_the_folder_is_written_but_not_verified(tmp_path, wordpiec
     assert export_one(tmp_path / "out", wordpiece) is None
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert "pip install 'gpt2_flax[export]'" in verify.NOT_VERIFIED
-    assert "pip install" in refusal(ExitCode.USAGE, tmp_path / "other", wordpiece, torch_bin=True)
+    assert "pip install" in refusal(ExitCode.USAGE, tmp_path / "other", wordpiece, format="bin")
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):

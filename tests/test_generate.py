@@ -4,7 +4,6 @@ import itertools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -18,8 +17,9 @@ from gpt2_flax.data.token_dataset import TokenDataset
 from gpt2_flax.data.units import in_validation
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export.transformers_folder import export_folder
+from gpt2_flax.inference.decode import generate, generate_one, model_blocks
 from gpt2_flax.inference.evaluate import Evaluation, evaluate
-from gpt2_flax.inference.generate import Sampling, _choose, filtered_logits, generate
+from gpt2_flax.inference.sampling import Sampling
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.parallel.mesh import make_mesh
 from gpt2_flax.text.tokenizer import load_tokenizer
@@ -69,6 +69,20 @@ def test_greedy_text_is_that_of_transformers_token_for_token(model, theirs, prom
     assert min(len(set(row)) for row in ours) > 3  # else the comparison would say little
 
 
+def test_fifty_prompts_go_on_as_in_transformers_together_and_alone(model, theirs):
+    draw = np.random.default_rng(1)
+    prompts = [draw.integers(5, model.cfg.vocab_size, 1 + number % 20).tolist() for number in range(50)]
+    expected = [their_greedy(theirs, prompt, 12) for prompt in prompts]
+    assert generate(model, prompts, NO_END, 12, GREEDY) == expected
+    blocks = model_blocks(model)
+    alone = [generate(model, [prompt], NO_END, 12, GREEDY, blocks=blocks)[0] for prompt in prompts]
+    assert alone == expected
+    assert [list(generate_one(model, blocks, prompt, NO_END, 12, GREEDY, 0)) for prompt in prompts[::10]] == expected[
+        ::10
+    ]
+    assert len({tuple(row) for row in expected}) > 40
+
+
 def test_rows_of_a_batch_do_not_know_of_each_other(model, prompts):
     together = generate(model, prompts, NO_END, 20, GREEDY)
     assert generate(model, prompts[::-1], NO_END, 20, GREEDY) == together[::-1]
@@ -98,60 +112,10 @@ def test_text_ends_at_eos_and_leaves_it_out(model, prompts):
 def test_text_ends_with_the_last_position_and_a_longer_prompt_is_refused(model):
     n_positions = model.cfg.n_positions
     rows = generate(model, [[7] * (n_positions - 3), [8]], NO_END, 20, GREEDY)
-    assert [len(row) for row in rows] == [3, 3]
+    assert [len(row) for row in rows] == [3, 20]  # the shorter one goes on
     with pytest.raises(UserError, match=f"prompt of {n_positions} tokens leaves no room") as refused:
         generate(model, [[7] * n_positions], NO_END, 1)
     assert refused.value.exit_code == ExitCode.DATA
-
-
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        Sampling(),
-        Sampling(temperature=0.7),
-        Sampling(top_k=1),
-        Sampling(top_k=5),
-        Sampling(top_k=1000),
-        Sampling(top_p=0.0),
-        Sampling(top_p=0.1),
-        Sampling(top_p=0.9),
-        Sampling(top_p=0.999),
-        Sampling(repetition_penalty=1.3),
-        Sampling(temperature=1.7, top_k=20, top_p=0.8, repetition_penalty=2.0),
-    ],
-    ids=str,
-)
-def test_filters_are_those_of_transformers(sampling):
-    torch = pytest.importorskip("torch")
-    logits_process = pytest.importorskip("transformers.generation.logits_process")
-    draw = np.random.default_rng(0)
-    logits_BV = draw.normal(size=(200, 60), scale=np.linspace(0.1, 8, 200)[:, None]).astype(np.float32)
-    seen_BT = draw.integers(0, 60, (200, 15))
-
-    expected_BV, ids_BT = torch.from_numpy(logits_BV), torch.from_numpy(seen_BT)
-    chain = [logits_process.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)]
-    chain += [logits_process.TemperatureLogitsWarper(sampling.temperature)]
-    chain += [logits_process.TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
-    chain += [logits_process.TopPLogitsWarper(sampling.top_p)]
-    for process in chain:
-        expected_BV = process(ids_BT, expected_BV)
-
-    seen_BV = np.zeros(logits_BV.shape, bool)
-    np.put_along_axis(seen_BV, seen_BT, True, 1)
-    found_BV = np.asarray(filtered_logits(jnp.asarray(logits_BV), jnp.asarray(seen_BV), sampling))
-    np.testing.assert_array_equal(np.isfinite(found_BV), np.isfinite(expected_BV.numpy()))
-    np.testing.assert_allclose(found_BV, expected_BV.numpy(), rtol=1e-6)
-
-
-def test_tokens_are_drawn_as_often_as_their_probability_says():
-    logits_1V, n = jnp.log(jnp.array([[0.5, 0.2, 0.15, 0.1, 0.05]])), 20_000
-    sampling = Sampling(temperature=0.5, top_k=4, top_p=0.95)
-    draw = jax.jit(jax.vmap(lambda key: _choose(logits_1V, jnp.zeros((1, 5), bool), sampling, key)[0]))
-    counts = np.bincount(draw(jax.random.split(jax.random.key(0), n)), minlength=5)
-    # Squared and shared out: 0.25, 0.04, 0.0225 and 0.01, of which the first three hold more than 0.95.
-    expected = np.array([0.25, 0.04, 0.0225, 0, 0]) / 0.3125
-    assert counts[3] == counts[4] == 0
-    assert np.abs(counts / n - expected).max() < 4 * math.sqrt(0.25 / n)
 
 
 @pytest.fixture(scope="module")

@@ -53,8 +53,19 @@ def test_a_stored_head_must_equal_the_embedding():
     state_dict = to_state_dict(weights)
     tied = state_dict | {"lm_head.weight": state_dict["transformer.wte.weight"].copy()}
     assert_same(from_state_dict(tied, CONFIG), weights)
-    with pytest.raises(UserError, match="untied heads are not supported yet"):
+    with pytest.raises(UserError, match="untied heads are not supported"):
         from_state_dict(tied | {"lm_head.weight": tied["lm_head.weight"] + 1}, CONFIG)
+
+
+def test_a_config_that_unties_the_head_is_taken_when_the_head_is_the_embedding(tmp_path):
+    folder = write_folder(tmp_path, tie_word_embeddings=False)
+    with pytest.raises(UserError, match=r"tie_word_embeddings is false but lm_head\.weight is missing"):
+        read_folder(folder)
+    state_dict = to_state_dict(random_weights(CONFIG))
+    save_file(
+        state_dict | {"lm_head.weight": state_dict["transformer.wte.weight"].copy()}, folder / "model.safetensors"
+    )
+    assert_same(read_folder(folder)[1], random_weights(CONFIG))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

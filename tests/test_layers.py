@@ -28,6 +28,7 @@ LAYERS = [
     "inference",
     "training",
     "plan",
+    "serve",
     "cli",
     "__main__",
 ]

@@ -230,3 +230,22 @@ def test_shapes_are_compared_before_data_is_read(tmp_path):
     write_folder(tmp_path, n_layer=3)
     message = refusal(tmp_path)
     assert "h.2.attn.c_attn.bias missing" in message
+
+
+def test_a_pytorch_file_in_shards_is_read_and_its_index_is_checked(tmp_path):
+    torch = pytest.importorskip("torch")
+    write_folder(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    items = [(name, torch.from_numpy(array)) for name, array in to_state_dict(random_weights(CONFIG)).items()]
+    weight_map = {}
+    for shard, part in (("pytorch_model-1.bin", items[:9]), ("pytorch_model-2.bin", items[9:])):
+        torch.save(dict(part), tmp_path / shard)
+        weight_map |= {name: shard for name, _ in part}
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    for path, array in read_folder(tmp_path)[1].items():
+        np.testing.assert_array_equal(array, random_weights(CONFIG)[path])
+    index.write_text(json.dumps({"weight_map": weight_map | {items[0][0]: "pytorch_model-2.bin"}}))
+    assert "2 names differ between index and shards" in refusal(tmp_path)
+    index.write_text(json.dumps({"weight_map": weight_map | {items[0][0]: "../pytorch_model-2.bin"}}))
+    assert "not a plain file name" in refusal(tmp_path)

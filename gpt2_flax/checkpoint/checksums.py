@@ -24,14 +24,15 @@ def check_sums(folder: Path, names: Iterable[str]) -> None:
     path = folder / SUMS
     if not path.is_file():
         return
-    expected = _read_sums(path)
+    expected = read_sums(path)
     for name in names:
         if name in expected and file_sha256(folder / name) != expected[name]:
             fix = f"copy or export it again; if it was changed on purpose, delete {SUMS}"
             raise UserError(ExitCode.DATA, "damaged file (sha256 differs)", folder / name, fix)
 
 
-def _read_sums(path: Path) -> dict[str, str]:
+def read_sums(path: Path) -> dict[str, str]:
+    """Returns file name -> sum of a SHA256SUMS. Raises `UserError` (DATA) for anything else."""
     fix = "copy or export the folder again, or delete this file"
     try:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")

@@ -68,7 +68,7 @@ _ONLY = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
+    "tie_word_embeddings": (True, False),  # False if the head is there and equal, see `_check_head`
     "quantization_config": (None,),
 }
 
@@ -107,15 +107,24 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
         raise UserError(ExitCode.NO_INPUT, what, folder, "give a folder as `save_pretrained` of transformers writes it")
     try:
         check_sums(folder, [CONFIG])
-        config = from_hf_config(read_json(path, MAX_CONFIG), path)
+        values = read_json(path, MAX_CONFIG)
+        config = from_hf_config(values, path)
         with open_tensors(folder) as tensors:
-            return config, _assemble(tensors, config, folder)
+            return config, _assemble(tensors, config, folder, tied=values.get("tie_word_embeddings", True))
     except SafetensorError as error:
         what = f"damaged safetensors file ({quote(str(error))})"
         raise UserError(ExitCode.DATA, what, folder, "copy or download it again") from None
     except OSError as error:
         fix = f"the system says: {error.strerror}"
         raise UserError(ExitCode.NO_INPUT, "cannot be read", error.filename or folder, fix) from None
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns our paths and the shapes of the arrays there, blocks stacked."""
+    sizes, stacks = _sizes(config), {True: (config.n_layer,), False: ()}
+    return {
+        entry.path: (*stacks[entry.stacked], *(sizes[axis] for axis in entry.axes.replace(" ", ""))) for entry in TABLE
+    }
 
 
 def to_hf_config(config: ModelConfig, bos_id: int, eos_id: int, pad_id: int | None) -> dict[str, Any]:
@@ -169,7 +178,9 @@ def _unsupported(field: str, value: object, allowed: tuple, where: object) -> Us
     return UserError(ExitCode.DATA, f"{field} {quote(value)} is not supported", where, fix)
 
 
-def _assemble(tensors: Mapping[str, Tensor], config: ModelConfig, where: object) -> dict[str, np.ndarray]:
+def _assemble(
+    tensors: Mapping[str, Tensor], config: ModelConfig, where: object, tied: bool = True
+) -> dict[str, np.ndarray]:
     """Checks names, shapes and types of all tensors, then loads them into stacked float32 arrays."""
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(_MASKS)}
     found = {name.removeprefix(_PREFIX): tensor for name, tensor in kept.items()}
@@ -177,18 +188,12 @@ def _assemble(tensors: Mapping[str, Tensor], config: ModelConfig, where: object)
         what = f"a tensor stands there twice, with and without {_PREFIX!r}"
         raise UserError(ExitCode.DATA, what, where, "save the model again")
     _check(found, config, where)
-    if _HEAD in found and not np.array_equal(found[_HEAD].load(), found["wte.weight"].load()):
-        what = f"{_HEAD} differs from wte.weight: untied heads are not supported yet"
-        raise UserError(ExitCode.DATA, what, where, "use a model whose output layer is its token embedding")
-    sizes = _sizes(config)
-    weights = {}
+    _check_head(found, tied, where)
+    weights = {path: np.empty(shape, np.float32) for path, shape in weight_shapes(config).items()}
     for entry in TABLE:
-        shape = tuple(sizes[axis] for axis in entry.axes.replace(" ", ""))
-        layers = config.n_layer if entry.stacked else 1
-        stack = np.empty((layers, *shape), np.float32)
-        for layer in range(layers):
-            stack[layer] = found[entry.name.format(layer)].load().reshape(shape)
-        weights[entry.path] = stack if entry.stacked else stack[0]
+        stack = weights[entry.path] if entry.stacked else weights[entry.path][None]
+        for layer, array in enumerate(stack):
+            array[...] = found[entry.name.format(layer)].load().reshape(array.shape)
     return weights
 
 
@@ -210,6 +215,20 @@ def _check(found: Mapping[str, Tensor], config: ModelConfig, where: object) -> N
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         what = f"tensors do not fit the model: {'; '.join(problems[:5])}{more}"
         raise UserError(ExitCode.DATA, what, where, "weights and config.json are of different models, or damaged")
+
+
+def _check_head(found: Mapping[str, Tensor], tied: bool, where: object) -> None:
+    """A head of its own is taken when it holds the token embedding's numbers: it computes the same."""
+    fix = "set tie_word_embeddings to true in transformers, train the model on there until it is good, then take that"
+    if _HEAD not in found:
+        if not tied:
+            what = f"tie_word_embeddings is false but {_HEAD} is missing"
+            raise UserError(ExitCode.DATA, what, where, "save the model again, or correct config.json")
+        return
+    difference = np.abs(found[_HEAD].load().astype(np.float32) - found["wte.weight"].load().astype(np.float32))
+    if (largest := difference.max(initial=0)) != 0:
+        what = f"{_HEAD} differs from wte.weight by up to {largest:.1e}: untied heads are not supported"
+        raise UserError(ExitCode.DATA, what, where, fix)
 
 
 def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

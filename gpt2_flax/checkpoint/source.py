@@ -1,5 +1,6 @@
-"""What a user may name where a model is wanted: a run, one of its checkpoints, or a `transformers` folder."""
+"""What a user may name where a model is wanted: a run, a checkpoint of one, a `transformers` folder, a UER-py file."""
 
+import dataclasses
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import jax
 from gpt2_flax.checkpoint.huggingface import read_folder
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.store import CheckpointStore
+from gpt2_flax.checkpoint.uer import read_uer
 from gpt2_flax.checkpoint.weights import Weights, abstract_model, model_from_weights, weights_of
 from gpt2_flax.config import Config, ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
@@ -28,38 +30,34 @@ class Source:
     config: Config | None = None
     step: int | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    hardware: str | None = None
 
 
-def load_source(path: Path, step: int | None = None) -> Source:
+def load_source(
+    path: Path, step: int | None = None, tokenizer: Path | None = None, uer_config: Path | None = None
+) -> Source:
     """Reads the model at `path`; of a run the newest whole checkpoint, or `step`.
 
-    Raises `UserError`: NO_INPUT when there is nothing of the kind, DATA or IO when it is damaged, USAGE for a `step` of
-    what has none.
+    `tokenizer` stands in for the one beside the model; a UER-py `.bin` has none, so it must be given, and `uer_config`
+    is as in `read_uer`.
+    Raises `UserError`: NO_INPUT when there is nothing of the kind, DATA or IO when it is damaged, USAGE for a `step` or
+    `uer_config` of what has none, or a missing `tokenizer`.
     """
     is_checkpoint = path.parent.name == "checkpoints" and path.name.isdecimal()
-    is_folder = (path / "config.json").is_file()
-    if step is not None and (is_checkpoint or is_folder):
+    is_uer, is_folder = path.is_file(), (path / "config.json").is_file()
+    if step is not None and (is_checkpoint or is_folder or is_uer):
         raise UserError(ExitCode.USAGE, "--step is for a run folder", path, "leave --step out, or name the run")
+    if is_uer:
+        return _uer_source(path, tokenizer, uer_config)
+    if uer_config is not None:
+        fix = "leave it out: the model brings its config"
+        raise UserError(ExitCode.USAGE, "--uer-config is for a .bin file of UER-py", path, fix)
     if is_folder:
         model, weights = read_folder(path)
-        return Source(f"transformers folder {path}", model, weights, path)
-    if is_checkpoint:
-        path, step = path.parent.parent, int(path.name)
-    run = RunFolder(path)
-    if not run.checkpoints.is_dir():
-        fix = "give a run folder, RUN/checkpoints/STEP, or a transformers folder"
-        raise UserError(ExitCode.NO_INPUT, "no model found", path, fix)
-    with CheckpointStore(run.checkpoints) as store:
-        step = _choose(store, step)
-        model = ModelConfig.model_validate(store.meta(step)["model"])
-        model = model.model_copy(update={"attention": "auto"})  # what trained it need not be what it is used on
-        on_one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        layout = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_one_device), abstract_model(model)
-        )
-        weights = weights_of(store.restore(step, model=layout)["model"])
-    origin = f"{path} at step {step}"
-    return Source(origin, model, weights, run.tokenizer, run.read_config(), step, run.metrics_at(step))
+        return Source(f"transformers folder {path}", model, weights, tokenizer or path)
+    run = RunFolder(path.parent.parent if is_checkpoint else path)
+    source = _run_source(run, int(path.name) if is_checkpoint else step)
+    return dataclasses.replace(source, tokenizer_folder=tokenizer) if tokenizer else source
 
 
 def save_as_run(source: Source, output: Path, overwrite: bool = False) -> None:
@@ -78,6 +76,33 @@ def save_as_run(source: Source, output: Path, overwrite: bool = False) -> None:
         meta = {"model": source.model.model_dump(), "tokenizer_fingerprint": tokenizer.fingerprint, "step": 0}
         with CheckpointStore(run.checkpoints, keep=1) as store:
             store.save(0, model_from_weights(source.model, source.weights), None, meta)
+
+
+def _uer_source(path: Path, tokenizer: Path | None, uer_config: Path | None) -> Source:
+    if tokenizer is None:
+        fix = f"take it in first: gpt2-flax import {path} OUTPUT --tokenizer vocab.txt"
+        raise UserError(ExitCode.USAGE, "a file of UER-py has no vocabulary", path, fix)
+    model, weights = read_uer(path, uer_config)
+    return Source(f"UER-py file {path}", model, weights, tokenizer)
+
+
+def _run_source(run: RunFolder, step: int | None) -> Source:
+    if not run.checkpoints.is_dir():
+        fix = "give a run folder, RUN/checkpoints/STEP, a transformers folder, or a .bin file of UER-py"
+        raise UserError(ExitCode.NO_INPUT, "no model found", run.path, fix)
+    with CheckpointStore(run.checkpoints) as store:
+        step = _choose(store, step)
+        meta = store.meta(step)
+        model = ModelConfig.model_validate(meta["model"])
+        model = model.model_copy(update={"attention": "auto"})  # what trained it need not be what it is used on
+        on_one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        layout = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_one_device), abstract_model(model)
+        )
+        weights = weights_of(store.restore(step, model=layout)["model"])
+    origin = f"{run.path} at step {step}"
+    metrics, hardware = run.metrics_at(step), meta.get("hardware")
+    return Source(origin, model, weights, run.tokenizer, run.read_config(), step, metrics, hardware)
 
 
 def _choose(store: CheckpointStore, step: int | None) -> int:

@@ -1,10 +1,11 @@
 """Weight files of a `transformers` folder, opened without trusting them: names, shapes and types before any data.
 
-A folder holds model.safetensors, or shards named by model.safetensors.index.json, or pytorch_model.bin.
+A folder holds model.safetensors, or shards named by model.safetensors.index.json, or pytorch_model.bin, or its shards.
 """
 
 import contextlib
 import json
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -21,6 +22,7 @@ from gpt2_flax.errors import ExitCode, UserError, quote
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TORCH_WEIGHTS = "pytorch_model.bin"
+TORCH_INDEX = "pytorch_model.bin.index.json"
 
 MAX_HEADER = MAX_INDEX = 16 * 2**20
 MAX_CONFIG = 2**20
@@ -46,25 +48,26 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Tensor]]:
     Raises `UserError`: NO_INPUT when there are no weights, DATA for a damaged or hostile file, USAGE when torch would
     be needed and is not installed.
     """
-    name = next((name for name in (WEIGHTS, INDEX, TORCH_WEIGHTS) if (folder / name).is_file()), None)
+    kinds = (WEIGHTS, INDEX, TORCH_WEIGHTS, TORCH_INDEX)
+    name = next((name for name in kinds if (folder / name).is_file()), None)
     if name is None:
-        fix = f"it should have {WEIGHTS}, {INDEX} or {TORCH_WEIGHTS}"
+        fix = f"it should have {WEIGHTS}, {TORCH_WEIGHTS}, or one of them in shards with an index"
         raise UserError(ExitCode.NO_INPUT, "no weights in folder", folder, fix)
-    index = _read_index(folder / INDEX) if name == INDEX else None
+    index = _read_index(folder / name) if name in (INDEX, TORCH_INDEX) else None
     files = [name] if index is None else sorted(set(index.values()))
-    check_sums(folder, files)
-    if name == TORCH_WEIGHTS:
-        yield _torch_tensors(folder / name)
-        return
+    check_sums(folder, dict.fromkeys([name, *files]))
     with ExitStack() as stack:
         tensors, where = {}, {}
         for file in files:
-            found = _safetensors_tensors(folder / file, stack)
+            if name in (WEIGHTS, INDEX):
+                found = _safetensors_tensors(folder / file, stack)
+            else:
+                found = torch_tensors(folder / file, fix="use a model.safetensors file instead")
             tensors |= found
             where |= dict.fromkeys(found, file)
         if index is not None and (wrong := sorted(where.items() ^ index.items())):
             what = f"{len(wrong)} names differ between index and shards, first {quote(wrong[0][0])}"
-            raise UserError(ExitCode.DATA, what, folder / INDEX, _DAMAGED)
+            raise UserError(ExitCode.DATA, what, folder / name, _DAMAGED)
         yield tensors
 
 
@@ -132,26 +135,31 @@ def _safetensors_tensors(path: Path, stack: ExitStack) -> dict[str, Tensor]:
     return tensors
 
 
-def _torch_tensors(path: Path) -> dict[str, Tensor]:
+def torch_tensors(path: Path, fix: str) -> dict[str, Tensor]:
+    """Returns the tensors of a file by torch.save; nothing in it is run, and data is read when it is loaded.
+
+    Raises `UserError`: DATA, with the advice `fix`, for a damaged or hostile file, USAGE when torch is not installed.
+    """
     try:
         import torch
     except ImportError:
-        what = f"reading {TORCH_WEIGHTS} needs torch, which is not installed"
+        what = f"reading {path.name} needs torch, which is not installed"
         raise UserError(ExitCode.USAGE, what, path, "run: pip install 'gpt2_flax[export]'") from None
     try:
-        # mmap: the file is only mapped, so that shapes are known before data is read.
-        state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # mmap: the file is only mapped, so that shapes are known before data is read. Before torch 1.6 they were no
+        # zip files, and are read as a whole.
+        mapped = zipfile.is_zipfile(path)
+        state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # nearly anything, depending on where it is damaged
         first_line = str(error).partition("\n")[0]
         what = f"damaged or unsafe PyTorch file ({type(error).__name__}: {quote(first_line)})"
-        raise UserError(ExitCode.DATA, what, path, "use a model.safetensors file instead") from None
+        raise UserError(ExitCode.DATA, what, path, fix) from None
     if not isinstance(state_dict, dict) or len(state_dict) > MAX_TENSORS:
-        what = f"not a state dict of at most {MAX_TENSORS} tensors"
-        raise UserError(ExitCode.DATA, what, path, "use a model.safetensors file instead")
+        raise UserError(ExitCode.DATA, f"not a state dict of at most {MAX_TENSORS} tensors", path, fix)
     tensors = {}
     for name, tensor in state_dict.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise UserError(ExitCode.DATA, f"not a tensor: {quote(name)}", path, "use a model.safetensors file instead")
+            raise UserError(ExitCode.DATA, f"not a tensor: {quote(name)}", path, fix)
         dtype = str(tensor.dtype).removeprefix("torch.")
         tensors[name] = Tensor(tuple(tensor.shape), dtype, lambda tensor=tensor: tensor.detach().float().numpy())
     return tensors

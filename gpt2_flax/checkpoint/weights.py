@@ -1,6 +1,6 @@
 """The model's parameters as a flat dict of numpy arrays, path -> float32: what checkpoints, export and import share.
 
-Dimension key: V vocabulary, D n_embd.
+Dimension key: V vocabulary, D n_embd, B batch, T time.
 """
 
 import jax
@@ -43,3 +43,11 @@ def model_from_weights(config: ModelConfig, weights: Weights) -> GPT2:
         return jnp.asarray(array, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(place, model)
+
+
+def logits_of(weights: Weights, config: ModelConfig, tokens_BT: np.ndarray) -> np.ndarray:
+    """Returns the logits (B, T, V) of a model, computed in float32 on every device."""
+    # "highest": on GPU and TPU a float32 product would otherwise be computed from rounded factors.
+    with jax.default_matmul_precision("highest"):
+        model = model_from_weights(config.model_copy(update={"dtype": "float32"}), dict(weights))
+        return np.asarray(jax.jit(lambda model, tokens_BT: model(tokens_BT))(model, tokens_BT.astype(np.int32)))

@@ -1,4 +1,4 @@
-"""Models out of this project and into it: export, import."""
+"""Models out of this project and into it: export, import, convert."""
 
 from functools import partial
 from pathlib import Path
@@ -9,6 +9,13 @@ import typer
 from gpt2_flax.cli.app import Model, Overwrite, Step, app, utf8
 
 CardText = partial(typer.Option, callback=utf8)
+CardArgument = partial(typer.Argument, callback=utf8)
+ItsTokenizer = Annotated[
+    Path | None, typer.Option("--tokenizer", help="vocab.txt or a tokenizer folder, for a model that comes without.")
+]
+UerConfig = Annotated[
+    Path | None, typer.Option(help="The config.json a UER-py model was trained with: heads, which shapes do not tell.")
+]
 
 
 @app.command()
@@ -17,12 +24,28 @@ def export(
     output: Annotated[Path, typer.Argument(help="Folder to make, for transformers.")],
     step: Step = None,
     format: Annotated[
-        Literal["safetensors", "bin"], typer.Option(help="bin writes pytorch_model.bin beside model.safetensors.")
+        Literal["safetensors", "bin", "gguf"],
+        typer.Option(help="bin and gguf write pytorch_model.bin or model.gguf beside model.safetensors."),
     ] = "safetensors",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the weights; they are rounded to it.")
+    ] = "float32",
+    max_shard_size: Annotated[str, CardText(help="Size above which model.safetensors is cut into shards.")] = "5GB",
     name: Annotated[str | None, CardText(help="Title of the model card; the folder's name when left out.")] = None,
     language: Annotated[str | None, CardText(help="Language code for the model card, such as zh.")] = None,
     license: Annotated[str | None, CardText(help="License for the model card, such as apache-2.0.")] = None,
-    prompt: Annotated[str | None, CardText(help="Example prompt for the model card.")] = None,
+    prompt: Annotated[
+        str | None, CardText(help="Example prompt for the model card; by default the first of the run's prompts.")
+    ] = None,
+    dataset: Annotated[
+        list[str] | None, CardText(help="Name of a dataset on the Hugging Face hub, for the model card; repeatable.")
+    ] = None,
+    hardware: Annotated[
+        str | None, CardText(help="What it was trained on, for the model card; what the run says when left out.")
+    ] = None,
+    card_extra: Annotated[
+        Path | None, typer.Option(help="Markdown file whose text is added to the model card.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a model as a transformers folder, and check that it computes the same there."""
@@ -30,31 +53,94 @@ def export(
     from gpt2_flax.export.publish import publish
     from gpt2_flax.export.transformers_folder import MARKER
     from gpt2_flax.export.verify import NOT_VERIFIED
+    from gpt2_flax.export.weight_files import shard_size
     from gpt2_flax.folders import check_output
 
+    shard_bytes = shard_size(max_shard_size)
     check_output(output, MARKER, overwrite)
     verification = publish(
         load_source(model, step),
         output,
-        torch_bin=format == "bin",
+        format=format,
+        dtype=dtype,
+        max_shard_size=shard_bytes,
         overwrite=overwrite,
+        card_extra=card_extra,
         name=name or output.resolve().name,
         language=language,
         license=license,
         prompt=prompt,
+        datasets=tuple(dataset or ()) or None,
+        hardware=hardware,
     )
     print(f"{output}: {verification or NOT_VERIFIED}")
 
 
 @app.command(name="import")
 def import_(
-    folder: Annotated[Path, typer.Argument(help="A transformers folder that holds a GPT-2.")],
+    model: Annotated[Path, typer.Argument(help="A transformers folder that holds a GPT-2, or a .bin file of UER-py.")],
     output: Annotated[Path, typer.Argument(help="Folder to make, usable wherever a run is: init_from, generate, ...")],
+    tokenizer: ItsTokenizer = None,
+    uer_config: UerConfig = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Take in a GPT-2 from transformers, to train it on or to use it."""
+    """Take in a GPT-2 from transformers, UER-py or TencentPretrain, to train it on or to use it."""
     from gpt2_flax.checkpoint.source import load_source, save_as_run
+    from gpt2_flax.export.uer_file import compare_with_uer
 
-    source = load_source(folder)
+    source = load_source(model, tokenizer=tokenizer, uer_config=uer_config)
+    compared = f", {compare_with_uer(model, source)}" if model.is_file() else ""
     save_as_run(source, output, overwrite)
-    print(f"{output}: {len(source.weights)} parameter arrays of {folder}")
+    print(f"{output}: {len(source.weights)} parameter arrays of {model}{compared}")
+
+
+@app.command()
+def convert(
+    model: Annotated[
+        Path,
+        typer.Argument(help="A .bin file of UER-py, a transformers folder, a run, or RUN/checkpoints/STEP."),
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder to make: for transformers, or with --format uer for UER-py.")],
+    format: Annotated[
+        Literal["safetensors", "bin", "gguf", "uer"],
+        typer.Option(help="bin and gguf write a file more beside model.safetensors; uer: model.bin for UER-py."),
+    ] = "safetensors",
+    tokenizer: ItsTokenizer = None,
+    uer_config: UerConfig = None,
+    name: Annotated[str | None, CardText(help="Title of the model card; the folder's name when left out.")] = None,
+    language: Annotated[str | None, CardText(help="Language code for the model card, such as zh.")] = None,
+    license: Annotated[str | None, CardText(help="License for the model card, such as apache-2.0.")] = None,
+    step: Step = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a model of UER-py, transformers or this program into one of another, and check that it computes the same."""
+    from gpt2_flax.checkpoint.source import load_source
+    from gpt2_flax.export.publish import publish
+    from gpt2_flax.export.transformers_folder import MARKER
+    from gpt2_flax.export.uer_file import UER_CONFIG, compare_with_uer, write_uer
+    from gpt2_flax.export.verify import NOT_VERIFIED
+    from gpt2_flax.folders import check_output
+
+    check_output(output, UER_CONFIG if format == "uer" else MARKER, overwrite)
+    source = load_source(model, step, tokenizer, uer_config)
+    if model.is_file():
+        print(f"{model}: {compare_with_uer(model, source)}")
+    if format == "uer":
+        print(f"{output}: {write_uer(source, output, overwrite)}")
+        return
+    card = {"name": name or output.resolve().name, "language": language, "license": license}
+    verification = publish(source, output, format=format, overwrite=overwrite, **card)
+    print(f"{output}: {verification or NOT_VERIFIED}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A folder that export has made, unchanged since.")],
+    repo_id: Annotated[str, CardArgument(help="Name on the Hugging Face hub: OWNER/NAME, or NAME for your own.")],
+    private: Annotated[bool, typer.Option("--private", help="Only you may see it.")] = False,
+    revision: Annotated[str | None, CardText(help="Branch to put it on, made when missing; main if left out.")] = None,
+) -> None:
+    """Put an exported folder on the Hugging Face hub, with the token in HF_TOKEN or that of `hf auth login`."""
+    from gpt2_flax.export.push import push
+
+    print(f"{folder}: {push(folder, repo_id, private=private, revision=revision)}")

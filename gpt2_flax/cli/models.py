@@ -1,7 +1,7 @@
 """What makes models: plan, train, keys, evaluate."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -102,11 +102,17 @@ def keys() -> None:
 def evaluate(
     model: Model,
     data: Annotated[
-        str | None, typer.Option(help="A dataset (its validation split) or a corpus; the run's when left out.")
+        str | None, typer.Option(help="A dataset or a corpus; the datasets of the run when left out.")
     ] = None,
     seq_length: Annotated[int | None, typer.Option(min=1, help="Tokens a row; the run's, else n_positions.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows computed together.")] = 16,
     batches: Annotated[int, typer.Option(min=0, help="Batches to read; 0 reads everything.")] = 0,
+    split: Annotated[
+        Literal["train", "validation"] | None, typer.Option(help="Of a dataset; validation when left out.")
+    ] = None,
+    per_document: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Write a line of JSON for each document to this new file.")
+    ] = None,
     format: Format = "auto",
     separator: Between = "line",
     field: TextField = "text",
@@ -114,10 +120,15 @@ def evaluate(
     on_error: OnBad = "stop",
     step: Step = None,
 ) -> None:
-    """Print loss, perplexity, bits per character and accuracy on text that was not trained on."""
+    """Print loss, perplexity, bits per character and accuracy on text that was not trained on.
+
+    Lines of --per-document have data, index (from 0), tokens, characters, loss, perplexity and bits_per_character.
+    Characters are known of text; a dataset knows only those of all its documents, so there the two are null.
+    """
     from gpt2_flax.checkpoint.source import load_source
     from gpt2_flax.inference.evaluate import evaluate_source
 
     options = CorpusOptions(format, separator, field, encoding, on_error)
-    result = evaluate_source(load_source(model, step), data, seq_length, batch_size, batches, options)
+    source = load_source(model, step)
+    result = evaluate_source(source, data, seq_length, batch_size, batches, options, split, per_document)
     print(f"{result}  tokens {result.tokens:,}")

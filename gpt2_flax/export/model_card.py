@@ -5,6 +5,7 @@ It says what is known and leaves out what is not; nothing is asked for but the a
 
 import json
 import math
+import shlex
 from dataclasses import dataclass
 
 from gpt2_flax.config import ModelConfig
@@ -20,6 +21,12 @@ class CardFacts:
     prompt: str | None = None  # shown as an example, in the corpus' language
     language: str | None = None  # ISO 639-1 code
     license: str | None = None  # identifier of the Hugging Face hub
+    datasets: tuple[str, ...] = ()  # names on the Hugging Face hub
+    hardware: str | None = None
+    dtype: str = "float32"  # of the stored weights
+    gguf: bool = False  # whether there is a model.gguf
+    extra: str | None = None  # a section of its own, Markdown
+    trained_here: bool = True  # False: taken in from elsewhere, and not trained since
     sources: tuple[str, ...] = ()  # names of corpus files
     documents: int | None = None  # of the training splits, as are tokens and characters
     tokens: int | None = None
@@ -28,6 +35,7 @@ class CardFacts:
     parameters: int | None = None
     seq_length: int | None = None
     steps: int | None = None
+    tokens_trained: int | None = None
     batch_rows: int | None = None  # rows of seq_length tokens an optimizer step
     optimizer: str | None = None
     learning_rate: float | None = None
@@ -41,12 +49,14 @@ def model_card(facts: CardFacts) -> str:
     """Returns the text of README.md, Markdown under a YAML header."""
     title = f"# {_line(facts.name)}\n"
     parts = (_header(facts), title, _summary(facts), _usage(facts), _data(facts), _procedure(facts))
-    return "\n".join(part for part in parts if part)
+    extra = facts.extra and f"{facts.extra.strip()}\n"
+    return "\n".join(part for part in (*parts, extra) if part)
 
 
 def _header(facts: CardFacts) -> str:
     lines = [f"language: {_yaml(facts.language)}"] if facts.language else []
     lines += [f"license: {_yaml(facts.license)}"] if facts.license else []
+    lines += ["datasets:", *(f"- {_yaml(name)}" for name in facts.datasets)] if facts.datasets else []
     lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gpt2"]
     lines += ["widget:", f"- text: {_yaml(facts.prompt)}"] if facts.prompt else []
     return "\n".join(("---", *lines, "---", ""))
@@ -54,8 +64,10 @@ def _header(facts: CardFacts) -> str:
 
 def _summary(facts: CardFacts) -> str:
     size = f" with {facts.parameters:,} parameters" if facts.parameters else ""
+    stored = "" if facts.dtype == "float32" else f", in {facts.dtype}"
+    made = "pre-trained with gpt2_flax in JAX" if facts.trained_here else "converted by gpt2_flax"
     return (
-        f"A GPT-2 language model{size}, pre-trained with gpt2_flax in JAX and stored for `transformers`.\n"
+        f"A GPT-2 language model{size}, {made} and stored for `transformers`{stored}.\n"
         f"It continues a text, up to {facts.model.n_positions:,} tokens in all. It was not taught to follow "
         "instructions, and it repeats the errors and prejudices of what it has read.\n"
     )
@@ -74,7 +86,8 @@ generate = pipeline("text-generation", folder)
 print(generate({arguments})[0]["generated_text"])
 ```
 """
-    return text + _bert_usage(arguments) if facts.wordpiece else text
+    text += _bert_usage(arguments) if facts.wordpiece else ""
+    return text + _gguf_usage(facts) if facts.gguf else text
 
 
 def _bert_usage(arguments: str) -> str:
@@ -94,6 +107,17 @@ They give other text, though: `BertTokenizer` puts `[SEP]`, the end of a documen
 on from there as if a new document began. `pipeline` above and `AutoTokenizer` do not, and they leave out the blanks
 between Chinese characters. Prefer them.
 """
+
+
+def _gguf_usage(facts: CardFacts) -> str:
+    note = "\nIt puts `[SEP]` behind a prompt, as `BertTokenizer` does.\n" if facts.wordpiece else ""
+    return f"""
+`model.gguf` is the same model for llama.cpp:
+
+```sh
+llama-completion -m model.gguf -no-cnv -p {shlex.quote(facts.prompt or "")}
+```
+{note}"""
 
 
 def _data(facts: CardFacts) -> str:
@@ -122,10 +146,12 @@ def _procedure(facts: CardFacts) -> str:
         ("dropout (embedding, attention, residual)", f"{model.embd_pdrop}, {model.attn_pdrop}, {model.resid_pdrop}"),
         ("sequence length", facts.seq_length and f"{facts.seq_length:,} tokens"),
         ("steps", facts.steps and f"{facts.steps:,}"),
+        ("tokens trained on", facts.tokens_trained and f"{facts.tokens_trained:,}"),
         ("batch", batch),
         ("optimizer", facts.optimizer),
         ("learning rate", facts.learning_rate and f"{facts.learning_rate:g}"),
         ("schedule", facts.schedule),
+        ("hardware", facts.hardware),
         ("training loss", _number(facts.training_loss)),
         ("validation loss", _number(facts.validation_loss)),
         ("validation perplexity", _number(perplexity)),

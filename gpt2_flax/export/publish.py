@@ -1,16 +1,20 @@
 """From a loaded model to a published folder: what is known of the run goes onto the model card."""
 
+import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gpt2_flax.checkpoint.source import Source
 from gpt2_flax.config import Config
 from gpt2_flax.data.mixture import Mixture
-from gpt2_flax.errors import UserError
+from gpt2_flax.data.token_dataset import TokenDataset
+from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export.model_card import CardFacts, model_card
-from gpt2_flax.export.transformers_folder import export_folder
+from gpt2_flax.export.transformers_folder import Format, export_folder
 from gpt2_flax.export.verify import Verification
-from gpt2_flax.text.tokenizer import load_tokenizer
+from gpt2_flax.export.weight_files import MAX_SHARD_SIZE, Dtype
+from gpt2_flax.text.tokenizer import Tokenizer, load_tokenizer
 from gpt2_flax.text.wordpiece import WordPieceTokenizer
 
 _OPTIMIZERS = {
@@ -18,19 +22,38 @@ _OPTIMIZERS = {
     "adamw_uer": "AdamW without bias correction, as in UER-py",
     "muon": "Muon for matrices and AdamW for all else",
 }
+_SAMPLES, _SAMPLE_TOKENS = 200, 1000  # texts on which tokenizers are compared, and how long they may be
 
 
 def publish(
-    source: Source, output: Path, *, torch_bin: bool, overwrite: bool, **card: str | None
+    source: Source,
+    output: Path,
+    *,
+    format: Format = "safetensors",
+    dtype: Dtype = "float32",
+    max_shard_size: int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    card_extra: Path | None = None,
+    **card: Any,
 ) -> Verification | None:
-    """Exports `source`; `card` holds the fields of `CardFacts` that only a person knows. As `export_folder`."""
+    """Exports `source`; `card` holds the fields of `CardFacts` that only a person knows, None where unknown.
+
+    `card_extra`: a Markdown file, whose text is added to the card. Otherwise as `export_folder`. Raises `UserError`
+    as that does, and NO_INPUT or DATA when `card_extra` cannot be read.
+    """
+    extra = None if card_extra is None else _read_text(card_extra)
     tokenizer = load_tokenizer(source.tokenizer_folder)
+    datasets = _datasets(source.config)
+    run = _run_facts(source, source.config, datasets) if source.config else {}
     facts = CardFacts(
         model=source.model,
         wordpiece=isinstance(tokenizer, WordPieceTokenizer),
         parameters=sum(array.size for array in source.weights.values()),
-        **(_run_facts(source, source.config) if source.config else {}),
-        **card,
+        dtype=dtype,
+        gguf=format == "gguf",
+        extra=extra,
+        trained_here=source.config is not None,
+        **(run | {field: value for field, value in card.items() if value is not None}),
     )
     return export_folder(
         source.weights,
@@ -38,30 +61,66 @@ def publish(
         tokenizer,
         output,
         card=model_card(facts),
-        torch_bin=torch_bin,
+        format=format,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
         overwrite=overwrite,
+        samples=_sample_texts(datasets, tokenizer),
     )
 
 
-def _run_facts(source: Source, config: Config) -> dict[str, Any]:
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(ExitCode.DATA, "not UTF-8", path, "give a Markdown file in UTF-8") from None
+    except OSError as error:
+        raise UserError(ExitCode.NO_INPUT, "cannot be read", path, f"the system says: {error.strerror}") from None
+
+
+def _datasets(config: Config | None) -> Mapping[str, TokenDataset]:
+    """The datasets of a run by folder, none when they were moved or deleted since."""
+    try:
+        return Mixture(config.data.datasets).datasets if config else {}
+    except UserError:
+        return {}
+
+
+def _sample_texts(datasets: Mapping[str, TokenDataset], tokenizer: Tokenizer) -> list[str]:
+    """Documents that were kept from training, where there are any, as texts."""
+    texts = []
+    for dataset in datasets.values():
+        if dataset.info.tokenizer_fingerprint != tokenizer.fingerprint:
+            continue  # prepared anew since
+        split = dataset.validation if dataset.validation.n_documents else dataset.train
+        n_texts = min(split.n_documents, max(1, _SAMPLES // len(datasets)))
+        with contextlib.suppress(UserError):  # damaged since: the model is not
+            for index in range(n_texts):
+                start, stop = split.bounds(index * split.n_documents // n_texts)
+                texts.append(tokenizer.decode(split.read(start, min(stop, start + _SAMPLE_TOKENS))))
+    return [text for text in texts if text]
+
+
+def _run_facts(source: Source, config: Config, datasets: Mapping[str, TokenDataset]) -> dict[str, Any]:
     optimizer = config.optimizer
     facts = {
+        "hardware": source.hardware,
         "seq_length": config.data.seq_length,
         "steps": source.step,
+        "tokens_trained": source.step * config.data.global_batch_size * config.data.seq_length,
         "batch_rows": config.data.global_batch_size,
         "optimizer": (
             f"{_OPTIMIZERS[optimizer.name]}, betas {optimizer.b1:g} and {optimizer.b2:g}, "
             f"weight decay {optimizer.weight_decay:g}"
         ),
         "learning_rate": optimizer.learning_rate,
+        "prompt": next(iter(config.training.prompts), None),
         "schedule": f"{optimizer.schedule} after {config.warmup_steps:,} steps of warm-up",
         "training_loss": source.metrics.get("train/loss"),
         "validation_loss": source.metrics.get("validation/loss"),
         "bits_per_character": source.metrics.get("validation/bits_per_character"),
     }
-    try:
-        datasets = Mixture(config.data.datasets).datasets
-    except UserError:  # moved or deleted since: its counts are left out
+    if not datasets:
         return facts
     splits = [dataset.train for dataset in datasets.values()]
     characters = [split.n_characters for split in splits]

@@ -1,30 +1,39 @@
 """Writes a model as a folder that `transformers` 4.57 and 5 load without network, warning or further file.
 
-config.json  generation_config.json  model.safetensors  [pytorch_model.bin]
+config.json  generation_config.json
+model.safetensors, or model-00001-of-00002.safetensors ... and model.safetensors.index.json
+[pytorch_model.bin]  [model.gguf]
 tokenizer.json  tokenizer_config.json  special_tokens_map.json  vocab.txt or spiece.model
 README.md    the model card
 SHA256SUMS   of all the others, written last
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from gpt2_flax.checkpoint.checksums import SUMS, write_sums
 from gpt2_flax.checkpoint.huggingface import CONFIG, to_hf_config, to_state_dict
-from gpt2_flax.checkpoint.tensor_files import TORCH_WEIGHTS, WEIGHTS
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.export.gguf import import_gguf, write_gguf
 from gpt2_flax.export.verify import Verification, verify_folder
+from gpt2_flax.export.weight_files import (
+    MAX_SHARD_SIZE,
+    Dtype,
+    compare_safetensors,
+    rounded,
+    write_safetensors,
+    write_torch,
+)
 from gpt2_flax.folders import new_folder
 from gpt2_flax.text.tokenizer import Tokenizer
 
 MARKER = SUMS
+Format = Literal["safetensors", "bin", "gguf"]
 
 
 def export_folder(
@@ -34,25 +43,42 @@ def export_folder(
     output: Path,
     *,
     card: str,
-    torch_bin: bool = False,
+    format: Format = "safetensors",
+    dtype: Dtype = "float32",
+    max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     verify: bool = True,
+    samples: Sequence[str] = (),
 ) -> Verification | None:
     """Writes `output` and returns how it compared when read back; None when it was not compared.
 
-    Raises `UserError`: DATA when the tokenizer does not fit the model, CANT_CREATE when `output` may not be written,
-    USAGE when `torch_bin` is asked for and torch is not installed, BUG when what was written differs from the model.
+    Safetensors are always written, pytorch_model.bin or model.gguf beside them; all hold `weights`, float32, rounded to
+    `dtype`. `samples` are texts to compare tokenizers on. Raises `UserError`: DATA when the tokenizer does not fit the
+    model or a number does not fit `dtype`, CANT_CREATE when `output` may not be written, USAGE when `format` needs what
+    is not installed, IO when writing failed, BUG when what was written differs from the model.
     Nothing is published then.
     """
     if tokenizer.vocab_size > config.vocab_size:
         what = f"tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}"
         raise UserError(ExitCode.DATA, what, output, "export with the tokenizer that the model was trained with")
+    if format == "gguf":
+        import_gguf(output)
     with new_folder(output, MARKER, overwrite) as folder:
-        _write_json(folder / CONFIG, to_hf_config(config, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id))
+        hf_config = to_hf_config(config, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+        # Its name before transformers 4.56 was torch_dtype.
+        _write_json(folder / CONFIG, hf_config | {"dtype": dtype, "torch_dtype": dtype})
         _write_json(folder / "generation_config.json", _generation_config(config, tokenizer))
-        _write_weights(folder, to_state_dict(weights), torch_bin)
         tokenizer.save(folder, model_max_length=config.n_positions)
-        verification = verify_folder(folder, weights, config, tokenizer) if verify else None
+        state_dict = rounded(to_state_dict(weights), dtype, output)
+        write_safetensors(folder, state_dict, max_shard_size)
+        if format == "bin":
+            write_torch(folder, state_dict)
+        elif format == "gguf":
+            write_gguf(folder, state_dict, config, tokenizer, dtype, output.resolve().name)
+        if verify:
+            compare_safetensors(folder, state_dict)
+        del state_dict
+        verification = verify_folder(folder, weights, config, tokenizer, dtype, samples) if verify else None
         readme = card if verification is None else f"{card}\n{_checked(verification)}"
         (folder / "README.md").write_text(readme, encoding="utf-8")
         write_sums(folder)
@@ -64,28 +90,6 @@ def _generation_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, A
     # No max_new_tokens: transformers 4.57 would run past the last position and crash.
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad_id}
     return ids | {"max_length": config.n_positions}
-
-
-def _write_weights(folder: Path, state_dict: dict[str, np.ndarray], torch_bin: bool) -> None:
-    try:
-        save_file(state_dict, folder / WEIGHTS, metadata={"format": "pt"})
-        # safetensors keeps its files from all others; this one is as readable as its neighbours.
-        (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
-        if torch_bin:
-            _write_torch(folder / TORCH_WEIGHTS, state_dict)
-    except (SafetensorError, RuntimeError) as error:  # what they make of an OSError
-        fix = f"free some space and run the same command again ({error})"
-        raise UserError(ExitCode.IO, "weights could not be written", folder, fix) from None
-
-
-def _write_torch(path: Path, state_dict: dict[str, np.ndarray]) -> None:
-    try:
-        import torch
-    except ImportError:
-        fix = "run: pip install 'gpt2_flax[export]', or leave that file out"
-        raise UserError(ExitCode.USAGE, f"{TORCH_WEIGHTS} needs torch, which is not installed", path, fix) from None
-    # A copy each: a view would drag the whole stack of its layer into the file.
-    torch.save({name: torch.from_numpy(array.copy()) for name, array in state_dict.items()}, path)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -1,22 +1,27 @@
 """Reads an exported folder back with `transformers` and compares it with our model: the proof that it is the same.
 
-torch and transformers are imported here alone, inside the function; without them there is no verification.
+torch and transformers are imported here alone, inside the function; without them there is no verification. One model is
+in memory beside the weights at a time.
+
+Dimension key: B rows, T tokens of a row, V vocabulary.
 """
 
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt2_flax.checkpoint.tensor_files import TORCH_WEIGHTS, WEIGHTS
+from gpt2_flax.checkpoint.tensor_files import INDEX, TORCH_WEIGHTS, WEIGHTS
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.export.weight_files import Dtype, numpy_dtype
+from gpt2_flax.text.spm import SentencePieceTokenizer
 from gpt2_flax.text.tokenizer import Tokenizer
 
 NOT_VERIFIED = "not verified, torch and transformers are not installed: pip install 'gpt2_flax[export]'"
@@ -28,6 +33,9 @@ _TEXTS = (
     "東京タワー — café naïve Straße",
     "emoji 😀, (brackets) and internationalization",
 )
+_ROWS, _LENGTH, _NEW_TOKENS = 2, 64, 16
+_TIES = 0.02
+"""Share of sample texts of a foreign unigram model that may be cut otherwise: see `text.spm`."""
 
 
 @dataclass(frozen=True)
@@ -38,70 +46,141 @@ class Verification:
     max_logit: float
     tokens: int
     texts: int
+    tied_texts: int  # among `texts`: SentencePiece found two segmentations equally good, and the other one was taken
+    new_tokens: int
     files: tuple[str, ...]
     transformers_version: str
     torch_version: str
+    dtype: Dtype = "float32"
+    rounding: float = 0.0  # the largest change of a logit by rounding the weights to `dtype`
 
     def __str__(self) -> str:
+        ties = f" but for {self.tied_texts} with ties" if self.tied_texts else ""
+        rounding = (
+            f"; rounding the weights to {self.dtype}, before all this, changed logits by at most {self.rounding:.1e}"
+            if self.dtype != "float32"
+            else ""
+        )
         return (
             f"logits of {self.tokens} tokens equal those of transformers {self.transformers_version} within "
-            f"{self.max_logit_difference:.1e}, token ids of {self.texts} texts are the same"
+            f"{self.max_logit_difference:.1e}, token ids of {self.texts} texts are the same{ties}, and so are "
+            f"{self.new_tokens} tokens generated greedily{rounding}"
         )
 
 
-def verify_folder(
-    folder: Path, weights: Mapping[str, np.ndarray], config: ModelConfig, tokenizer: Tokenizer
-) -> Verification | None:
-    """Returns how closely `transformers` computes from `folder` what we compute from `weights`, both in float32.
+class _Ours(NamedTuple):
+    tokens_BT: np.ndarray
+    logits_BTV: np.ndarray
+    prompts: list[list[int]]
+    continuations: list[list[int]]
+    leads: list[list[float]]  # how far the logit of each new token is above the next best
+    rounding: float
 
+
+def verify_folder(
+    folder: Path,
+    weights: Mapping[str, np.ndarray],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    dtype: Dtype = "float32",
+    samples: Sequence[str] = (),
+) -> Verification | None:
+    """Returns how closely `transformers` computes from `folder` what we compute from `weights` rounded to `dtype`.
+
+    Both compute in float32. Token ids are compared on `samples` too.
     Returns None when torch or transformers is not installed: the caller should say `NOT_VERIFIED`.
-    Raises `UserError` (BUG) when tensors are missing or surplus, logits differ, or token ids differ.
+    Raises `UserError` (BUG) when tensors are missing or surplus, logits, token ids or generated tokens differ.
     """
     try:
         import torch
         import transformers
     except ImportError:
         return None
-    tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (2, min(64, config.n_positions)))
-    ours_BTV = _our_logits(weights, config, tokens_BT)
-    files = tuple(name for name in (WEIGHTS, TORCH_WEIGHTS) if (folder / name).is_file())
-    largest = float(np.abs(ours_BTV).max())
-    # The noise of float32 is relative: 5e-6 where logits are below 10, above 1e-4 where they are near 100.
-    limit = 1e-5 * max(10.0, largest)
-    differences = []
+    texts = (*_TEXTS, *samples)
+    ours = _compute(weights, config, tokenizer, dtype, texts)
+    files = tuple(name for name in (WEIGHTS, INDEX, TORCH_WEIGHTS) if (folder / name).is_file())
     with _quiet(transformers):
-        for name in files:
-            model = _load(transformers, folder, name)
-            with torch.inference_mode():
-                theirs_BTV = model(torch.from_numpy(tokens_BT)).logits.float().numpy()
-            differences.append(float(np.abs(ours_BTV - theirs_BTV).max()))
-            if not differences[-1] <= limit < math.inf:  # also when one is not a number
-                raise _bug(f"logits differ by {differences[-1]:.1e} where {limit:.1e} is allowed", folder / name)
+        found = [_compare(torch, _load(torch, transformers, folder, name), ours, folder / name) for name in files]
         auto = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        _compare_tokenizers(tokenizer, auto, folder)
-    versions = (transformers.__version__, torch.__version__)
-    return Verification(max(differences), largest, tokens_BT.size, len(_TEXTS), files, *versions)
+        ties = _compare_tokenizers(tokenizer, auto, texts, folder)
+    return Verification(
+        max_logit_difference=max(difference for difference, _ in found),
+        max_logit=float(np.abs(ours.logits_BTV).max()),
+        tokens=ours.tokens_BT.size,
+        texts=len(texts),
+        tied_texts=ties,
+        new_tokens=min(same for _, same in found),
+        files=files,
+        transformers_version=transformers.__version__,
+        torch_version=torch.__version__,
+        dtype=dtype,
+        rounding=ours.rounding,
+    )
 
 
-def _our_logits(weights: Mapping[str, np.ndarray], config: ModelConfig, tokens_BT: np.ndarray) -> np.ndarray:
+def _compute(
+    weights: Mapping[str, np.ndarray], config: ModelConfig, tokenizer: Tokenizer, dtype: Dtype, texts: Sequence[str]
+) -> _Ours:
     import jax
 
     from gpt2_flax.checkpoint.weights import model_from_weights
 
-    # "highest": on GPU and TPU a float32 product would otherwise be computed from rounded factors.
-    with jax.default_matmul_precision("highest"):
-        model = model_from_weights(config.model_copy(update={"dtype": "float32"}), dict(weights))
-        return np.asarray(jax.jit(lambda model, tokens_BT: model(tokens_BT))(model, tokens_BT.astype(np.int32)))
+    shape = (_ROWS, min(_LENGTH, config.n_positions))
+    tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, shape)
+    # Scanned: compiled sooner, and without a copy of every layer's part of the stacked parameters.
+    config = config.model_copy(update={"dtype": "float32", "layers": "scanned"})
+    leaves, structure = jax.tree.flatten(model_from_weights(config, dict(weights)))
+    logits = jax.jit(lambda leaves, tokens_BT: jax.tree.unflatten(structure, leaves)(tokens_BT))
+
+    def logits_of(tokens_BT: np.ndarray) -> np.ndarray:
+        # "highest": on GPU and TPU a float32 product would otherwise be computed from rounded factors.
+        with jax.default_matmul_precision("highest"):
+            return np.asarray(logits(leaves, tokens_BT.astype(np.int32)))
+
+    logits_BTV = logits_of(tokens_BT)
+    rounding = 0.0
+    if dtype != "float32":
+        for index, leaf in enumerate(leaves):  # one at a time: no second model in memory
+            leaves[index] = jax.device_put(np.asarray(leaf).astype(numpy_dtype(dtype)).astype(np.float32))
+        exact_BTV, logits_BTV = logits_BTV, logits_of(tokens_BT)
+        rounding = float(np.abs(exact_BTV - logits_BTV).max())
+    prompts, continuations, leads = [], [], []
+    if new := min(_NEW_TOKENS, shape[1] // 2):
+        prompts = [[tokenizer.bos_id, *ids.tolist()][: shape[1] - new] for ids in tokenizer.encode_batch(texts[:_ROWS])]
+        continuations, leads = _continue(logits_of, prompts, shape[1], new, tokenizer.eos_id)
+    return _Ours(tokens_BT, logits_BTV, prompts, continuations, leads, rounding)
 
 
-def _load(transformers: ModuleType, folder: Path, name: str) -> Any:
+def _continue(
+    logits_of: Callable[[np.ndarray], np.ndarray], prompts: list[list[int]], length: int, new: int, eos_id: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Returns the most likely next tokens of each prompt, up to and with `eos_id`, and their leads."""
+    tokens_BT = np.zeros((len(prompts), length), np.int64)
+    rows_B, ends_B = np.arange(len(prompts)), np.array([len(prompt) for prompt in prompts])
+    for row, prompt in enumerate(prompts):
+        tokens_BT[row, : len(prompt)] = prompt
+    chosen, leads = [], []
+    for step in range(new):
+        # What stands behind a token does not change its logits: all steps share one compiled program.
+        last_BV = logits_of(tokens_BT)[rows_B, ends_B - 1 + step]
+        best_B2 = np.partition(last_BV, -2)[:, -2:]
+        chosen.append(last_BV.argmax(-1))
+        leads.append(best_B2[:, 1] - best_B2[:, 0])
+        tokens_BT[rows_B, ends_B + step] = chosen[-1]
+    continuations = np.stack(chosen, axis=1).tolist()
+    ends = [ids.index(eos_id) + 1 if eos_id in ids else new for ids in continuations]
+    return [ids[:end] for ids, end in zip(continuations, ends, strict=True)], np.stack(leads, axis=1).tolist()
+
+
+def _load(torch: ModuleType, transformers: ModuleType, folder: Path, name: str) -> Any:
     # ignore_mismatched_sizes: to be told of them like of the others, not by an exception.
     model, info = transformers.GPT2LMHeadModel.from_pretrained(
         folder,
         output_loading_info=True,
         local_files_only=True,
-        use_safetensors=name == WEIGHTS,
+        use_safetensors=name != TORCH_WEIGHTS,
         ignore_mismatched_sizes=True,
+        dtype=torch.float32,
     )
     problems = [f"{kind} {quote(sorted(map(str, info[kind]))[:5])}" for kind in info if info[kind]]
     if problems:
@@ -109,14 +188,44 @@ def _load(transformers: ModuleType, folder: Path, name: str) -> Any:
     return model
 
 
-def _compare_tokenizers(ours: Tokenizer, theirs: Any, folder: Path) -> None:
-    for text, ids in zip(_TEXTS, ours.encode_batch(_TEXTS), strict=True):
-        if theirs(text, add_special_tokens=False)["input_ids"] != ids.tolist():
-            raise _bug(f"AutoTokenizer gives other ids for {quote(text)}", folder)
+def _compare(torch: ModuleType, model: Any, ours: _Ours, where: Path) -> tuple[float, int]:
+    """Returns the largest difference between two logits and how many generated tokens were the same."""
+    # The noise of float32 is relative: 5e-6 where logits are below 10, above 1e-4 where they are near 100.
+    limit = 1e-5 * max(10.0, float(np.abs(ours.logits_BTV).max()))
+    same = 0
+    with torch.inference_mode():
+        theirs_BTV = model(torch.from_numpy(ours.tokens_BT)).logits.float().numpy()
+        difference = float(np.abs(ours.logits_BTV - theirs_BTV).max())
+        if not difference <= limit < math.inf:  # also when one is not a number
+            raise _bug(f"logits differ by {difference:.1e} where {limit:.1e} is allowed", where)
+        for prompt, expected, leads in zip(ours.prompts, ours.continuations, ours.leads, strict=True):
+            inputs = torch.tensor([prompt])
+            new = model.generate(
+                inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=len(leads), do_sample=False
+            )[0, len(prompt) :].tolist()
+            differing = [at for at, token in enumerate(expected) if new[at : at + 1] != [token]]
+            # Of two tokens that are as likely, either may come first, and what follows is another text.
+            if differing and leads[differing[0]] > 2 * limit:
+                raise _bug(f"greedy continuation {new} where {expected} is ours", where)
+            same += differing[0] if differing else len(expected)
+    return difference, same
+
+
+def _compare_tokenizers(ours: Tokenizer, theirs: Any, texts: Sequence[str], folder: Path) -> int:
+    """Returns in how many texts ties were broken otherwise."""
+    different = []
+    for text, ids in zip(texts, ours.encode_batch(texts), strict=True):
+        # A corpus may hold "<s>" as text.
+        if theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] != ids.tolist():
+            different.append(text)
+    allowed = math.ceil(_TIES * (len(texts) - len(_TEXTS))) if isinstance(ours, SentencePieceTokenizer) else 0
+    if len(different) > allowed or not set(_TEXTS).isdisjoint(different):
+        raise _bug(f"AutoTokenizer gives other ids for {quote(different[0])}", folder)
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
     for name, our_id in zip(special, (ours.bos_id, ours.eos_id, ours.pad_id), strict=True):
         if our_id is not None and getattr(theirs, name) != our_id:
             raise _bug(f"AutoTokenizer has {name} {getattr(theirs, name)} where {our_id} is ours", folder)
+    return len(different)
 
 
 @contextlib.contextmanager

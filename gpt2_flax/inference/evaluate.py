@@ -1,18 +1,19 @@
 """How well a model predicts text that it was not trained on."""
 
-import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt2_flax.checkpoint.source import Source
 from gpt2_flax.checkpoint.weights import model_from_weights
-from gpt2_flax.config import MeshConfig
+from gpt2_flax.config import MeshConfig, Packing
 from gpt2_flax.data.dataset_info import MARKER
 from gpt2_flax.data.loader import Loader
 from gpt2_flax.data.mixture import Mixture
@@ -20,58 +21,18 @@ from gpt2_flax.data.packing import Batch
 from gpt2_flax.data.prepare import prepare_text
 from gpt2_flax.data.token_dataset import TokenSplit
 from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.folders import write_whole
+from gpt2_flax.inference.evaluation import Evaluation
+from gpt2_flax.inference.per_document import document_characters, document_lines, evaluate_documents
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.model.loss import LossSums
 from gpt2_flax.parallel.feed import device_batch, prefetch, row_shards
 from gpt2_flax.parallel.mesh import make_mesh
 from gpt2_flax.progress import progress_bar
 from gpt2_flax.text.documents import CorpusOptions
-from gpt2_flax.text.tokenizer import load_tokenizer
+from gpt2_flax.text.tokenizer import Tokenizer, load_tokenizer
 
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Sums over `tokens` predicted tokens, and figures from them; those of several splits add up."""
-
-    nats: float = 0.0
-    correct: float = 0.0
-    """Tokens whose most likely prediction was right."""
-    tokens: int = 0
-    characters: float | None = 0.0
-    """Those of the text that the tokens stand for, None when the dataset does not know."""
-
-    def __add__(self, other: "Evaluation") -> "Evaluation":
-        known = self.characters is not None and other.characters is not None
-        characters = self.characters + other.characters if known else None
-        return Evaluation(self.nats + other.nats, self.correct + other.correct, self.tokens + other.tokens, characters)
-
-    def __str__(self) -> str:
-        bits = "-" if self.bits_per_character is None else f"{self.bits_per_character:.4f}"
-        return (
-            f"loss {self.loss:.4f}  perplexity {self.perplexity:.2f}  bits/character {bits}  "
-            f"accuracy {self.accuracy:.1%}"
-        )
-
-    @property
-    def loss(self) -> float:
-        """Mean nats a token."""
-        return self.nats / max(1, self.tokens)
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
-
-    @property
-    def accuracy(self) -> float:
-        return self.correct / max(1, self.tokens)
-
-    @property
-    def bits_per_character(self) -> float | None:
-        """Comparable between vocabularies: all bits spent, end of document included, over the characters of the text.
-
-        None when these are not known, or none.
-        """
-        return self.nats / math.log(2) / self.characters if self.characters else None
+Split = Literal["train", "validation"]
 
 
 def evaluate(
@@ -104,26 +65,47 @@ def evaluate(
 
 
 def evaluate_source(
-    source: Source, data: str | None, seq_length: int | None, n_rows: int, n_batches: int, options: CorpusOptions
+    source: Source,
+    data: str | None,
+    seq_length: int | None,
+    n_rows: int,
+    n_batches: int,
+    options: CorpusOptions,
+    part: Split | None = None,
+    per_document: Path | None = None,
 ) -> Evaluation:
     """Evaluates a model on all devices: on `data`, a dataset or a corpus, else on the datasets of its run.
 
-    Raises `UserError`: USAGE when there is no data to take, CONFIG when tokenizers differ or `seq_length` is too long.
+    part: of a dataset, by default the validation split. per_document: file to write, a line of JSON a document.
+    Raises `UserError`: USAGE when there is no data to take or `part` is asked of a corpus, CANT_CREATE when the file
+    exists, CONFIG when tokenizers differ or `seq_length` is too long.
     """
     if data is None and source.config is None:
         raise UserError(ExitCode.USAGE, "no data", source.origin, "add --data DATASET or --data FILE.txt")
+    if per_document is not None and n_batches:
+        raise UserError(ExitCode.USAGE, "--per-document reads everything", "--batches", "leave one of them out")
+    if per_document is not None and per_document.exists():
+        raise UserError(ExitCode.CANT_CREATE, "output exists", per_document, "choose another name, or remove it")
     seq_length = seq_length or (source.config.data.seq_length if source.config else source.model.n_positions)
     if seq_length > source.model.n_positions:
         what = f"--seq-length {seq_length} is above the model's n_positions {source.model.n_positions}"
         raise UserError(ExitCode.CONFIG, what, source.origin, "lower it")
     mesh = make_mesh(MeshConfig())
     n_rows = -(-n_rows // row_shards(mesh)) * row_shards(mesh)
+    packing = source.config.data.packing if source.config else "stream"
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
-        splits = _splits(source, data, Path(folder), options)
+        tokenizer = load_tokenizer(source.tokenizer_folder)
+        if _is_corpus(data):
+            splits = {data: _prepared(data, part, tokenizer, Path(folder), options)}
+        else:
+            splits = _splits(source, data, part or "validation", tokenizer)
         model = jax.device_put(model_from_weights(source.model, source.weights), NamedSharding(mesh, P()))
-        packing = source.config.data.packing if source.config else "stream"
+        if per_document is not None:
+            known = _is_corpus(data) and data != "-"  # what comes by a pipe cannot be read twice
+            characters_M = document_characters(data, options, tokenizer, splits[data]) if known else None
+            return _each_document(model, splits, seq_length, packing, mesh, n_rows, characters_M, per_document)
         across = source.model.attend_across_documents
-        loaders = [Loader(split, seq_length, 0, packing, across) for split in splits]
+        loaders = [Loader(split, seq_length, 0, packing, across) for split in splits.values()]
         total = sum(_rows_to_read(loader, n_rows, n_batches) for loader in loaders) * seq_length
         with progress_bar("evaluating", total, "tokens") as advance:
             parts = [evaluate(model, loader, mesh, n_rows, n_batches, advance) for loader in loaders]
@@ -135,15 +117,46 @@ def _rows_to_read(loader: Loader, n_rows: int, n_batches: int) -> int:
     return n_rows * min(needed, n_batches or needed)
 
 
-def _splits(source: Source, data: str | None, folder: Path, options: CorpusOptions) -> list[TokenSplit]:
-    tokenizer = load_tokenizer(source.tokenizer_folder)
-    if data is not None and not (Path(data) / MARKER).is_file():
-        return [prepare_text([data], tokenizer, folder, options)]
+def _is_corpus(data: str | None) -> bool:
+    return data is not None and not (Path(data) / MARKER).is_file()
+
+
+def _prepared(data: str, part: Split | None, tokenizer: Tokenizer, folder: Path, options: CorpusOptions) -> TokenSplit:
+    if part is not None:
+        raise UserError(ExitCode.USAGE, "--split is for datasets", data, "leave it out, or prepare the text")
+    return prepare_text([data], tokenizer, folder, options)
+
+
+def _splits(source: Source, data: str | None, part: Split, tokenizer: Tokenizer) -> dict[str, TokenSplit]:
+    """Returns that split of each dataset, by folder."""
     mixture = Mixture(source.config.data.datasets if data is None else {data: 1.0})
     if mixture.tokenizer_fingerprint != tokenizer.fingerprint:
         what = f"the dataset was prepared with another tokenizer than that of {source.origin}"
         raise UserError(ExitCode.CONFIG, what, mixture.name, "prepare it with the model's, or give a text file")
-    return [dataset.validation for dataset in mixture.datasets.values()]
+    return {name: getattr(dataset, part) for name, dataset in mixture.datasets.items()}
+
+
+def _each_document(
+    model: GPT2,
+    splits: dict[str, TokenSplit],
+    seq_length: int,
+    packing: Packing,
+    mesh: Mesh,
+    n_rows: int,
+    characters_M: np.ndarray | None,
+    output: Path,
+) -> Evaluation:
+    """Writes a line for each document of each split, and returns the sum of them all."""
+    lines, total = [], Evaluation()
+    with progress_bar("evaluating", sum(split.n_tokens for split in splits.values()), "tokens") as advance:
+        for name, split in splits.items():
+            documents = evaluate_documents(model, split, seq_length, packing, mesh, n_rows, characters_M, advance)
+            lines += document_lines(name, documents)
+            total = sum(documents, total)
+    write_whole(output, "".join(f"{line}\n" for line in lines).encode())
+    if total.characters is None and all(split.n_characters is not None for split in splits.values()):
+        total = replace(total, characters=sum(split.n_characters for split in splits.values()))
+    return total
 
 
 @jax.jit

@@ -1,74 +1,76 @@
-"""Continuations of prompts: one compiled loop over a cache of keys and values.
+"""Continuations of texts."""
 
-Dimension key: B prompts, T prompt length, S prompt and new tokens, V vocabulary.
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from gpt2_flax.checkpoint.source import Source
 from gpt2_flax.checkpoint.weights import model_from_weights
-from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.model.gpt2 import GPT2, Cache
+from gpt2_flax.errors import ExitCode, UserError, printable
+from gpt2_flax.inference.decode import Blocks, generate, generate_one, model_blocks
+from gpt2_flax.inference.sampling import Sampling
+from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.text.tokenizer import Tokenizer, load_tokenizer
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; the order of the filters is that of `transformers`."""
-
-    temperature: float = 1.0
-    """0 takes the most likely token (greedy)."""
-    top_k: int = 0
-    """Only the k most likely tokens; 0 for all."""
-    top_p: float = 1.0
-    """Only the most likely tokens that together have this probability (Holtzman et al., arXiv:1904.09751)."""
-    repetition_penalty: float = 1.0
-    """Above 1 makes tokens seen before less likely (Keskar et al., arXiv:1909.05858)."""
+_MOST_ROWS = 32  # continued at once
 
 
-def generate(
-    model: GPT2,
-    prompts: Sequence[Sequence[int]],
-    eos_id: int,
-    max_new_tokens: int,
-    sampling: Sampling = Sampling(),
-    seed: int = 0,
-) -> list[list[int]]:
-    """Returns the new ids after each prompt, up to and without `eos_id`.
+class Generator:
+    """A model and its tokenizer, loaded once, that continue texts; computed in float32.
 
-    Prompts may differ in length and must not be empty. Raises `UserError` (DATA) when a prompt leaves no room for a
-    token; `max_new_tokens` is cut so that the longest prompt stays within n_positions.
+    Tokens without a text, the unknown one, padding and the begin of a document, are never chosen, unless `banned` of
+    the `Sampling` says otherwise.
     """
-    longest = max(len(prompt) for prompt in prompts)
-    room = model.cfg.n_positions - longest
-    if room < 1:
-        what = f"prompt of {longest} tokens leaves no room in {model.cfg.n_positions} positions"
-        raise UserError(ExitCode.DATA, what, "prompt", f"shorten it to at most {model.cfg.n_positions - 1} tokens")
-    tokens_BT = np.zeros((len(prompts), longest), np.int32)
-    first_column_B = np.array([longest - len(prompt) for prompt in prompts], np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens_BT[row, first_column_B[row] :] = prompt
-    new = min(max_new_tokens, room)
-    out = _generate(model, tokens_BT, first_column_B, jax.random.key(seed), eos_id, sampling, new)
-    # Every process gets all rows, wherever a sharded model has left them.
-    rows = multihost_utils.process_allgather(out, tiled=True)[:, longest:].tolist()
-    return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
+
+    def __init__(self, source: Source):
+        self.tokenizer: Tokenizer = load_tokenizer(source.tokenizer_folder)
+        self.model: GPT2 = model_from_weights(source.model.model_copy(update={"dtype": "float32"}), source.weights)
+        self._blocks = model_blocks(self.model)
+
+    def texts(
+        self, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling, seed: int, samples: int = 1
+    ) -> list[str]:
+        """Returns each prompt with its continuation; `samples` of a prompt follow each other.
+
+        Raises `UserError` (DATA) when a prompt leaves no room for a token.
+        """
+        return list(self.texts_in_turn(prompts, max_new_tokens, sampling, seed, samples))
+
+    def texts_in_turn(
+        self, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling, seed: int, samples: int = 1
+    ) -> Iterator[str]:
+        """Yields what `texts` returns, a batch at a time; raises the same, before the first."""
+        check_prompts(prompts, prompt_ids(self.tokenizer, prompts), self.model.cfg.n_positions)
+        repeated = [prompt for prompt in prompts for _ in range(samples)]
+        return itertools.chain.from_iterable(
+            continue_texts(
+                *(self.model, self.tokenizer, repeated[row : row + _MOST_ROWS]),
+                *(max_new_tokens, sampling, seed, row, self._blocks),
+            )
+            for row in range(0, len(repeated), _MOST_ROWS)
+        )
+
+    def stream(self, prompt: str, max_new_tokens: int, sampling: Sampling, seed: int) -> Iterator[str]:
+        """Yields the continuation in pieces as it comes; joined they are that of `texts`.
+
+        Raises `UserError` (DATA) at once when the prompt leaves no room for a token.
+        """
+        (before,) = prompt_ids(self.tokenizer, [prompt])
+        check_prompts([prompt], [before], self.model.cfg.n_positions)
+        return stream_text(self.tokenizer, before, self.new_ids(before, max_new_tokens, sampling, seed))
+
+    def new_ids(self, before: list[int], max_new_tokens: int, sampling: Sampling, seed: int) -> Iterator[int]:
+        """Yields the ids after a prompt as they come, up to and without the end of the document; raises as `stream`."""
+        sampling = with_text_only(sampling, self.tokenizer, self.model.cfg.vocab_size)
+        eos_id = self.tokenizer.eos_id
+        return generate_one(self.model, self._blocks, before, eos_id, max_new_tokens, sampling, seed)
 
 
 def generate_text(
     source: Source, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling, seed: int
 ) -> list[str]:
     """Returns each prompt with its continuation, computed in float32."""
-    tokenizer = load_tokenizer(source.tokenizer_folder)
-    model = model_from_weights(source.model.model_copy(update={"dtype": "float32"}), source.weights)
-    return continue_texts(model, tokenizer, prompts, max_new_tokens, sampling, seed)
+    return Generator(source).texts(prompts, max_new_tokens, sampling, seed)
 
 
 def prompt_ids(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
@@ -76,77 +78,76 @@ def prompt_ids(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     return [[tokenizer.bos_id, *ids.tolist()] for ids in tokenizer.encode_batch(prompts)]
 
 
+def check_prompts(prompts: Sequence[str], ids: Sequence[Sequence[int]], n_positions: int) -> None:
+    """Raises `UserError` (DATA) for a prompt that leaves no room for a token."""
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        if len(tokens) >= n_positions:
+            what = f"prompt of {len(tokens)} tokens leaves no room in the model's {n_positions} positions"
+            fix = f"shorten it to at most {n_positions - 1} tokens, the begin of the document included"
+            raise UserError(ExitCode.DATA, what, f"{printable(prompt[:20])}...", fix)
+
+
+def unknown_in(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
+    """Returns the characters of `texts` that the vocabulary lacks, and the words that it cannot spell without them."""
+
+    def unknown(parts: Sequence[str]) -> list[str]:
+        encoded = tokenizer.encode_batch(parts)
+        return [part for part, ids in zip(parts, encoded, strict=True) if tokenizer.unk_id in ids.tolist()]
+
+    if tokenizer.unk_id is None or not (texts := unknown(texts)):
+        return []
+    characters = unknown(sorted(set("".join(texts))))
+    words = unknown(sorted({word for text in texts for word in text.split()}))
+    return characters + [word for word in words if not set(word) & set(characters)]
+
+
+def with_text_only(sampling: Sampling, tokenizer: Tokenizer, vocab_size: int, unknown: bool = False) -> Sampling:
+    """Returns `sampling` with all banned that has no text, if nothing was said about it: `[UNK]` unless `unknown` is
+    allowed, `[PAD]`, the begin of a document, and ids that only the model has."""
+    if sampling.banned is not None:
+        return sampling
+    special = {tokenizer.pad_id, tokenizer.bos_id, None if unknown else tokenizer.unk_id} - {None, tokenizer.eos_id}
+    return replace(sampling, banned=(*sorted(special), *range(tokenizer.vocab_size, vocab_size)))
+
+
 def continue_texts(
-    model: GPT2, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling, seed: int
+    model: GPT2,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    first_row: int = 0,
+    blocks: Blocks | None = None,
 ) -> list[str]:
-    """Returns each prompt with its continuation."""
-    ids, texts = prompt_ids(tokenizer, prompts), []
-    new_ids = generate(model, ids, tokenizer.eos_id, max_new_tokens, sampling, seed)
-    for prompt, before, after in zip(prompts, ids, new_ids, strict=True):
-        # Decoded together, so that a blank between prompt and continuation is kept; the prompt stays as it was typed.
-        whole, start = tokenizer.decode(before + after), tokenizer.decode(before)
-        texts.append(prompt + whole[len(start) :] if whole.startswith(start) else whole)
-    return texts
+    """Returns each prompt with its continuation; arguments as `generate`."""
+    sampling = with_text_only(sampling, tokenizer, model.cfg.vocab_size)
+    ids = prompt_ids(tokenizer, prompts)
+    new_ids = generate(model, ids, tokenizer.eos_id, max_new_tokens, sampling, seed, first_row, blocks)
+    return [
+        prompt + continuation(tokenizer, before, after)
+        for prompt, before, after in zip(prompts, ids, new_ids, strict=True)
+    ]
 
 
-@partial(jax.jit, static_argnames=("eos_id", "sampling", "n_new"))
-def _generate(model, tokens_BT, first_column_B, key, eos_id: int, sampling: Sampling, n_new: int) -> jax.Array:
-    """Returns tokens_BS, S = T + n_new; rows are filled with `eos_id` once they have ended."""
-    n_rows, length = tokens_BT.shape
-    tokens_BS = jnp.concatenate([tokens_BT, jnp.full((n_rows, n_new), eos_id)], axis=1)
-    real_BT = jnp.arange(length) >= first_column_B[:, None]
-    row_B1 = jnp.arange(n_rows)[:, None]
-    seen_BV = jnp.zeros((n_rows, model.cfg.vocab_size), bool).at[row_B1, tokens_BT].max(real_BT)
-    positions_BT = jnp.maximum(jnp.arange(length) - first_column_B[:, None], 0)
-    cache = Cache.empty(model.cfg, n_rows, length + n_new)
-    logits_BV, cache = model.decode(tokens_BT, positions_BT, first_column_B, cache)
-
-    def going(carry):
-        column, _, _, _, ended_B, _ = carry
-        return (column < length + n_new) & ~ended_B.all()
-
-    def advance(carry):
-        column, tokens_BS, logits_BV, seen_BV, ended_B, cache = carry
-        chosen_B = _choose(logits_BV, seen_BV, sampling, jax.random.fold_in(key, column))
-        chosen_B = jnp.where(ended_B, eos_id, chosen_B)
-        tokens_BS = tokens_BS.at[:, column].set(chosen_B)
-        seen_BV = seen_BV.at[row_B1[:, 0], chosen_B].set(True)
-        positions_B1 = (column - first_column_B)[:, None]
-        logits_BV, cache = model.decode(chosen_B[:, None], positions_B1, first_column_B, cache)
-        return column + 1, tokens_BS, logits_BV, seen_BV, ended_B | (chosen_B == eos_id), cache
-
-    start = (jnp.int32(length), tokens_BS, logits_BV, seen_BV, jnp.zeros(n_rows, bool), cache)
-    return jax.lax.while_loop(going, advance, start)[1]
+def continuation(tokenizer: Tokenizer, before: list[int], after: list[int]) -> str:
+    """Returns the text that `after` adds to `before`, with the blank between them if there is one."""
+    whole, start = tokenizer.decode(before + after), tokenizer.decode(before)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(whole, start, strict=False))
+    return whole[sum(1 for _ in same) :]
 
 
-def _choose(logits_BV: jax.Array, seen_BV: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
-    """Returns the next token of each row, int32 (B,)."""
-    logits_BV = filtered_logits(logits_BV, seen_BV, sampling)
-    if sampling.temperature == 0.0:
-        return logits_BV.argmax(-1).astype(jnp.int32)
-    return jax.random.categorical(key, logits_BV).astype(jnp.int32)
-
-
-def filtered_logits(logits_BV: jax.Array, seen_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """Returns what is sampled from: -inf for the tokens that `sampling` rules out, and never for all of a row.
-
-    seen_BV: bool, the tokens of the prompt and of what was generated so far. Equal logits stay or go together.
-    """
-    if sampling.repetition_penalty != 1.0:
-        penalty = sampling.repetition_penalty
-        punished_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
-        logits_BV = jnp.where(seen_BV, punished_BV, logits_BV)
-    if sampling.temperature == 0.0:
-        return logits_BV
-    logits_BV = logits_BV / max(sampling.temperature, 1e-6)  # below that it is greedy, and would overflow
-    if 0 < sampling.top_k < logits_BV.shape[-1]:
-        least_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    if sampling.top_p < 1.0:
-        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-        probability_BV = jax.nn.softmax(sorted_BV)
-        before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-        stays_BV = (before_BV < sampling.top_p).at[:, 0].set(True)  # also when top_p is 0
-        least_B1 = jnp.where(stays_BV, sorted_BV, jnp.inf).min(-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    return logits_BV
+def stream_text(tokenizer: Tokenizer, before: list[int], new_ids: Iterator[int]) -> Iterator[str]:
+    """Yields the text that `new_ids` add to `before` in pieces that later ids do not change."""
+    after: list[int] = []
+    text = shown = ""
+    for token in new_ids:
+        after.append(token)
+        text = continuation(tokenizer, before, after)
+        # The bytes of a character may come as several tokens, of which the first ones alone are U+FFFD.
+        whole = text.rstrip("\ufffd")
+        if len(whole) > len(shown) and whole.startswith(shown):
+            yield whole[len(shown) :]
+            shown = whole
+    if len(text) > len(shown):
+        yield text[len(shown) :]

@@ -89,13 +89,13 @@ def keep_attention(operation: Any, *operands: Any, **parameters: Any) -> bool:
 _named = jax.checkpoint_policies.save_only_these_names("attention")
 
 
-def attention(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+def attention(q_BTHK: jax.Array, k_BHSK: jax.Array, v_BHSK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     """Returns scaled dot-product attention, out_BTHK in the dtype of `q_BTHK`; the softmax is float32.
 
     A query sees the keys where `mask_BTS` (bool) is true; each row must have at least one. Not meant for training: a
     gradient would keep all probabilities.
     """
-    q_BHTK, k_BHSK, v_BHSK = _by_head(q_BTHK * q_BTHK.shape[-1] ** -0.5, k_BSHK, v_BSHK)
+    (q_BHTK,) = _by_head(q_BTHK * q_BTHK.shape[-1] ** -0.5)
     weights_BHTS = jax.nn.softmax(_scores(q_BHTK, k_BHSK, mask_BTS)).astype(q_BTHK.dtype)
     return jnp.einsum("BHTS,BHSK->BTHK", weights_BHTS, v_BHSK)
 

@@ -7,8 +7,10 @@ Dimension key: B batch, T sequence, D n_embd, H heads, K head size, V vocabulary
 of the cache, R parts that the rows of a batch are in.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,16 +34,20 @@ _REMAT_POLICIES = {
 
 
 class Cache(NamedTuple):
-    """Keys and values of the columns seen so far, for generation; column `length` is written next."""
+    """Keys and values of the columns seen so far, for generation; column `length` is written next.
 
-    k_LBSHK: jax.Array
-    v_LBSHK: jax.Array
+    An array for each layer: of a stacked one, a step would copy the part that it reads.
+    """
+
+    k_BHSK: tuple[jax.Array, ...]
+    v_BHSK: tuple[jax.Array, ...]
     length: jax.Array
 
     @classmethod
     def empty(cls, cfg: ModelConfig, batch_size: int, length: int) -> "Cache":
-        shape = (cfg.n_layer, batch_size, length, cfg.n_head, cfg.head_size)
-        return cls(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype), jnp.zeros((), jnp.int32))
+        shape = (batch_size, cfg.n_head, length, cfg.head_size)
+        k_BHSK, v_BHSK = (tuple(jnp.zeros(shape, cfg.dtype) for _ in range(cfg.n_layer)) for _ in "kv")
+        return cls(k_BHSK, v_BHSK, jnp.zeros((), jnp.int32))
 
 
 class GPT2(nnx.Module):
@@ -93,39 +99,51 @@ class GPT2(nnx.Module):
         dropping, documents = dropout_key is not None, segments_BT is not None
         kernel, _ = choose(self.cfg, tokens_BT.shape[1], dropout=dropping, documents=documents, platform=platform())
 
-        def attend(q_BTHK, k_BTHK, v_BTHK, key, _):
+        def attend(q_BTHK, k_BTHK, v_BTHK, key):
             return causal_attention(kernel, q_BTHK, k_BTHK, v_BTHK, segments_BT, self.cfg.attn_pdrop, key), None
 
         embed_key, layers_key = split_key(dropout_key, 2)
         x_BTD = self._embed(tokens_BT, positions_BT, embed_key, embedding_RVD)
-        x_BTD, _ = self._blocks(x_BTD, attend, None, layers_key)
-        return x_BTD
+        return self._blocks(x_BTD, attend, layers_key)
 
     def decode(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, first_column_B: jax.Array, cache: Cache
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        first_column_B: jax.Array,
+        cache: Cache,
+        blocks: Sequence[Callable] | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Returns float32 logits_BV after the last of `tokens_BT`, and the cache with these T columns added.
 
         Rows are padded on the left: the columns of the cache before `first_column_B` are never looked at.
+        blocks: `self.blocks()`, or what computes the same; who calls this more than once should keep them.
         """
-        columns_S = jnp.arange(cache.k_LBSHK.shape[2])
+        columns_S = jnp.arange(cache.k_BHSK[0].shape[2])
         query_columns_T = cache.length + jnp.arange(tokens_BT.shape[1])
         mask_BTS = (columns_S <= query_columns_T[:, None]) & (columns_S >= first_column_B[:, None, None])
         # A padding column sees itself: a softmax over nothing is not a number.
         mask_BTS |= columns_S == query_columns_T[:, None]
 
-        def attend(q_BTHK, k_BTHK, v_BTHK, _, layer_cache):
-            start = (0, cache.length, 0, 0)
-            k_BSHK, v_BSHK = (
-                jax.lax.dynamic_update_slice(old, new, start)
-                for old, new in zip(layer_cache, (k_BTHK, v_BTHK), strict=True)
+        def attend(old_k_BHSK, old_v_BHSK, q_BTHK, k_BTHK, v_BTHK, _):
+            start = (0, 0, cache.length, 0)
+            k_BHSK, v_BHSK = (
+                jax.lax.dynamic_update_slice(old_BHSK, new_BTHK.swapaxes(1, 2), start)
+                for old_BHSK, new_BTHK in ((old_k_BHSK, k_BTHK), (old_v_BHSK, v_BTHK))
             )
-            return attention(q_BTHK, k_BSHK, v_BSHK, mask_BTS), (k_BSHK, v_BSHK)
+            return attention(q_BTHK, k_BHSK, v_BHSK, mask_BTS), (k_BHSK, v_BHSK)
 
-        x_BTD = self._embed(tokens_BT, positions_BT, None)
-        x_BTD, (k_LBSHK, v_LBSHK) = self._blocks(x_BTD, attend, (cache.k_LBSHK, cache.v_LBSHK), None)
-        logits_BV = logits(x_BTD[:, -1:], self.wte.embedding[...], self.cfg.vocab_size)[:, 0, : self.cfg.vocab_size]
-        return logits_BV, Cache(k_LBSHK, v_LBSHK, cache.length + tokens_BT.shape[1])
+        x_BTD, kept = self._embed(tokens_BT, positions_BT, None), []
+        for block, *layer_cache in zip(blocks or self.blocks(), cache.k_BHSK, cache.v_BHSK, strict=True):
+            x_BTD, keys_and_values = block(x_BTD, partial(attend, *layer_cache), None)
+            kept.append(keys_and_values)
+        x_BTD = normed(self.ln_f, x_BTD[:, -1:])
+        logits_BV = logits(x_BTD, self.wte.embedding[...], self.cfg.vocab_size)[:, 0, : self.cfg.vocab_size]
+        return logits_BV, Cache(*zip(*kept, strict=True), cache.length + tokens_BT.shape[1])
+
+    def blocks(self) -> tuple[Block, ...]:
+        """Returns the layers one by one, with arrays of their own."""
+        return tuple(jax.tree.map(itemgetter(layer), self.h) for layer in range(self.cfg.n_layer))
 
     def _embed(self, tokens_BT, positions_BT, key, embedding_RVD=None) -> jax.Array:
         if positions_BT is None:
@@ -134,20 +152,20 @@ class GPT2(nnx.Module):
         x_BTD = looked_up + self.wpe(positions_BT)
         return constrain_BTD(dropout(x_BTD, self.cfg.embd_pdrop, key))
 
-    def _blocks(self, x_BTD, attend, per_layer, key) -> tuple[jax.Array, Any]:
-        """Runs blocks and last norm; `attend` gets each layer's part of `per_layer`, and what it keeps is stacked."""
+    def _blocks(self, x_BTD, attend, key) -> jax.Array:
+        """Runs blocks and last norm."""
 
-        def layer(x_BTD, block_and_more):
-            block, key, of_layer = block_and_more
-            return block(x_BTD, lambda q, k, v, key: attend(q, k, v, key, of_layer), key)
+        def layer(x_BTD, block_and_key):
+            block, key = block_and_key
+            return block(x_BTD, attend, key)
 
         # Unrolled is faster on a CPU; elsewhere compile time and memory decide.
         unrolled = self.cfg.layers == "unrolled" or (self.cfg.layers == "auto" and platform() == "cpu")
         if self.cfg.remat != "none":
             layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[self.cfg.remat], prevent_cse=unrolled)
         keys = None if key is None else jax.random.split(key, self.cfg.n_layer)
-        x_BTD, kept = jax.lax.scan(layer, x_BTD, (self.h, keys, per_layer), unroll=unrolled)
-        return normed(self.ln_f, x_BTD), kept
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, (self.h, keys), unroll=unrolled)
+        return normed(self.ln_f, x_BTD)
 
 
 def _zero_rows_from(row: int, init: nnx.Initializer) -> nnx.Initializer:

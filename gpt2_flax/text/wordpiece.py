@@ -50,6 +50,11 @@ class WordPieceTokenizer(FastTokenizer):
     def fingerprint(self) -> str:
         return hashlib.sha256(f"wordpiece lowercase={self._lowercase}\n".encode() + self._vocabulary).hexdigest()
 
+    @property
+    def vocabulary(self) -> bytes:
+        """The content of `vocab.txt`."""
+        return self._vocabulary
+
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """The table gives the same ids as without it; a prompt does not wait until it is made."""
         self._encoded_characters += sum(map(len, texts))

@@ -169,7 +169,8 @@ def _run(
         for folder, dataset in mixture.datasets.items()
     }
     train_step = make_train_step(config, state_layout(config, mesh), mesh)
-    meta = {"model": config.model.model_dump(), **mixture.fingerprints()}
+    hardware = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    meta = {"model": config.model.model_dump(), "hardware": hardware, **mixture.fingerprints()}
     report = StepReport(config, log, throughput(config, mesh, mixture, loader), first_step, first_sample)
     samples, save_due = Samples(config, mixture.tokenizer_folder), False
 

@@ -1,0 +1,46 @@
+"""Prompts from a file, and what a vocabulary cannot say of them."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpt2_flax.errors import ExitCode, UserError, io_error, printable
+from gpt2_flax.text.tokenizer import Tokenizer
+
+_MOST_NAMED = 20  # characters in a warning
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Returns the lines of a UTF-8 file, of stdin for `-`, that are not blank.
+
+    Raises `UserError`: NO_INPUT when there is no such file or no prompt in it, DATA where it is not UTF-8.
+    """
+    where = "stdin" if str(path) == "-" else path
+    try:
+        data = sys.stdin.buffer.read() if where == "stdin" else path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(ExitCode.NO_INPUT, "file of prompts not found", path, "check the name") from None
+    except OSError as error:
+        raise io_error(error, path) from None
+    lines = []
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        try:
+            lines.append(line.decode().removesuffix("\r"))
+        except UnicodeDecodeError:
+            what, fix = "prompt that is not UTF-8", "convert the file with: iconv -t UTF-8"
+            raise UserError(ExitCode.DATA, what, f"{where}:{number}", fix) from None
+    if prompts := [line for line in lines if line.strip()]:
+        return prompts
+    raise UserError(ExitCode.NO_INPUT, "no prompt in the file", where, "write one on each line")
+
+
+def warn_of_unknown(tokenizer: Tokenizer, prompts: Sequence[str]) -> None:
+    """Says on stderr which characters of the prompts the model does not know."""
+    from gpt2_flax.inference.generate import unknown_in
+
+    unknown = unknown_in(tokenizer, prompts)
+    if not unknown:
+        return
+    named = " ".join(map(printable, unknown[:_MOST_NAMED]))
+    more = f" and {len(unknown) - _MOST_NAMED} more" if len(unknown) > _MOST_NAMED else ""
+    print(f"warning: not in the vocabulary, the model sees [UNK] for it: {named}{more}", file=sys.stderr)

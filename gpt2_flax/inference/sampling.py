@@ -1,0 +1,162 @@
+"""How the next token is chosen: filters in the order of `transformers`, then the likeliest or a draw.
+
+All numbers are arguments of the compiled program, so that one program serves every choice of them; a filter that is
+switched off costs nothing.
+Dimension key: B rows, V vocabulary, S columns of prompt and new tokens.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; the order of the filters is that of `transformers`."""
+
+    temperature: float = 1.0
+    """0 takes the most likely token (greedy)."""
+    top_k: int = 0
+    """Only the k most likely tokens; 0 for all."""
+    top_p: float = 1.0
+    """Only the most likely tokens that together have this probability (Holtzman et al., arXiv:1904.09751)."""
+    min_p: float = 0.0
+    """Only tokens with at least this part of the likeliest one's probability (Nguyen et al., arXiv:2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens seen before less likely (Keskar et al., arXiv:1909.05858)."""
+    no_repeat_ngram: int = 0
+    """No run of so many tokens comes twice, prompt included; 0 allows all."""
+    banned: tuple[int, ...] | None = None
+    """Ids that are never chosen. None is nothing where ids are generated, and all that is no text where texts are."""
+
+    def arrays(self, vocab_size: int) -> "SamplingArrays":
+        """Returns the numbers for a compiled program; ids in `banned` beyond the vocabulary are ignored."""
+        banned_V = np.zeros(vocab_size, bool)
+        banned_V[[token for token in self.banned or () if 0 <= token < vocab_size]] = True
+        floats = (self.temperature, self.top_p, self.min_p, self.repetition_penalty)
+        integers = (min(self.top_k, vocab_size), self.no_repeat_ngram)
+        return SamplingArrays(*map(np.float32, floats), *map(np.int32, integers), banned_V)
+
+
+class SamplingArrays(NamedTuple):
+    """`Sampling` as arrays."""
+
+    temperature: jax.Array | np.ndarray
+    top_p: jax.Array | np.ndarray
+    min_p: jax.Array | np.ndarray
+    repetition_penalty: jax.Array | np.ndarray
+    top_k: jax.Array | np.ndarray
+    no_repeat_ngram: jax.Array | np.ndarray
+    banned_V: jax.Array | np.ndarray
+
+
+class History(NamedTuple):
+    """The tokens so far: of each row of tokens_BS those from its `first_column_B` up to and without `column`."""
+
+    tokens_BS: jax.Array
+    first_column_B: jax.Array
+    column: jax.Array
+    seen_BV: jax.Array
+    """Which tokens are among them, bool."""
+
+
+def choose(
+    logits_BV: jax.Array, history: History, sampling: SamplingArrays, keys_B: jax.Array, eos_id: jax.Array | int
+) -> jax.Array:
+    """Returns the next token of each row, int32 (B,); `eos_id` where every token is ruled out.
+
+    A row's draw depends on its key alone, not on the other rows.
+    """
+    logits_BV = allowed_logits(logits_BV, history, sampling)
+
+    def with_noise():  # the highest of the logits with Gumbel noise is a draw by their probabilities
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
+        return likely_logits(logits_BV, sampling) + noise_BV
+
+    scores_BV = jax.lax.cond(sampling.temperature == 0.0, lambda: logits_BV, with_noise)
+    highest_B1 = scores_BV.max(-1, keepdims=True)
+    # The first of the highest, in two vectorised passes; XLA's argmax takes a CPU 20 times as long.
+    ids_V = jnp.arange(scores_BV.shape[1], dtype=jnp.int32)
+    chosen_B = jnp.where(scores_BV == highest_B1, ids_V, scores_BV.shape[1] - 1).min(-1)
+    return jnp.where(highest_B1[:, 0] > -jnp.inf, chosen_B, eos_id)
+
+
+def allowed_logits(logits_BV: jax.Array, history: History, sampling: SamplingArrays) -> jax.Array:
+    """Returns the logits after what also greedy choice heeds: repetition penalty, n-grams and banned tokens (-inf)."""
+    penalty = sampling.repetition_penalty
+
+    def punished():
+        punished_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+        return jnp.where(history.seen_BV, punished_BV, logits_BV)
+
+    logits_BV = jax.lax.cond(penalty == 1.0, lambda: logits_BV, punished)
+    n = sampling.no_repeat_ngram
+    logits_BV = jax.lax.cond(n == 0, lambda: logits_BV, lambda: _without_repeated_ngrams(logits_BV, history, n))
+    return jnp.where(sampling.banned_V, -jnp.inf, logits_BV)
+
+
+def likely_logits(logits_BV: jax.Array, sampling: SamplingArrays) -> jax.Array:
+    """Returns what is drawn from: scaled by the temperature, and -inf for tokens that are not likely enough.
+
+    Never -inf for all of a row that was not so before. Equal logits stay or go together.
+    """
+    logits_BV = logits_BV / jnp.maximum(sampling.temperature, 1e-6)  # below that it is greedy, and would overflow
+    top_k, top_p, min_p = sampling.top_k, sampling.top_p, sampling.min_p
+
+    def only_top_k():
+        return _highest(logits_BV, jnp.ones_like(logits_BV), top_k.astype(jnp.float32))
+
+    is_all = (top_k == 0) | (top_k >= logits_BV.shape[-1])
+    logits_BV = jax.lax.cond(is_all, lambda: logits_BV, only_top_k)
+
+    def only_top_p():
+        return _highest(logits_BV, jax.nn.softmax(logits_BV), top_p)
+
+    logits_BV = jax.lax.cond(top_p >= 1.0, lambda: logits_BV, only_top_p)
+
+    def only_min_p():
+        probability_BV = jax.nn.softmax(logits_BV)
+        least_B1 = min_p * probability_BV.max(-1, keepdims=True)
+        return jnp.where(probability_BV < least_B1, -jnp.inf, logits_BV)
+
+    return jax.lax.cond(min_p == 0.0, lambda: logits_BV, only_min_p)
+
+
+def _highest(logits_BV: jax.Array, weights_BV: jax.Array, needed: jax.Array) -> jax.Array:
+    """Keeps the highest logits, as few as have `needed` of the weights together, and at least the highest.
+
+    The lowest that stays is found bit by bit, which is quicker than sorting a vocabulary.
+    """
+    one_zero_BV = jnp.where(logits_BV == 0, 0.0, logits_BV)  # the negative one has other bits
+    bits_BV = jax.lax.bitcast_convert_type(one_zero_BV, jnp.uint32)
+    sign = jnp.uint32(2**31)
+    order_BV = jnp.where(bits_BV >= sign, ~bits_BV, bits_BV | sign)  # unsigned numbers in the order of the floats
+
+    def with_bit(step, least_B1):
+        higher_B1 = least_B1 | (sign >> step.astype(jnp.uint32))
+        weight_B1 = jnp.where(order_BV >= higher_B1, weights_BV, 0).sum(-1, keepdims=True)
+        return jnp.where(weight_B1 >= needed, higher_B1, least_B1)
+
+    least_B1 = jax.lax.fori_loop(0, 32, with_bit, jnp.zeros_like(order_BV[:, :1]))
+    least_B1 = jnp.minimum(least_B1, order_BV.max(-1, keepdims=True))
+    return jnp.where(order_BV < least_B1, -jnp.inf, logits_BV)
+
+
+def _without_repeated_ngrams(logits_BV: jax.Array, history: History, n: jax.Array) -> jax.Array:
+    """Rules out the tokens that would complete a run of `n` tokens that is there already."""
+    tokens_BS, first_column_B, column, _ = history
+    columns_S = jnp.arange(tokens_BS.shape[1])
+
+    def same(offset, matches_BS):
+        last_B1 = jax.lax.dynamic_slice_in_dim(tokens_BS, column - n + 1 + offset, 1, axis=1)
+        return matches_BS & (jnp.roll(tokens_BS, n - 1 - offset, axis=1) == last_B1)
+
+    # Of the columns that end a run of n tokens, those before which the last n - 1 tokens stand once more.
+    ends_BS = (columns_S >= first_column_B[:, None] + n - 1) & (columns_S < column)
+    ends_BS = jax.lax.fori_loop(0, n - 1, same, ends_BS)
+    rows_B1 = jnp.arange(tokens_BS.shape[0])[:, None]
+    ruled_out_BV = jnp.zeros(logits_BV.shape, bool).at[rows_B1, tokens_BS].max(ends_BS)
+    return jnp.where(ruled_out_BV, -jnp.inf, logits_BV)

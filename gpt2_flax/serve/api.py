@@ -1,0 +1,222 @@
+"""The routes: the page, /v1/completions and /v1/models in the manner of OpenAI, /healthz."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import TypeVar
+from uuid import uuid4
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gpt2_flax.serve.completion import Completion, Limits, parse_completion, texts_of
+from gpt2_flax.serve.errors import BUG, HANDLERS, ApiError, no_such_model
+from gpt2_flax.serve.turns import Piece, Turns
+
+Result = TypeVar("Result")
+
+# The page loads nothing but its own three files, and nobody may frame it.
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+STREAM_HEADERS = {**HEADERS, "X-Accel-Buffering": "no"}  # a proxy in front shall pass each piece on at once
+PAGE = {
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+
+
+@dataclass(frozen=True)
+class About:
+    """What clients are told of the model."""
+
+    name: str
+    parameters: int
+    n_positions: int
+    step: int | None
+    created: int
+    """Seconds since 1970."""
+
+
+class Api:
+    """The endpoints of one model."""
+
+    def __init__(self, turns: Turns, about: About, limits: Limits):
+        self._turns, self._about, self._limits = turns, about, limits
+
+    async def completions(self, request: Request) -> Response:
+        body = await _body(request, self._limits)
+        asked = parse_completion(body, self._about.name, self._limits)
+        pieces = self._turns.pieces(texts_of(asked))
+        if not asked.stream:
+            return await _while_connected(request, self._whole(asked, pieces))
+        # The first piece comes when there is a turn and the prompts fit: what goes wrong until then has a status.
+        first = await _while_connected(request, anext(pieces))
+        return StreamingResponse(
+            self._events(asked, first, pieces), media_type="text/event-stream", headers=STREAM_HEADERS
+        )
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != self._about.name:
+            raise no_such_model(name, self._about.name)
+        return JSONResponse(self._card())
+
+    async def health(self, request: Request) -> Response:
+        self._turns.check_open()
+        return JSONResponse({"status": "ok"})
+
+    def _card(self) -> dict[str, object]:
+        about = self._about
+        ours = {"parameters": about.parameters, "n_positions": about.n_positions, "step": about.step}
+        ours["max_tokens"] = min(self._limits.max_tokens, about.n_positions - 1)
+        return {"id": about.name, "object": "model", "created": about.created, "owned_by": "gpt2_flax", **ours}
+
+    async def _whole(self, asked: Completion, pieces: AsyncIterator[Piece]) -> Response:
+        prompts = [prompt for prompt in asked.prompts for _ in range(asked.n)]
+        choices = [_choice(index, prompt if asked.echo else "") for index, prompt in enumerate(prompts)]
+        usage = _Usage(asked.n)
+        async for piece in pieces:
+            choices[piece.index]["text"] += piece.text
+            choices[piece.index]["finish_reason"] = piece.finish_reason
+            usage.add(piece)
+        return JSONResponse({**self._head(), "choices": choices, "usage": usage.json()})
+
+    async def _events(self, asked: Completion, first: Piece, rest: AsyncGenerator[Piece, None]) -> AsyncIterator[bytes]:
+        head, usage, begun = self._head(), _Usage(asked.n), set()
+        try:
+            async for piece in _chained(first, rest):
+                usage.add(piece)
+                echo = asked.prompts[piece.index // asked.n] if asked.echo and piece.index not in begun else ""
+                begun.add(piece.index)
+                yield _event({**head, "choices": [_choice(piece.index, echo + piece.text, piece.finish_reason)]})
+            if asked.stream_options.include_usage:
+                yield _event({**head, "choices": [], "usage": usage.json()})
+            yield b"data: [DONE]\n\n"
+        except Exception as error:  # the status has been sent; clients look for this
+            yield _event((error if isinstance(error, ApiError) else BUG).body())
+            if not isinstance(error, ApiError):
+                raise
+        finally:
+            await rest.aclose()
+
+    def _head(self) -> dict[str, object]:
+        made = {"object": "text_completion", "created": int(time.time()), "model": self._about.name}
+        return {"id": f"cmpl-{uuid4().hex}", **made}
+
+
+class _Usage:
+    """Counts tokens; a prompt counts once, however many texts begin with it."""
+
+    def __init__(self, n: int):
+        self._n, self._prompt, self._new = n, 0, 0
+
+    def add(self, piece: Piece) -> None:
+        self._prompt += piece.prompt_tokens if piece.index % self._n == 0 else 0
+        self._new += piece.new_tokens
+
+    def json(self) -> dict[str, int]:
+        total = self._prompt + self._new
+        return {"prompt_tokens": self._prompt, "completion_tokens": self._new, "total_tokens": total}
+
+
+def make_app(turns: Turns, about: About, limits: Limits, local: str | None) -> ASGIApp:
+    """Returns the ASGI app; when it listens only at `local`, a loopback address, it answers to names of that alone."""
+    api = Api(turns, about, limits)
+    routes = [Route(path, _page(*file)) for path, file in PAGE.items()]
+    routes += [
+        Route("/v1/completions", api.completions, methods=["POST"]),
+        Route("/v1/models", api.models),
+        Route("/v1/models/{name}", api.model),
+        Route("/healthz", api.health),
+    ]
+    app = Starlette(routes=routes, exception_handlers=HANDLERS)
+    return _OnlyLocalNames(app, local) if local else app
+
+
+class _OnlyLocalNames:
+    """Refuses requests for other host names: a page on the web could have its own name point to this machine."""
+
+    def __init__(self, app: ASGIApp, address: str):
+        self._app, self._names = app, ("localhost", "127.0.0.1", "[::1]", address)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+        name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
+        if name.lower() in self._names:
+            return await self._app(scope, receive, send)
+        message = "this server answers only to localhost; start it with --host 0.0.0.0 to allow other names"
+        return await ApiError(403, message).response()(scope, receive, send)
+
+
+def _page(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
+    content = files("gpt2_flax.serve").joinpath(name).read_bytes()
+
+    async def page(request: Request) -> Response:
+        return Response(content, media_type=kind, headers=HEADERS)
+
+    return page
+
+
+async def _body(request: Request, limits: Limits) -> bytes:
+    """Returns the body of a request. Raises `ApiError`: 408, 413, 415."""
+    # With another type a page on the web could post here without the browser asking first.
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "the Content-Type must be application/json")
+    body = b""
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            async for part in request.stream():
+                body += part
+                if len(body) > limits.body_bytes:
+                    raise ApiError(413, f"the body is longer than {limits.body_bytes:,} bytes")
+    except TimeoutError:
+        raise ApiError(408, f"the body did not come within {limits.body_seconds:.0f} s") from None
+    return body
+
+
+async def _while_connected(request: Request, work: Awaitable[Result]) -> Result:
+    """Returns what `work` returns. Raises `ClientDisconnect` when the client goes away first; `work` is ended then."""
+    working, leaving = asyncio.ensure_future(work), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        leaving.cancel()
+        working.cancel()
+        await asyncio.wait((working, leaving))
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _choice(index: int, text: str, finish_reason: str | None = None) -> dict[str, object]:
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+
+
+def _event(content: dict[str, object]) -> bytes:
+    return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
+
+
+async def _chained(first: Piece, rest: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+    yield first
+    async for piece in rest:
+        yield piece

@@ -1,0 +1,162 @@
+"""What a client asks for: the fields of OpenAI's /v1/completions, and two more, with limits."""
+
+import secrets
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import pydantic
+import pydantic_core
+from pydantic import ConfigDict, Field
+
+from gpt2_flax.inference.generate import Sampling
+from gpt2_flax.serve.errors import ApiError, no_such_model
+
+Stop = Annotated[str, Field(min_length=1, max_length=100)]
+
+
+@dataclass(frozen=True)
+class Limits:
+    max_tokens: int = 512
+    """Most new tokens a text."""
+    max_concurrent: int = 4
+    """Most requests that run or wait."""
+    body_bytes: int = 2**18
+    """Longest request."""
+    body_seconds: float = 10.0
+    """How long a client may take to send it."""
+    texts: int = 16
+    """Most texts a request: prompts times n."""
+    closing_seconds: float = 5.0
+    """How long a request that runs may go on when the server ends."""
+
+
+class StreamOptions(pydantic.BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    include_usage: bool = False
+
+
+class Completion(pydantic.BaseModel):
+    """The fields and defaults of OpenAI's API; of what is not supported only the value that changes nothing."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: str | None = None
+    prompt: str | Annotated[list[str], Field(min_length=1)]
+    max_tokens: int = Field(16, ge=1)
+    temperature: float = Field(1.0, ge=0.0, le=2.0)
+    top_p: float = Field(1.0, ge=0.0, le=1.0)
+    n: int = Field(1, ge=1)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] = ()
+    seed: int | None = Field(None, ge=0, lt=2**32)
+    echo: bool = False
+    user: str | None = None
+    top_k: int = Field(0, ge=0)
+    repetition_penalty: float = Field(1.0, ge=1.0, le=10.0)
+    best_of: Literal[1] = 1
+    frequency_penalty: Literal[0] = 0
+    presence_penalty: Literal[0] = 0
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] = {}
+    logprobs: None = None
+    suffix: None = None
+
+    @property
+    def prompts(self) -> list[str]:
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, repetition_penalty=self.repetition_penalty)
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text to be made: of a request with several prompts and n samples there are several."""
+
+    index: int
+    prompt: str
+    max_tokens: int
+    sampling: Sampling
+    seed: int
+    stops: tuple[str, ...]
+
+
+def parse_completion(body: bytes, model: str, limits: Limits) -> Completion:
+    """Returns what `body` asks for. Raises `ApiError`: 400 naming the field that is wrong, 404 for another model."""
+    try:
+        fields = pydantic_core.from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ApiError(400, "the body is not a JSON object")
+    try:
+        asked = Completion.model_validate({name: value for name, value in fields.items() if value is not None})
+    except pydantic.ValidationError as errors:
+        raise _explained(errors) from None
+    if asked.model not in (None, model):
+        raise no_such_model(asked.model, model)
+    if asked.max_tokens > limits.max_tokens:
+        message = f"max_tokens: {asked.max_tokens} is more than this server allows, {limits.max_tokens}"
+        raise ApiError(400, message, "max_tokens")
+    if asked.n * len(asked.prompts) > limits.texts:
+        param = "n" if asked.n > 1 else "prompt"
+        message = f"{param}: prompts times n is {asked.n * len(asked.prompts)}, this server allows {limits.texts}"
+        raise ApiError(400, message, param)
+    return asked
+
+
+def texts_of(asked: Completion) -> list[Text]:
+    """Returns the texts to be made, the n samples of a prompt one after another, each with a seed of its own."""
+    seed = secrets.randbits(32) if asked.seed is None else asked.seed
+    prompts = [prompt for prompt in asked.prompts for _ in range(asked.n)]
+    return [
+        Text(index, prompt, asked.max_tokens, asked.sampling, (seed + index) % 2**32, asked.stops)
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+class StopStrings:
+    """Cuts a text that comes in pieces before the first of `stops`, holding back what may be the beginning of one."""
+
+    def __init__(self, stops: tuple[str, ...]):
+        self.found = False
+        self._stops, self._held = stops, ""
+
+    def feed(self, piece: str) -> str:
+        """Returns what is certain now; after one was `found` there is nothing more."""
+        text = self._held + piece
+        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        if places:
+            self.found, self._held = True, ""
+            return text[: min(places)]
+        held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def rest(self) -> str:
+        """Returns what was held back, when the text has ended."""
+        return self._held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` are the beginning of `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _explained(errors: pydantic.ValidationError) -> ApiError:
+    """The first thing that is wrong, in a sentence that begins with the field's name."""
+    first = errors.errors()[0]
+    name = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{name}: there is no such field", name)
+    if name == "prompt" and first["type"] not in ("missing", "string_unicode"):
+        return ApiError(400, "prompt: a string or a list of strings, please", name)
+    if name in ("best_of", "frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "suffix"):
+        return ApiError(400, f"{name}: this server does not support it", name)
+    return ApiError(400, f"{name}: {first['msg']}", name)

@@ -1,0 +1,91 @@
+"""A model behind a port of this machine: the page to play with, and OpenAI's completions."""
+
+import errno
+import ipaddress
+import socket
+import sys
+import time
+from types import FrameType
+
+import uvicorn
+
+from gpt2_flax.checkpoint.source import Source
+from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.inference.generate import Generator
+from gpt2_flax.serve.api import About, make_app
+from gpt2_flax.serve.completion import Limits
+from gpt2_flax.serve.turns import Turns
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Returns a socket that listens. Raises `UserError`: CANT_CREATE when the port is not to be had, USAGE for a host
+    that is not known."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except (OSError, UnicodeError):
+        raise UserError(ExitCode.USAGE, "host not known", host, "give an address of this machine") from None
+    try:
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        what, fix = {
+            errno.EADDRINUSE: ("port in use", "give another with --port"),
+            errno.EACCES: ("no permission for this port", "give one from 1024 on with --port"),
+            errno.EADDRNOTAVAIL: ("not an address of this machine", "use 127.0.0.1, or 0.0.0.0 for all"),
+        }.get(error.errno, ("no port to listen at", f"the system says: {error.strerror}"))
+        raise UserError(ExitCode.CANT_CREATE, what, f"{host}:{port}", fix) from None
+
+
+def serve(source: Source, name: str, listener: socket.socket, limits: Limits) -> None:
+    """Answers requests until SIGTERM or Ctrl-C; a second signal cuts off what is under way."""
+    about = About(name, source.model.parameters, source.model.n_positions, source.step, int(time.time()))
+    server = make_server(Generator(source), about, listener, limits)
+    host, port = listener.getsockname()[:2]
+    if not _is_local(host):
+        print("warning: whoever reaches this machine can use the model; there is no password", file=sys.stderr)
+    url = f"http://{_in_url(host)}:{port}/"
+    print(f"serving {name}, {about.parameters:,} parameters, at {url} (Ctrl-C ends it)", flush=True)
+    server.run([listener])
+    print("ended")
+
+
+def make_server(generator: Generator, about: About, listener: socket.socket, limits: Limits) -> uvicorn.Server:
+    """Returns what answers requests at `listener`; `should_exit` set to True ends it."""
+    host, turns = listener.getsockname()[0], Turns(generator, limits)
+    config = uvicorn.Config(
+        make_app(turns, about, limits, _in_url(host) if _is_local(host) else None),
+        http="h11",
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(limits.closing_seconds) + 3,
+    )
+    return _Server(config, turns, limits.closing_seconds)
+
+
+def _is_local(host: str) -> bool:
+    return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+class _Server(uvicorn.Server):
+    """Tells `turns` of the end, and does not raise the signal again when all is done: to be ended is no failure."""
+
+    def __init__(self, config: uvicorn.Config, turns: Turns, patience: float):
+        super().__init__(config)
+        self.turns, self._patience = turns, patience
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.turns.close(self._patience)
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            self._patience = 0.0
+            self.turns.close(0.0)
+        self.should_exit = True

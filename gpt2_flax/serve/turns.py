@@ -1,0 +1,124 @@
+"""One generation at a time: requests take turns at the device, and as many as there are places may wait for theirs."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, NamedTuple
+
+from gpt2_flax.inference.generate import Generator, prompt_ids, stream_text
+from gpt2_flax.serve.completion import Limits, StopStrings, Text
+from gpt2_flax.serve.errors import ApiError
+
+
+class Piece(NamedTuple):
+    """Some more of a text; the last one of each text has the reason, and numbers of tokens."""
+
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"] | None = None
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+
+
+class Turns:
+    """Belongs to the event loop it is used in; the model computes in one thread beside it, one token at a time.
+
+    A request whose client has gone ends before its next token.
+    """
+
+    def __init__(self, generator: Generator, limits: Limits):
+        self._generator, self._limits = generator, limits
+        self._thread = ThreadPoolExecutor(1, "generation")
+        self._turn = asyncio.Lock()  # first come, first served
+        self.taken = 0
+        """Requests that run or wait."""
+        self._deadline: float | None = None
+
+    async def pieces(self, texts: Sequence[Text]) -> AsyncGenerator[Piece, None]:
+        """Yields the pieces of one text after the other.
+
+        Raises `ApiError` (413, 429, 503), the first time before anything is yielded. A client that reads slowly keeps
+        nobody else from their turn: what is made meanwhile is kept for it, and is no more than the limits allow.
+        """
+        self.check_open()
+        if self.taken >= self._limits.max_concurrent:
+            message = f"{self.taken} requests are running or waiting already, try again soon"
+            raise ApiError(429, message, code="rate_limit_exceeded")
+        self.taken += 1
+        made: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+        making = asyncio.create_task(self._make(texts, made.put_nowait))
+        making.add_done_callback(self._give_back)
+        try:
+            while (piece := await made.get()) is not None:
+                if isinstance(piece, Exception):
+                    raise piece
+                yield piece
+        finally:
+            making.cancel()
+
+    def check_open(self) -> None:
+        """Raises `ApiError` (503) when the server is about to end."""
+        if self._deadline is not None:
+            raise ApiError(503, "the server is shutting down")
+
+    def close(self, patience: float) -> None:
+        """From now on nothing is begun; what runs may go on for so many seconds."""
+        self._deadline = time.monotonic() + patience
+
+    def _give_back(self, making: asyncio.Task) -> None:
+        self.taken -= 1
+
+    async def _make(self, texts: Sequence[Text], put: Callable[[Piece | Exception | None], None]) -> None:
+        try:
+            async with self._turn:
+                self.check_open()
+                prompts = [await self._compute(self._prompt_ids, text) for text in texts]  # before any text is begun
+                for text, prompt in zip(texts, prompts, strict=True):
+                    await self._make_text(text, prompt, put)
+            put(None)
+        except Exception as error:
+            put(error)
+
+    async def _make_text(self, text: Text, prompt: list[int], put: Callable[[Piece], None]) -> None:
+        model, tokenizer = self._generator.model, self._generator.tokenizer
+        ids = await self._compute(self._generator.new_ids, prompt, text.max_tokens, text.sampling, text.seed)
+        counted, stop = _Counted(ids), StopStrings(text.stops)
+        pieces = stream_text(tokenizer, prompt, counted)
+        try:
+            while not stop.found and (piece := await self._compute(next, pieces, None)) is not None:
+                if certain := stop.feed(piece):
+                    put(Piece(text.index, certain))
+                if self._deadline is not None and time.monotonic() > self._deadline:
+                    self.check_open()
+        finally:
+            counted.ended = True  # also the step that runs now, if it goes over many tokens without a text
+        full = counted.n >= min(text.max_tokens, model.cfg.n_positions - len(prompt))
+        reason = "length" if full and not stop.found else "stop"
+        put(Piece(text.index, stop.rest(), reason, len(prompt), counted.n))
+
+    def _prompt_ids(self, text: Text) -> list[int]:
+        (prompt,) = prompt_ids(self._generator.tokenizer, [text.prompt])
+        positions = self._generator.model.cfg.n_positions
+        if len(prompt) >= positions:
+            message = f"prompt: it has {len(prompt) - 1} tokens, and the model takes {positions - 2} and one new one"
+            raise ApiError(413, message, "prompt", "context_length_exceeded")
+        return prompt
+
+    async def _compute(self, function: Callable, *arguments: object) -> object:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+
+class _Counted(Iterator[int]):
+    """Ids that are counted as they pass, and that come to an end when it is asked for."""
+
+    def __init__(self, ids: Iterator[int]):
+        self.n, self.ended = 0, False
+        self._ids = ids
+
+    def __next__(self) -> int:
+        if self.ended:
+            raise StopIteration
+        one = next(self._ids)
+        self.n += 1
+        return one

@@ -1,0 +1,164 @@
+"""Measures generation of GPT-2 against `transformers` in PyTorch, on the same machine in one run.
+
+Each variant runs in a process of its own, in turn, round after round, so that a machine that slows down slows all down.
+All do the same: read prompts of equal length and add tokens greedily with a cache of keys and values, in float32, none
+stopping early. Weights are drawn at random: how fast a model is does not depend on what it has learned.
+
+    tokens/s   new tokens of all rows over the time of a call, prompts included; in brackets slowest and fastest call
+    ms/step    the time of a call over the new tokens of a row
+    start      the first call, compilation included: what a process pays once for texts of such sizes
+
+    python scripts/benchmark_generate.py                       # CPU: 124M, batches of 1 and 16, 32 + 128 tokens
+    python scripts/benchmark_generate.py --variants gpt2_flax --batches 1 4 --new 64
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+SIZES = {  # layers, width, heads
+    "tiny": (2, 64, 2),
+    "base": (12, 768, 12),
+    "medium": (24, 1024, 16),
+    "large": (36, 1280, 20),
+}
+VARIANTS = ("gpt2_flax", "torch")
+
+
+class Task(NamedTuple):
+    """What a process measures."""
+
+    variant: str
+    size: str
+    rows: int
+    prompt: int
+    new: int
+    vocab_size: int
+    calls: int
+
+
+def measure(task: Task) -> dict[str, float | list[float]]:
+    """Returns the seconds of the first call and of those after the warm-up."""
+    call = (ours if task.variant == "gpt2_flax" else theirs)(task)
+    start, *times = [_seconds(call) for _ in range(task.calls + 2)]
+    return {"start": start, "seconds": times[1:]}
+
+
+def _seconds(call: Callable[[], int]) -> float:
+    begin = time.perf_counter()
+    n_new = call()
+    seconds = time.perf_counter() - begin
+    if n_new < 1:
+        raise SystemExit("no tokens")
+    return seconds
+
+
+def ours(task: Task) -> Callable[[], int]:
+    from gpt2_flax.cpu import tune_cpu
+
+    tune_cpu()
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    from gpt2_flax.config import ModelConfig
+    from gpt2_flax.inference.decode import generate, model_blocks
+    from gpt2_flax.inference.sampling import Sampling
+    from gpt2_flax.model.gpt2 import GPT2
+
+    n_layer, n_embd, n_head = SIZES[task.size]
+    sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_positions": 1024}
+    config = ModelConfig(vocab_size=task.vocab_size, **sizes, dtype="float32")
+    model = jax.jit(lambda: GPT2(config, rngs=nnx.Rngs(0)))()
+    blocks = model_blocks(model)
+    prompts = np.random.default_rng(0).integers(task.vocab_size, size=(task.rows, task.prompt)).tolist()
+    never = -1  # no token ends a text
+
+    def call() -> int:
+        rows = generate(model, prompts, never, task.new, Sampling(temperature=0.0), blocks=blocks)
+        assert all(len(row) == task.new for row in rows)
+        return len(rows)
+
+    return call
+
+
+def theirs(task: Task) -> Callable[[], int]:
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    n_layer, n_embd, n_head = SIZES[task.size]
+    sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_positions": 1024}
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=task.vocab_size, **sizes, bos_token_id=1, eos_token_id=None)).eval()
+    ids_BT = torch.randint(task.vocab_size, (task.rows, task.prompt))
+    options = {"do_sample": False, "max_new_tokens": task.new, "pad_token_id": 0, "eos_token_id": None}
+
+    def call() -> int:
+        with torch.inference_mode():
+            found_BS = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), **options)
+        assert found_BS.shape == (task.rows, task.prompt + task.new)
+        return task.rows
+
+    return call
+
+
+def run_apart(task: Task) -> dict | None:
+    """Measures in a process of its own; None when that fails."""
+    done = subprocess.run([sys.executable, __file__, "--task", json.dumps(task)], capture_output=True, text=True)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        print(f"  {task.variant} with {task.rows} rows failed: {last[0][:160]}", flush=True)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(args: argparse.Namespace, rows: int) -> None:
+    """Prints the variants' speeds at one size of batch."""
+    found: dict[str, list[dict]] = {variant: [] for variant in args.variants}
+    for _ in range(args.rounds):
+        for variant, results in found.items():
+            task = Task(variant, args.size, rows, args.prompt, args.new, args.vocab_size, args.calls)
+            if (result := run_apart(task)) is not None:
+                results.append(result)
+    print(f"\n{args.size}, batch {rows}, prompts of {args.prompt}, {args.new} new tokens, greedy, float32")
+    print(f"  {'':12}{'tokens/s':>10}{'':20}{'ms/step':>10}{'start':>9}{'gpt2_flax':>11}")
+    seconds = {
+        variant: [time for result in results for time in result["seconds"]]
+        for variant, results in found.items()
+        if results
+    }
+    speeds = {variant: rows * args.new / statistics.median(times) for variant, times in seconds.items()}
+    for variant, times in seconds.items():
+        spread = f"({rows * args.new / max(times):,.0f} to {rows * args.new / min(times):,.0f})"
+        step = 1000 * statistics.median(times) / args.new
+        start = statistics.median(result["start"] for result in found[variant])
+        ratio = f"{speeds['gpt2_flax'] / speeds[variant]:.2f}x" if "gpt2_flax" in speeds else ""
+        print(f"  {variant:12}{speeds[variant]:10,.1f} {spread:19}{step:10.1f}{start:7.1f} s{ratio:>11}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="base", choices=SIZES, help="of the model (default: base)")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16], help="rows at once (default: 1 16)")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt (default: %(default)s)")
+    parser.add_argument("--new", type=int, default=128, help="new tokens of a row (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=21128, help="(default: %(default)s)")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="(default: all)")
+    parser.add_argument("--calls", type=int, default=3, help="measured in each round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="(default: %(default)s)")
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.task:
+        print(json.dumps(measure(Task(*json.loads(args.task)))))
+        return
+    for rows in args.batches:
+        compare(args, rows)
+
+
+if __name__ == "__main__":
+    main()

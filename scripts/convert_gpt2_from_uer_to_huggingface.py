@@ -1,0 +1,98 @@
+"""The command line by which GPT-2 models of UER-py become files for transformers, and an exact result.
+
+    python3 scripts/convert_gpt2_from_uer_to_huggingface.py --input_model_path models/gpt2.bin-250000 \
+        --output_model_path pytorch_model.bin --layers_num 12
+
+writes a state dict that `GPT2LMHeadModel.load_state_dict` takes. Where the script of that name in UER-py renames, this
+one also turns UER-py's layer norm into that of transformers: gains times sqrt((n - 1) / n), and layer_norm_epsilon 1e-7
+in config.json, which is written beside the output when none is there. The logits are compared before anything is
+written. `gpt2-flax convert` writes a complete folder instead: tokenizer, safetensors and model card too.
+
+The input may also be a run of this project: its folder, a checkpoint, or the name that UER-py would give to that.
+"""
+
+import io
+import json
+from pathlib import Path
+
+from uer_command_line import Flags, exit_code, named_model
+
+from gpt2_flax.checkpoint.huggingface import CONFIG, to_hf_config, to_state_dict
+from gpt2_flax.checkpoint.source import Source, load_source
+from gpt2_flax.checkpoint.tensor_files import MAX_CONFIG, read_json
+from gpt2_flax.checkpoint.uer import read_uer
+from gpt2_flax.errors import ExitCode, UserError, io_error
+from gpt2_flax.export.uer_file import compare_with_uer
+from gpt2_flax.folders import write_whole
+from gpt2_flax.text.tokenizer import load_tokenizer
+
+PUBLISHED_VOCABULARY = 21128  # google_zh_vocab.txt
+PUBLISHED_IDS = (101, 102, 0)  # its [CLS], [SEP] and [PAD]
+
+
+def main() -> None:
+    flags = Flags(__doc__, {})
+    flags.add_argument("--input_model_path", type=Path, default=Path("models/input_model.bin"))
+    flags.add_argument("--output_model_path", type=Path, default=Path("models/output_model.bin"))
+    flags.add_argument("--layers_num", type=int, help="compared with what the file holds")
+    flags.add_argument("--uer_config", type=Path, help="the model's UER-py config.json: heads, which files do not tell")
+    flags.add_argument("--vocab_path", type=Path, help="vocab.txt, for the ids in config.json; google_zh_vocab.txt's")
+    options = flags.parse(None)
+    convert(
+        named_model(options.input_model_path),
+        options.output_model_path,
+        options.layers_num,
+        options.uer_config,
+        options.vocab_path,
+    )
+
+
+def convert(path: Path, output: Path, layers: int | None, uer_config: Path | None, vocabulary: Path | None) -> None:
+    """Writes `output` whole or not at all, and config.json beside it unless one is there."""
+    try:
+        import torch
+    except ImportError:
+        fix = "run: pip install 'gpt2_flax[export]'"
+        raise UserError(ExitCode.USAGE, "torch is not installed", output, fix) from None
+    if path.is_file():
+        source = Source(f"UER-py file {path}", *read_uer(path, uer_config), Path())
+        print(f"{path}: {compare_with_uer(path, source)}")
+    else:
+        source = load_source(path)
+        vocabulary = vocabulary or source.tokenizer_folder
+    if layers not in (None, source.model.n_layer):
+        what = f"--layers_num is {layers} but there are {source.model.n_layer} layers"
+        raise UserError(ExitCode.USAGE, what, path, "leave --layers_num out, or give another file")
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in to_state_dict(source.weights).items()}
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]  # load_state_dict asks for it; stored once
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    try:
+        write_whole(output, buffer.getbuffer())
+        print(f"{output}: {len(tensors)} tensors for GPT2LMHeadModel.load_state_dict")
+        _write_config(output.parent / CONFIG, source, vocabulary)
+    except OSError as error:
+        raise io_error(error, output) from error
+
+
+def _write_config(path: Path, source: Source, vocabulary: Path | None) -> None:
+    epsilon = source.model.layer_norm_epsilon
+    if path.exists():
+        found = read_json(path, MAX_CONFIG).get("layer_norm_epsilon", 1e-5)
+        advice = "as it must be" if found == epsilon else f"but {epsilon:g} belongs to these weights: change it there"
+        print(f"{path}: kept, with layer_norm_epsilon {found}, {advice}")
+        return
+    if vocabulary is None and source.model.vocab_size == PUBLISHED_VOCABULARY:
+        ids = PUBLISHED_IDS
+    elif vocabulary is None:
+        ids = (None, None, None)
+        print(f"{path}: without ids of [CLS], [SEP] and [PAD]; --vocab_path vocab.txt tells them")
+    else:
+        tokenizer = load_tokenizer(vocabulary)
+        ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    write_whole(path, (json.dumps(to_hf_config(source.model, *ids), indent=2) + "\n").encode())
+    print(f"{path}: written, with layer_norm_epsilon {epsilon:g}, which belongs to these weights")
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))
