@@ -208,9 +208,9 @@ def test_a_run_on_two_datasets_learns_and_goes_on_with_the_same_bits(config, wei
     source = load_source(Path(config.output))
     found = evaluate_source(source, None, None, n_rows=16, n_batches=1, options=DEFAULT_OPTIONS)
     assert found.loss == pytest.approx(whole[6]["validation/loss"], rel=1e-6)
-    facts = _run_facts(source, source.config)
-    datasets = Mixture(weights).datasets.values()
-    assert facts["tokens"] == sum(dataset.train.n_tokens for dataset in datasets)
+    datasets = Mixture(weights).datasets
+    facts = _run_facts(source, source.config, datasets)
+    assert facts["tokens"] == sum(dataset.train.n_tokens for dataset in datasets.values())
     card = model_card(CardFacts("a model", source.model, wordpiece=True, **facts))
     assert "75.0% `dataset`, 25.0% `dataset`" in card
 
