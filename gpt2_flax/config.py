@@ -36,6 +36,9 @@ class ModelConfig(Section):
     initializer: Literal["gpt2", "uer"] = Field(
         "gpt2", description="gpt2: residual projections over sqrt(2 n_layer), biases 0; uer: one deviation, biases too"
     )
+    tie_word_embeddings: bool = Field(
+        True, description="the head is the token embedding; false: it has as many numbers of its own"
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="type of activations; parameters, softmax and loss stay float32"
     )
@@ -62,13 +65,19 @@ class ModelConfig(Section):
 
     @property
     def parameters(self) -> int:
-        """Number of parameters; the head is the token embedding."""
+        """Number of parameters; a head that is the token embedding is counted once."""
         block = 12 * self.n_embd**2 + 13 * self.n_embd
-        return (self.vocab_size + self.n_positions + 2) * self.n_embd + self.n_layer * block
+        return self.embedding_parameters + 2 * self.n_embd + self.n_layer * block
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Those of `parameters` in token and position embeddings and in a head of its own."""
+        tables = 1 if self.tie_word_embeddings else 2
+        return (tables * self.vocab_size + self.n_positions) * self.n_embd
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding in memory and checkpoints: a multiple of 128 tiles and shards well on every device.
+        """Rows of embedding and head in memory and checkpoints: a multiple of 128 tiles and shards well everywhere.
 
         The rows past `vocab_size` are zero, get no probability and never leave the program.
         """
@@ -143,7 +152,7 @@ class OptimizerConfig(Section):
     b2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices; not of biases and layer norms")
-    decay_embeddings: bool = Field(False, description="decay token and position embeddings like matrices")
+    decay_embeddings: bool = Field(False, description="decay embeddings, and a head of its own, like matrices")
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are scaled down to this global norm; 0 turns it off")
 
     @model_validator(mode="before")

@@ -1,8 +1,14 @@
 """Measures generation of GPT-2 against `transformers` in PyTorch, on the same machine in one run.
 
 Each variant runs in a process of its own, in turn, round after round, so that a machine that slows down slows all down.
-All do the same: read prompts of equal length and add tokens greedily with a cache of keys and values, in float32, none
-stopping early. Weights are drawn at random: how fast a model is does not depend on what it has learned.
+All do the same: read prompts of equal length and add tokens with a cache of keys and values, in float32, none stopping
+early. Weights are drawn at random. Greedily such a model soon says the same over and over, as small models do that have
+learned something, and gpt2_flax foresees that (inference/drafts.py); drawn texts never repeat anything, so that there
+is nothing to foresee: what other texts take lies between these two.
+
+    gpt2_flax      this project
+    torch          `generate` of transformers
+    torch_lookup   the same with prompt_lookup_num_tokens=7, for one row
 
     tokens/s   new tokens of all rows over the time of a call, prompts included; in brackets slowest and fastest call
     ms/step    the time of a call over the new tokens of a row
@@ -27,13 +33,15 @@ SIZES = {  # layers, width, heads
     "medium": (24, 1024, 16),
     "large": (36, 1280, 20),
 }
-VARIANTS = ("gpt2_flax", "torch")
+VARIANTS = ("gpt2_flax", "torch", "torch_lookup")
+MODES = ("greedy", "drawn")
 
 
 class Task(NamedTuple):
     """What a process measures."""
 
     variant: str
+    mode: str
     size: str
     rows: int
     prompt: int
@@ -67,20 +75,20 @@ def ours(task: Task) -> Callable[[], int]:
     from flax import nnx
 
     from gpt2_flax.config import ModelConfig
-    from gpt2_flax.inference.decode import generate, model_blocks
+    from gpt2_flax.inference.decode import generate
     from gpt2_flax.inference.sampling import Sampling
+    from gpt2_flax.model.decoding import decoder_of
     from gpt2_flax.model.gpt2 import GPT2
 
     n_layer, n_embd, n_head = SIZES[task.size]
     sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_positions": 1024}
     config = ModelConfig(vocab_size=task.vocab_size, **sizes, dtype="float32")
-    model = jax.jit(lambda: GPT2(config, rngs=nnx.Rngs(0)))()
-    blocks = model_blocks(model)
+    decoder = decoder_of(jax.jit(lambda: GPT2(config, rngs=nnx.Rngs(0)))())
     prompts = np.random.default_rng(0).integers(task.vocab_size, size=(task.rows, task.prompt)).tolist()
     never = -1  # no token ends a text
 
     def call() -> int:
-        rows = generate(model, prompts, never, task.new, Sampling(temperature=0.0), blocks=blocks)
+        rows = generate(decoder, prompts, never, task.new, Sampling(temperature=float(task.mode == "drawn")))
         assert all(len(row) == task.new for row in rows)
         return len(rows)
 
@@ -96,7 +104,10 @@ def theirs(task: Task) -> Callable[[], int]:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=task.vocab_size, **sizes, bos_token_id=1, eos_token_id=None)).eval()
     ids_BT = torch.randint(task.vocab_size, (task.rows, task.prompt))
-    options = {"do_sample": False, "max_new_tokens": task.new, "pad_token_id": 0, "eos_token_id": None}
+    options = {"max_new_tokens": task.new, "pad_token_id": 0, "eos_token_id": None}
+    options |= {"do_sample": task.mode == "drawn", "top_k": 0 if task.mode == "drawn" else None}
+    if task.variant == "torch_lookup":
+        options["prompt_lookup_num_tokens"] = 7
 
     def call() -> int:
         with torch.inference_mode():
@@ -117,16 +128,17 @@ def run_apart(task: Task) -> dict | None:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(args: argparse.Namespace, rows: int) -> None:
+def compare(args: argparse.Namespace, rows: int, mode: str) -> None:
     """Prints the variants' speeds at one size of batch."""
-    found: dict[str, list[dict]] = {variant: [] for variant in args.variants}
+    variants = [variant for variant in args.variants if rows == 1 or variant != "torch_lookup"]
+    found: dict[str, list[dict]] = {variant: [] for variant in variants}
     for _ in range(args.rounds):
         for variant, results in found.items():
-            task = Task(variant, args.size, rows, args.prompt, args.new, args.vocab_size, args.calls)
+            task = Task(variant, mode, args.size, rows, args.prompt, args.new, args.vocab_size, args.calls)
             if (result := run_apart(task)) is not None:
                 results.append(result)
-    print(f"\n{args.size}, batch {rows}, prompts of {args.prompt}, {args.new} new tokens, greedy, float32")
-    print(f"  {'':12}{'tokens/s':>10}{'':20}{'ms/step':>10}{'start':>9}{'gpt2_flax':>11}")
+    print(f"\n{args.size}, batch {rows}, prompts of {args.prompt}, {args.new} new tokens, {mode}, float32")
+    print(f"  {'':14}{'tokens/s':>10}{'':20}{'ms/step':>10}{'start':>9}{'gpt2_flax':>11}")
     seconds = {
         variant: [time for result in results for time in result["seconds"]]
         for variant, results in found.items()
@@ -138,7 +150,7 @@ def compare(args: argparse.Namespace, rows: int) -> None:
         step = 1000 * statistics.median(times) / args.new
         start = statistics.median(result["start"] for result in found[variant])
         ratio = f"{speeds['gpt2_flax'] / speeds[variant]:.2f}x" if "gpt2_flax" in speeds else ""
-        print(f"  {variant:12}{speeds[variant]:10,.1f} {spread:19}{step:10.1f}{start:7.1f} s{ratio:>11}", flush=True)
+        print(f"  {variant:14}{speeds[variant]:10,.1f} {spread:19}{step:10.1f}{start:7.1f} s{ratio:>11}", flush=True)
 
 
 def main() -> None:
@@ -149,6 +161,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="new tokens of a row (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=21128, help="(default: %(default)s)")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="(default: all)")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, help="(default: all)")
     parser.add_argument("--calls", type=int, default=3, help="measured in each round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--task", help=argparse.SUPPRESS)
@@ -157,7 +170,8 @@ def main() -> None:
         print(json.dumps(measure(Task(*json.loads(args.task)))))
         return
     for rows in args.batches:
-        compare(args, rows)
+        for mode in args.modes:
+            compare(args, rows, mode)
 
 
 if __name__ == "__main__":

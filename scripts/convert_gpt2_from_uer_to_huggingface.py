@@ -64,7 +64,8 @@ def convert(path: Path, output: Path, layers: int | None, uer_config: Path | Non
         what = f"--layers_num is {layers} but there are {source.model.n_layer} layers"
         raise UserError(ExitCode.USAGE, what, path, "leave --layers_num out, or give another file")
     tensors = {name: torch.from_numpy(array.copy()) for name, array in to_state_dict(source.weights).items()}
-    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]  # load_state_dict asks for it; stored once
+    # load_state_dict asks for a head; one that is the embedding is stored once.
+    tensors.setdefault("lm_head.weight", tensors["transformer.wte.weight"])
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
     try:

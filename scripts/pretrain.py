@@ -190,7 +190,7 @@ def _model(options: argparse.Namespace) -> dict[str, Any]:
     for name in ("hidden_size", "layers_num", "heads_num"):
         if name not in values:
             raise UserError(ExitCode.DATA, f"no {name}", options.config_path, "give UER-py's models/gpt2/config.json")
-    return model_values(values, options.config_path)
+    return {"tie_word_embeddings": False} | model_values(values, options.config_path)  # UER-py's default
 
 
 def _seq_length(options: argparse.Namespace) -> int:

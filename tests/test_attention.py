@@ -126,7 +126,7 @@ def test_the_future_and_other_documents_are_not_seen(monkeypatch):
 def test_attention_with_a_mask_equals_float64():
     q, k, v, d_out, segments = draw(3, 9, 2, 4)
     mask = np.tril(np.ones((9, 9), bool)) & (segments[:, :, None] == segments[:, None])
-    found = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+    found = attention(q, jnp.einsum("BSHK->BHKS", k), v.swapaxes(1, 2), mask)
     np.testing.assert_allclose(found, reference(q, k, v, d_out, segments)[0], rtol=1e-5, atol=1e-6)
 
 

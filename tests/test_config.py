@@ -24,6 +24,7 @@ KEYS = [
     "model.layer_norm_epsilon",
     "model.initializer_range",
     "model.initializer",
+    "model.tie_word_embeddings",
     "model.dtype",
     "model.attend_across_documents",
     "model.attention",

@@ -1,8 +1,10 @@
 """A run is published with what is known of it, and proved on its own texts."""
 
 import dataclasses
+import json
 import re
 import runpy
+import shlex
 import shutil
 from pathlib import Path
 
@@ -155,10 +157,28 @@ def test_the_code_of_the_card_runs_in_the_folder(source, tmp_path, monkeypatch, 
     assert ("model.gguf" in text) == (format == "gguf")
 
 
-def test_a_shell_command_of_the_card_holds_its_prompt_as_one_word(source):
-    card = model_card(CardFacts("a model", source.model, wordpiece=True, prompt="it's $HOME", gguf=True))
-    assert "-p 'it'\"'\"'s $HOME'\n```" in card
-    assert "It puts `[SEP]` behind a prompt" in card
+@pytest.mark.parametrize("prompt", ["it's $HOME", 'a "word" \\ 这是'])
+def test_a_shell_command_of_the_card_holds_its_prompt_as_one_word(source, prompt):
+    card = model_card(CardFacts("a model", source.model, wordpiece=False, prompt=prompt, gguf=True))
+    arguments = shlex.split(re.search("^llama-completion .*", card, re.MULTILINE)[0])
+    assert arguments[-2:] == ["-p", prompt]
+    card = model_card(CardFacts("a model", source.model, wordpiece=True, bos_id=2, prompt=prompt, gguf=True))
+    arguments = shlex.split(re.search("^curl .*", card, re.MULTILINE)[0])
+    assert json.loads(arguments[-1])["prompt"] == [2, prompt]
+
+
+def test_the_card_says_what_llama_cpp_does_otherwise(source, tmp_path):
+    pytest.importorskip("gguf")
+    publish(source, tmp_path / "out", format="gguf", name="A model")
+    text = card_of(tmp_path / "out")[1]
+    assert "puts `[SEP]`, the end of a document, behind a prompt that is a text" in text
+    assert f"{load_tokenizer(source.tokenizer_folder).bos_id} is `[CLS]`" in text
+    sizes = ((256, False), (1024, False), (100, True))
+    for n_positions, warned in sizes:  # llama.cpp ends with an assertion at a last position that is no multiple of 256
+        model = source.model.model_copy(update={"n_positions": n_positions})
+        card = model_card(CardFacts("a model", model, wordpiece=False, gguf=True))
+        assert (f"The model has {n_positions} positions" in card) == warned
+        assert f"-n {min(100, n_positions // 2)} " in card
 
 
 # What generates otherwise, or reads texts otherwise, is not published
@@ -236,3 +256,9 @@ def test_texts_that_hold_names_of_special_tokens_are_compared_as_text(tmp_path, 
     theirs = transformers.AutoTokenizer.from_pretrained(Path(tmp_path / "tokenizer"))
     texts = [*verify._TEXTS, "这是[SEP]之前的[CLS]"]
     assert verify._compare_tokenizers(load_tokenizer(tokenizer_folder), theirs, texts, tmp_path) == 0
+
+
+def test_a_vocabulary_of_one_token_goes_on_with_it():
+    continuations, leads = verify._continue(lambda tokens_BT: np.zeros((*tokens_BT.shape, 1)), [[0], [0, 0]], 6, 3, 0)
+    assert continuations == [[0], [0]]
+    assert leads == [[0.0] * 3] * 2

@@ -17,9 +17,10 @@ from gpt2_flax.data.token_dataset import TokenDataset
 from gpt2_flax.data.units import in_validation
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export.transformers_folder import export_folder
-from gpt2_flax.inference.decode import generate, generate_one, model_blocks
+from gpt2_flax.inference.decode import generate, generate_one
 from gpt2_flax.inference.evaluate import Evaluation, evaluate
 from gpt2_flax.inference.sampling import Sampling
+from gpt2_flax.model.decoding import decoder_of
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.parallel.mesh import make_mesh
 from gpt2_flax.text.tokenizer import load_tokenizer
@@ -36,6 +37,11 @@ def model(tokenizer_folder):
     sizes = {"vocab_size": vocab_size, "n_positions": 32, "n_layer": 2, "n_head": 2, "n_embd": 32}
     config = ModelConfig(**sizes, **dropouts, initializer_range=0.6, dtype="float32")
     return jax.jit(lambda: GPT2(config, rngs=nnx.Rngs(1)))()
+
+
+@pytest.fixture(scope="module")
+def decoder(model):
+    return decoder_of(model)
 
 
 @pytest.fixture(scope="module")
@@ -63,58 +69,57 @@ def their_greedy(theirs, prompt, n_new, **options):
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
-def test_greedy_text_is_that_of_transformers_token_for_token(model, theirs, prompts, penalty):
-    ours = generate(model, prompts, NO_END, 20, Sampling(temperature=0.0, repetition_penalty=penalty))
+def test_greedy_text_is_that_of_transformers_token_for_token(decoder, theirs, prompts, penalty):
+    ours = generate(decoder, prompts, NO_END, 20, Sampling(temperature=0.0, repetition_penalty=penalty))
     assert ours == [their_greedy(theirs, prompt, 20, repetition_penalty=penalty) for prompt in prompts]
     assert min(len(set(row)) for row in ours) > 3  # else the comparison would say little
 
 
-def test_fifty_prompts_go_on_as_in_transformers_together_and_alone(model, theirs):
+def test_fifty_prompts_go_on_as_in_transformers_together_and_alone(model, decoder, theirs):
     draw = np.random.default_rng(1)
     prompts = [draw.integers(5, model.cfg.vocab_size, 1 + number % 20).tolist() for number in range(50)]
     expected = [their_greedy(theirs, prompt, 12) for prompt in prompts]
-    assert generate(model, prompts, NO_END, 12, GREEDY) == expected
-    blocks = model_blocks(model)
-    alone = [generate(model, [prompt], NO_END, 12, GREEDY, blocks=blocks)[0] for prompt in prompts]
+    assert generate(decoder, prompts, NO_END, 12, GREEDY) == expected
+    alone = [generate(decoder, [prompt], NO_END, 12, GREEDY)[0] for prompt in prompts]
     assert alone == expected
-    assert [list(generate_one(model, blocks, prompt, NO_END, 12, GREEDY, 0)) for prompt in prompts[::10]] == expected[
-        ::10
-    ]
+    assert [list(generate_one(decoder, prompt, NO_END, 12, GREEDY, 0)) for prompt in prompts[::10]] == expected[::10]
     assert len({tuple(row) for row in expected}) > 40
 
 
-def test_rows_of_a_batch_do_not_know_of_each_other(model, prompts):
-    together = generate(model, prompts, NO_END, 20, GREEDY)
-    assert generate(model, prompts[::-1], NO_END, 20, GREEDY) == together[::-1]
-    assert generate(model, prompts[3:], NO_END, 20, GREEDY) == together[3:]
+def test_rows_of_a_batch_do_not_know_of_each_other(decoder, prompts):
+    together = generate(decoder, prompts, NO_END, 20, GREEDY)
+    assert generate(decoder, prompts[::-1], NO_END, 20, GREEDY) == together[::-1]
+    assert generate(decoder, prompts[3:], NO_END, 20, GREEDY) == together[3:]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(top_k=1), Sampling(top_p=0.0), Sampling(temperature=1e-45)])
-def test_the_narrowest_sampling_is_greedy(model, prompts, sampling):
-    assert generate(model, prompts, NO_END, 20, sampling, seed=5) == generate(model, prompts, NO_END, 20, GREEDY)
+def test_the_narrowest_sampling_is_greedy(decoder, prompts, sampling):
+    assert generate(decoder, prompts, NO_END, 20, sampling, seed=5) == generate(decoder, prompts, NO_END, 20, GREEDY)
 
 
-def test_same_seed_same_text_and_other_seed_other_text(model, prompts):
-    first, again, other = (generate(model, prompts, NO_END, 20, Sampling(), seed) for seed in (2**32 - 1, 2**32 - 1, 0))
+def test_same_seed_same_text_and_other_seed_other_text(decoder, prompts):
+    first, again, other = (
+        generate(decoder, prompts, NO_END, 20, Sampling(), seed) for seed in (2**32 - 1, 2**32 - 1, 0)
+    )
     assert first == again
     assert all(mine != theirs for mine, theirs in zip(first, other, strict=True))
-    assert len({tuple(row) for row in generate(model, [prompts[1]] * 3, NO_END, 20)}) == 3  # equal prompts may differ
+    assert len({tuple(row) for row in generate(decoder, [prompts[1]] * 3, NO_END, 20)}) == 3  # equal prompts may differ
 
 
-def test_text_ends_at_eos_and_leaves_it_out(model, prompts):
-    whole = generate(model, prompts, NO_END, 20, GREEDY)
+def test_text_ends_at_eos_and_leaves_it_out(decoder, prompts):
+    whole = generate(decoder, prompts, NO_END, 20, GREEDY)
     eos_id = whole[1][4]
     cut = [row[: row.index(eos_id)] if eos_id in row else row for row in whole]
-    assert generate(model, prompts, eos_id, 20, GREEDY) == cut
+    assert generate(decoder, prompts, eos_id, 20, GREEDY) == cut
     assert len({len(row) for row in cut}) > 1
 
 
-def test_text_ends_with_the_last_position_and_a_longer_prompt_is_refused(model):
+def test_text_ends_with_the_last_position_and_a_longer_prompt_is_refused(model, decoder):
     n_positions = model.cfg.n_positions
-    rows = generate(model, [[7] * (n_positions - 3), [8]], NO_END, 20, GREEDY)
+    rows = generate(decoder, [[7] * (n_positions - 3), [8]], NO_END, 20, GREEDY)
     assert [len(row) for row in rows] == [3, 20]  # the shorter one goes on
     with pytest.raises(UserError, match=f"prompt of {n_positions} tokens leaves no room") as refused:
-        generate(model, [[7] * n_positions], NO_END, 1)
+        generate(decoder, [[7] * n_positions], NO_END, 1)
     assert refused.value.exit_code == ExitCode.DATA
 
 

@@ -14,9 +14,9 @@ from gpt2_flax.inference.sampling import History, Sampling, allowed_logits, choo
 VOCABULARY, WIDTH = 60, 40
 
 
-def filtered(logits_BV, tokens_BT, sampling, padding=0):
-    """Returns what is drawn from, after `padding` columns that are no tokens."""
-    history = history_of(tokens_BT, padding)
+def filtered(logits_BV, tokens_BT, sampling):
+    """Returns what is drawn from after `tokens_BT`."""
+    history = history_of(tokens_BT)
     return np.asarray(_filtered(logits_BV, history, sampling.arrays(logits_BV.shape[1])))
 
 
@@ -25,13 +25,13 @@ def _filtered(logits_BV, history, arrays):
     return likely_logits(allowed_logits(logits_BV, history, arrays), arrays)
 
 
-def history_of(tokens_BT, padding=0):
+def history_of(tokens_BT):
     n_rows, length = tokens_BT.shape
     tokens_BS = np.full((n_rows, WIDTH), 7, np.int32)
-    tokens_BS[:, padding : padding + length] = tokens_BT
+    tokens_BS[:, :length] = tokens_BT
     seen_BV = np.zeros((n_rows, VOCABULARY), bool)
     np.put_along_axis(seen_BV, tokens_BT, True, 1)
-    return History(tokens_BS, np.full(n_rows, padding, np.int32), np.int32(padding + length), seen_BV)
+    return History(tokens_BS, np.full(n_rows, length, np.int32), seen_BV)
 
 
 def their_filtered(logits_BV, tokens_BT, sampling):
@@ -80,10 +80,9 @@ def test_filters_are_those_of_transformers(sampling):
     logits_BV = draw.normal(size=(200, VOCABULARY), scale=np.linspace(0.1, 8, 200)[:, None]).astype(np.float32)
     tokens_BT = draw.integers(0, 6 if sampling.no_repeat_ngram > 1 else VOCABULARY, (200, 15))
     expected_BV = their_filtered(logits_BV, tokens_BT, sampling)
-    for padding in (0, 5):
-        found_BV = filtered(logits_BV, tokens_BT, sampling, padding)
-        np.testing.assert_array_equal(np.isfinite(found_BV), np.isfinite(expected_BV))
-        np.testing.assert_allclose(found_BV, expected_BV, rtol=1e-6)
+    found_BV = filtered(logits_BV, tokens_BT, sampling)
+    np.testing.assert_array_equal(np.isfinite(found_BV), np.isfinite(expected_BV))
+    np.testing.assert_allclose(found_BV, expected_BV, rtol=1e-6)
     if sampling.no_repeat_ngram or sampling.banned:
         assert np.isinf(found_BV).any()
 
@@ -101,14 +100,13 @@ def test_filters_are_those_of_transformers(sampling):
     ),
     st.integers(0, 2**32 - 1),
     st.integers(1, 16),
-    st.integers(0, 20),
 )
-def test_any_sampling_filters_as_transformers_do(sampling, seed, length, padding):
+def test_any_sampling_filters_as_transformers_do(sampling, seed, length):
     draw = np.random.default_rng(seed)
     logits_BV = draw.normal(size=(3, VOCABULARY), scale=draw.uniform(0.1, 5)).astype(np.float32)
     tokens_BT = draw.integers(0, draw.choice([3, VOCABULARY]), (3, length))
     found_BV, expected_BV = (
-        filtered(logits_BV, tokens_BT, sampling, padding),
+        filtered(logits_BV, tokens_BT, sampling),
         their_filtered(logits_BV, tokens_BT, sampling),
     )
     # Sums of probabilities round differently: a token right at the border may go or stay.
@@ -129,7 +127,7 @@ def test_top_k_keeps_the_k_likeliest_and_equal_ones_with_them(seed, top_k, ties)
 def test_tokens_are_drawn_as_often_as_their_probability_says():
     logits_V, n = np.log(np.array([0.5, 0.2, 0.15, 0.1, 0.05], np.float32)), 20_000
     arrays = Sampling(temperature=0.5, top_k=4, top_p=0.95).arrays(5)
-    history = History(np.zeros((n, 1), np.int32), np.zeros(n, np.int32), np.int32(1), np.zeros((n, 5), bool))
+    history = History(np.zeros((n, 1), np.int32), np.ones(n, np.int32), np.zeros((n, 5), bool))
     keys_B = jax.random.split(jax.random.key(0), n)
     counts = np.bincount(jax.jit(choose)(jnp.tile(logits_V, (n, 1)), history, arrays, keys_B, 0), minlength=5)
     # Squared and shared out: 0.25, 0.04, 0.0225 and 0.01, of which the first three hold more than 0.95.

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from gpt2_flax.checkpoint.source import Source
-from gpt2_flax.checkpoint.weights import weights_of
+from gpt2_flax.checkpoint.weights import model_from_weights, weights_of
 from gpt2_flax.cli import app
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
@@ -111,7 +111,7 @@ def test_programs_serve_all_prompts_and_samplings_that_fit(generator):
 
 def test_tokens_without_text_are_never_chosen_unless_asked_for(tokenizer_folder):
     generator = Generator(source_of(tokenizer_folder, surplus=7))
-    tokenizer, vocab_size = generator.tokenizer, generator.model.cfg.vocab_size
+    tokenizer, vocab_size = generator.tokenizer, generator.decoder.cfg.vocab_size
     special = {tokenizer.unk_id, tokenizer.pad_id, tokenizer.bos_id}
     silent = special | set(range(tokenizer.vocab_size, vocab_size))
     assert set(with_text_only(Sampling(), tokenizer, vocab_size).banned) == silent
@@ -211,12 +211,13 @@ def test_prompts_may_come_from_standard_input(folder, capsys, monkeypatch):
     assert [line[0] for line in out.splitlines()] == ["好", "人"]
 
 
-def test_prompts_of_any_length_are_read_alike(generator):
+def test_prompts_of_any_length_are_read_alike(source, generator):
     """Programs are padded to a few lengths: what a prompt says does not depend on how much of it is padding."""
-    model, draw = generator.model, np.random.default_rng(0)
-    ids = draw.integers(5, model.cfg.vocab_size, 47).tolist()
+    decoder, draw = generator.decoder, np.random.default_rng(0)
+    model = model_from_weights(source.model, source.weights)
+    ids = draw.integers(5, decoder.cfg.vocab_size, 47).tolist()
     for length in (1, 15, 16, 17, 33, 47):
-        (alone,) = decode.generate(model, [ids[:length]], -1, 1, Sampling(temperature=0.0))
-        beside = decode.generate(model, [ids[:length], ids[:40]], -1, 1, Sampling(temperature=0.0))[0]
+        (alone,) = decode.generate(decoder, [ids[:length]], -1, 1, Sampling(temperature=0.0))
+        beside = decode.generate(decoder, [ids[:length], ids[:40]], -1, 1, Sampling(temperature=0.0))[0]
         expected = model(np.array([ids[:length]], np.int32))[0, -1].argmax()
         assert alone == beside == [expected]

@@ -26,6 +26,7 @@ def configs(draw):
     heads, size = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     sizes = {field: draw(st.integers(1, 9)) for field in ("vocab_size", "n_positions", "n_layer")}
     rates = {field: draw(st.sampled_from([0.0, 0.1])) for field in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
+    rates["tie_word_embeddings"] = draw(st.booleans())
     return ModelConfig(**sizes, **rates, n_head=heads, n_embd=heads * size, layer_norm_epsilon=draw(st.floats(1e-9, 1)))
 
 
@@ -34,7 +35,7 @@ def configs(draw):
 def test_names_and_config_round_trip_exactly(config):
     weights = random_weights(config)
     state_dict = to_state_dict(weights)
-    assert len(state_dict) == 4 + 12 * config.n_layer
+    assert len(state_dict) == 4 + 12 * config.n_layer + (not config.tie_word_embeddings)
     assert all(array.flags.c_contiguous and array.ndim <= 2 for array in state_dict.values())
     assert_same(from_state_dict(state_dict, config), weights)
     values = json.loads(json.dumps(to_hf_config(config, 1, 2, None)))
@@ -48,24 +49,25 @@ def test_names_may_lack_the_prefix_and_masks_are_left_out():
     assert_same(from_state_dict(state_dict, CONFIG), weights)
 
 
-def test_a_stored_head_must_equal_the_embedding():
+def test_a_stored_head_must_equal_the_embedding_if_it_is_tied():
     weights = random_weights(CONFIG)
     state_dict = to_state_dict(weights)
     tied = state_dict | {"lm_head.weight": state_dict["transformer.wte.weight"].copy()}
     assert_same(from_state_dict(tied, CONFIG), weights)
-    with pytest.raises(UserError, match="untied heads are not supported"):
+    with pytest.raises(UserError, match=r"is true but lm_head\.weight differs from wte\.weight by up to 1\.0e\+00"):
         from_state_dict(tied | {"lm_head.weight": tied["lm_head.weight"] + 1}, CONFIG)
 
 
-def test_a_config_that_unties_the_head_is_taken_when_the_head_is_the_embedding(tmp_path):
+def test_a_head_is_its_own_if_the_config_says_so_whatever_its_numbers(tmp_path):
     folder = write_folder(tmp_path, tie_word_embeddings=False)
     with pytest.raises(UserError, match=r"tie_word_embeddings is false but lm_head\.weight is missing"):
         read_folder(folder)
-    state_dict = to_state_dict(random_weights(CONFIG))
-    save_file(
-        state_dict | {"lm_head.weight": state_dict["transformer.wte.weight"].copy()}, folder / "model.safetensors"
-    )
-    assert_same(read_folder(folder)[1], random_weights(CONFIG))
+    weights = random_weights(CONFIG)
+    weights["lm_head/embedding"] = weights["wte/embedding"].copy()
+    save_file(to_state_dict(weights), folder / "model.safetensors")
+    config, found = read_folder(folder)
+    assert not config.tie_word_embeddings
+    assert_same(found, weights)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -93,30 +95,35 @@ def test_all_misfits_are_counted_and_the_first_five_named_with_shapes():
 # What transformers says of the same weights
 
 
-def test_loss_and_gradients_equal_those_of_transformers():
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_loss_and_gradients_equal_those_of_transformers(tied):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     import jax
     import jax.numpy as jnp
 
     from gpt2_flax.checkpoint.weights import model_from_weights, weights_of
 
-    weights = random_weights(CONFIG)
+    config = CONFIG.model_copy(update={"tie_word_embeddings": tied})
+    weights = random_weights(config)
     tokens_BT = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (3, CONFIG.n_positions))
 
     def mean_loss(model):
-        log_probs_BTV = jax.nn.log_softmax(model(jnp.asarray(tokens_BT)))
-        return -jnp.take_along_axis(log_probs_BTV[:, :-1], tokens_BT[:, 1:, None], -1).mean()
+        logits_BTV = model(jnp.asarray(tokens_BT))
+        log_probs_BTV = jax.nn.log_softmax(logits_BTV)
+        return -jnp.take_along_axis(log_probs_BTV[:, :-1], tokens_BT[:, 1:, None], -1).mean(), logits_BTV
 
-    loss, gradient = jax.jit(jax.value_and_grad(mean_loss))(model_from_weights(CONFIG, weights))
+    model = model_from_weights(config, weights)
+    (loss, logits_BTV), gradient = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))(model)
 
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**to_hf_config(CONFIG, 1, 2, 0))).eval()
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**to_hf_config(config, 1, 2, 0))).eval()
     state_dict = {name: torch.from_numpy(array) for name, array in to_state_dict(weights).items()}
     missing, unexpected = theirs.load_state_dict(state_dict, strict=False)
-    assert (missing, unexpected) == (["lm_head.weight"], [])
-    their_loss = theirs(torch.from_numpy(tokens_BT), labels=torch.from_numpy(tokens_BT)).loss
-    their_loss.backward()
+    assert (missing, unexpected) == (["lm_head.weight"] if tied else [], [])
+    their_output = theirs(torch.from_numpy(tokens_BT), labels=torch.from_numpy(tokens_BT))
+    their_output.loss.backward()
 
-    np.testing.assert_allclose(loss, their_loss.item(), rtol=1e-5)
+    np.testing.assert_allclose(logits_BTV, their_output.logits.detach().numpy(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(loss, their_output.loss.item(), rtol=1e-5)
     our_gradients = to_state_dict(weights_of(gradient))
     their_gradients = {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()}
     assert our_gradients.keys() == their_gradients.keys()

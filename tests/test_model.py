@@ -1,5 +1,3 @@
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +5,12 @@ import pytest
 from flax import nnx
 
 from gpt2_flax.checkpoint.weights import model_from_weights, weights_of
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config import MeshConfig, ModelConfig
 from gpt2_flax.data.packing import IGNORE
-from gpt2_flax.model.gpt2 import GPT2, Cache
+from gpt2_flax.model.decoding import Cache, decoder_of
+from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.model.loss import cross_entropy
+from gpt2_flax.parallel.mesh import make_mesh
 
 CFG = ModelConfig(vocab_size=64, n_positions=16, n_layer=2, n_head=2, n_embd=16, dtype="float32")
 TOKENS_BT = np.random.default_rng(0).integers(0, 64, (4, 16)).astype(np.int32)
@@ -116,16 +116,23 @@ def test_weights_round_trip_exactly(model):
         np.testing.assert_array_equal(array, again[path])
 
 
-@pytest.mark.parametrize(("first", "padding"), [(1, [0, 0]), (6, [0, 5]), (9, [3, 1])])
-def test_decoding_with_a_cache_gives_the_logits_of_the_whole_sequence(model, first, padding):
-    length, decode = 12, jax.jit(GPT2.decode)
-    first_column_B = np.array(padding)
-    tokens_BT = np.where(np.arange(length) < first_column_B[:, None], 0, TOKENS_BT[:2, :length])
-    cache = Cache.empty(CFG, 2, 16)
-    bounds = [0, first, *range(first + 1, length + 1)]
-    for start, stop in itertools.pairwise(bounds):
-        positions_BT = np.maximum(np.arange(start, stop) - first_column_B[:, None], 0)
-        logits_BV, cache = decode(model, tokens_BT[:, start:stop], positions_BT, first_column_B, cache)
-    for row, columns in enumerate(padding):
-        whole_TV = run(model, tokens_BT[row : row + 1, columns:])[0]
-        np.testing.assert_allclose(logits_BV[row], whole_TV[-1], atol=1e-5)
+@pytest.mark.parametrize("layers", ["apart", "as they lie"])
+def test_decoding_with_a_cache_gives_the_logits_of_the_whole_sequence(model, layers):
+    """Rows read prompts of 6 and 1 tokens, padded, then two steps of 3, of which the second row takes back one."""
+    decoder = decoder_of(model)
+    if layers == "as they lie":
+        with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+            decoder = decoder_of(model)
+    decode = jax.jit(lambda tokens_BT, first_B, cache: decoder(tokens_BT, first_B, cache))
+    whole_BTV = run(model, TOKENS_BT[:2])
+    prompts_BT = np.array([TOKENS_BT[0, :6], [*TOKENS_BT[1, :1], 3, 3, 3, 3, 3]])
+    x_BTD, cache = decode(prompts_BT, np.array([0, 0]), Cache.empty(CFG, 2, 16))
+    logits_BTV = decoder.logits(x_BTD)
+    np.testing.assert_allclose(logits_BTV[0], whole_BTV[0, :6], atol=1e-5)
+    np.testing.assert_allclose(logits_BTV[1, 0], whole_BTV[1, 0], atol=1e-5)
+    for first_B in ([6, 1], [9, 3]):
+        tokens_BT = np.stack([TOKENS_BT[row, first : first + 3] for row, first in enumerate(first_B)])
+        x_BTD, cache = decode(tokens_BT, np.array(first_B), cache)
+        for row, first in enumerate(first_B):
+            found_TV = decoder.logits(x_BTD)[row]
+            np.testing.assert_allclose(found_TV, whole_BTV[row, first : first + 3], atol=1e-5)

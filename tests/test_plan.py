@@ -68,6 +68,11 @@ def test_parameters_are_those_of_the_published_models(layers, heads, width, voca
     assert counts.in_embeddings == (vocabulary + 1024) * width
     per_block = 4 * width + 3 * width * width + 3 * width + width * width + width + 8 * width * width + 5 * width
     assert counts.in_blocks == layers * per_block == parameters - counts.in_embeddings - 2 * width
+    more = vocabulary * width
+    sizes["tie_word_embeddings"] = "false"
+    untied = figures(published(1, *(f"model.{key}={value}" for key, value in sizes.items())), None)
+    assert (untied.parameters, untied.in_embeddings) == (counts.parameters + more, counts.in_embeddings + more)
+    assert (untied.in_blocks, untied.flops_per_token) == (counts.in_blocks, counts.flops_per_token)
 
 
 def test_tokens_and_arithmetic_of_the_published_schedule():

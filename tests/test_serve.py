@@ -65,7 +65,7 @@ def serving(generator, limits=LIMITS):
     with listen("127.0.0.1", 0) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         port = listener.getsockname()[1]
-        server = make_server(generator, About("tiny", 1234, generator.model.cfg.n_positions, 7, 0), listener, limits)
+        server = make_server(generator, About("tiny", 1234, generator.decoder.cfg.n_positions, 7, 0), listener, limits)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:
@@ -314,7 +314,7 @@ class Gated:
 
     def __init__(self, tokenizer_folder):
         self.tokenizer = load_tokenizer(tokenizer_folder)
-        self.model = SimpleNamespace(cfg=SimpleNamespace(n_positions=10**6))
+        self.decoder = SimpleNamespace(cfg=SimpleNamespace(n_positions=10**6))
         self.made, self.running, self.most_running = 0, 0, 0
         self._gate = threading.Semaphore(0)
 

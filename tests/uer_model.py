@@ -56,9 +56,9 @@ class Block(nn.Module):
 
 
 class UerGpt2(nn.Module):
-    """Its state dict has UER-py's names, of the embedding and the tied output layer too."""
+    """Its state dict has UER-py's names, of the embedding and of an output layer that is tied to it too."""
 
-    def __init__(self, vocabulary: int, positions: int, layers: int, width: int, heads: int):
+    def __init__(self, vocabulary: int, positions: int, layers: int, width: int, heads: int, tied: bool = True):
         super().__init__()
         self.embedding, self.encoder, self.target = nn.Module(), nn.Module(), nn.Module()
         for name, rows in (("word", vocabulary), ("pos", positions)):
@@ -69,7 +69,8 @@ class UerGpt2(nn.Module):
         self.encoder.layer_norm = LayerNorm(width)
         self.target.lm = nn.Module()
         self.target.lm.output_layer = nn.Linear(width, vocabulary, bias=False)
-        self.target.lm.output_layer.weight = self.embedding.word.embedding.weight
+        if tied:
+            self.target.lm.output_layer.weight = self.embedding.word.embedding.weight
 
     def forward(self, tokens):
         x = self.embedding.word.embedding(tokens) + self.embedding.pos.embedding(torch.arange(tokens.shape[1]))
@@ -78,10 +79,10 @@ class UerGpt2(nn.Module):
         return self.target.lm.output_layer(self.encoder.layer_norm(x))
 
 
-def trained(steps: int, sizes: tuple[int, ...], seed: int = 0) -> UerGpt2:
+def trained(steps: int, sizes: tuple[int, ...], seed: int = 0, tied: bool = True) -> UerGpt2:
     """A model drawn as UER-py draws it, then trained on texts with a pattern."""
     torch.manual_seed(seed)
-    model = UerGpt2(*sizes)
+    model = UerGpt2(*sizes, tied=tied)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not name.endswith(("gamma", "beta")):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from gpt2_flax.checkpoint.huggingface import TABLE, to_hf_config, to_state_dict
+from gpt2_flax.checkpoint.huggingface import table, to_hf_config, to_state_dict
 from gpt2_flax.config import ModelConfig
 
 CONFIG = ModelConfig(vocab_size=50, n_positions=12, n_layer=2, n_head=3, n_embd=12, dtype="float32")
@@ -16,7 +16,7 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     sizes = {"3": 3, "V": config.vocab_size, "N": config.n_positions, "D": config.n_embd, "H": config.n_head}
     sizes |= {"K": config.head_size, "F": 4 * config.n_embd}
     rng, weights = np.random.default_rng(seed), {}
-    for entry in TABLE:
+    for entry in table(config.tie_word_embeddings):
         shape = [config.n_layer] if entry.stacked else []
         shape += [sizes[axis] for axis in entry.axes.replace(" ", "")]
         weights[entry.path] = 0.3 * rng.standard_normal(shape, np.float32) + (entry.path.endswith("scale"))

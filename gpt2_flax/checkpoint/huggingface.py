@@ -54,13 +54,14 @@ TABLE = (
     Entry("ln_f/bias", "ln_f.bias", "D"),
 )
 
+HEAD = Entry("lm_head/embedding", "lm_head.weight", "V D")  # only of a head that is not the token embedding
+
 _PREFIX = "transformer."
-_HEAD = "lm_head.weight"
 _MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks that old versions stored
 
 _SAME_FIELDS = (
     *("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"),
-    *("embd_pdrop", "attn_pdrop", "resid_pdrop", "layer_norm_epsilon", "initializer_range"),
+    *("embd_pdrop", "attn_pdrop", "resid_pdrop", "layer_norm_epsilon", "initializer_range", "tie_word_embeddings"),
 )
 # What our model computes; the first value is what a config without the field means.
 _ONLY = {
@@ -68,18 +69,22 @@ _ONLY = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
-    "tie_word_embeddings": (True, False),  # False if the head is there and equal, see `_check_head`
     "quantization_config": (None,),
 }
 
 
+def table(tied: bool) -> tuple[Entry, ...]:
+    """Returns the parameters of a model whose head is the token embedding, or is not."""
+    return TABLE if tied else (*TABLE, HEAD)
+
+
 def to_state_dict(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns `weights` under the names of GPT2LMHeadModel: contiguous, the tied head stored once, as wte."""
+    """Returns `weights` under the names of GPT2LMHeadModel: contiguous, a tied head stored once, as wte."""
     state_dict = {}
-    for entry in TABLE:
+    for entry in table(tied=HEAD.path not in weights):
         stack = weights[entry.path] if entry.stacked else weights[entry.path][None]
         for layer, array in enumerate(stack):
-            name = _PREFIX + entry.name.format(layer)
+            name = entry.name if entry is HEAD else _PREFIX + entry.name.format(layer)
             state_dict[name] = np.ascontiguousarray(array).reshape(_grouped(entry, array.shape))
     return state_dict
 
@@ -89,6 +94,7 @@ def from_state_dict(
 ) -> dict[str, np.ndarray]:
     """Returns float32 weights; names may lack `transformer.`, stored causal masks are left out.
 
+    The head of a model whose head is the token embedding may be there, with the same numbers.
     Raises `UserError` (DATA) that names the first tensors that are missing, surplus or of another shape or type.
     """
     tensors = {name: Tensor(a.shape, a.dtype.name, lambda a=a: a) for name, a in state_dict.items()}
@@ -110,7 +116,7 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
         values = read_json(path, MAX_CONFIG)
         config = from_hf_config(values, path)
         with open_tensors(folder) as tensors:
-            return config, _assemble(tensors, config, folder, tied=values.get("tie_word_embeddings", True))
+            return config, _assemble(tensors, config, folder)
     except SafetensorError as error:
         what = f"damaged safetensors file ({quote(str(error))})"
         raise UserError(ExitCode.DATA, what, folder, "copy or download it again") from None
@@ -123,7 +129,8 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns our paths and the shapes of the arrays there, blocks stacked."""
     sizes, stacks = _sizes(config), {True: (config.n_layer,), False: ()}
     return {
-        entry.path: (*stacks[entry.stacked], *(sizes[axis] for axis in entry.axes.replace(" ", ""))) for entry in TABLE
+        entry.path: (*stacks[entry.stacked], *(sizes[axis] for axis in entry.axes.replace(" ", "")))
+        for entry in table(config.tie_word_embeddings)
     }
 
 
@@ -135,7 +142,6 @@ def to_hf_config(config: ModelConfig, bos_id: int, eos_id: int, pad_id: int | No
         "activation_function": "gelu_new",
         **{field: getattr(config, field) for field in _SAME_FIELDS},
         "n_inner": None,
-        "tie_word_embeddings": True,
         "use_cache": True,
         # Left out, they would mean 50256, an id that most vocabularies lack: generation would never stop.
         "bos_token_id": bos_id,
@@ -178,9 +184,7 @@ def _unsupported(field: str, value: object, allowed: tuple, where: object) -> Us
     return UserError(ExitCode.DATA, f"{field} {quote(value)} is not supported", where, fix)
 
 
-def _assemble(
-    tensors: Mapping[str, Tensor], config: ModelConfig, where: object, tied: bool = True
-) -> dict[str, np.ndarray]:
+def _assemble(tensors: Mapping[str, Tensor], config: ModelConfig, where: object) -> dict[str, np.ndarray]:
     """Checks names, shapes and types of all tensors, then loads them into stacked float32 arrays."""
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(_MASKS)}
     found = {name.removeprefix(_PREFIX): tensor for name, tensor in kept.items()}
@@ -188,9 +192,9 @@ def _assemble(
         what = f"a tensor stands there twice, with and without {_PREFIX!r}"
         raise UserError(ExitCode.DATA, what, where, "save the model again")
     _check(found, config, where)
-    _check_head(found, tied, where)
+    _check_head(found, config.tie_word_embeddings, where)
     weights = {path: np.empty(shape, np.float32) for path, shape in weight_shapes(config).items()}
-    for entry in TABLE:
+    for entry in table(config.tie_word_embeddings):
         stack = weights[entry.path] if entry.stacked else weights[entry.path][None]
         for layer, array in enumerate(stack):
             array[...] = found[entry.name.format(layer)].load().reshape(array.shape)
@@ -203,7 +207,7 @@ def _check(found: Mapping[str, Tensor], config: ModelConfig, where: object) -> N
     for name in sorted(expected.keys() | found.keys()):
         tensor, shape = found.get(name), expected.get(name)
         if tensor is None:
-            if name != _HEAD:
+            if name != HEAD.name:
                 problems.append(f"{name} missing, {shape} expected")
         elif shape is None:
             problems.append(f"{quote(name)} {tensor.shape} not expected")
@@ -218,24 +222,23 @@ def _check(found: Mapping[str, Tensor], config: ModelConfig, where: object) -> N
 
 
 def _check_head(found: Mapping[str, Tensor], tied: bool, where: object) -> None:
-    """A head of its own is taken when it holds the token embedding's numbers: it computes the same."""
-    fix = "set tie_word_embeddings to true in transformers, train the model on there until it is good, then take that"
-    if _HEAD not in found:
-        if not tied:
-            what = f"tie_word_embeddings is false but {_HEAD} is missing"
-            raise UserError(ExitCode.DATA, what, where, "save the model again, or correct config.json")
+    """A head is there if it is not tied; if it is, it may be there with the token embedding's numbers."""
+    if not tied and HEAD.name not in found:
+        what = f"tie_word_embeddings is false but {HEAD.name} is missing"
+        raise UserError(ExitCode.DATA, what, where, "save the model again, or correct config.json")
+    if not tied or HEAD.name not in found:
         return
-    difference = np.abs(found[_HEAD].load().astype(np.float32) - found["wte.weight"].load().astype(np.float32))
+    difference = np.abs(found[HEAD.name].load().astype(np.float32) - found["wte.weight"].load().astype(np.float32))
     if (largest := difference.max(initial=0)) != 0:
-        what = f"{_HEAD} differs from wte.weight by up to {largest:.1e}: untied heads are not supported"
+        what = f"tie_word_embeddings is true but {HEAD.name} differs from wte.weight by up to {largest:.1e}"
+        fix = "set it to false in config.json if that head is meant; if not, take the tensor out"
         raise UserError(ExitCode.DATA, what, where, fix)
 
 
 def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Their name, without prefix -> shape; the head is optional."""
-    sizes = _sizes(config)
-    shapes = {_HEAD: (sizes["V"], sizes["D"])}
-    for entry in TABLE:
+    """Their name, without prefix -> shape; of a head too, which may be missing."""
+    sizes, shapes = _sizes(config), {}
+    for entry in table(tied=False):
         shape = _grouped(entry, [sizes[axis] for axis in entry.axes.replace(" ", "")])
         shapes |= {entry.name.format(layer): shape for layer in range(config.n_layer if entry.stacked else 1)}
     return shapes

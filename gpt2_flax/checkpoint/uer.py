@@ -47,8 +47,8 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu_fast",),
     "target": ("lm", ["lm"]),
     "data_processor": ("lm",),
-    "tie_weights": (True,),
-    "tie_weight": (True,),  # an old spelling
+    "tie_weights": (True, False),
+    "tie_weight": (True, False),  # an old spelling
     "bidirectional": (False,),
     "factorized_embedding_parameterization": (False,),
     "has_lmtarget_bias": (False,),
@@ -107,6 +107,7 @@ TABLE = (
     Piece("encoder.layer_norm.gamma", "D", "ln_f/scale"),
     Piece("encoder.layer_norm.beta", "D", "ln_f/bias"),
 )
+HEAD = Piece(_HEAD, "VD", "lm_head/embedding")  # only of an output layer that is not the embedding
 
 
 def read_uer(path: Path, uer_config: Path | None = None) -> tuple[ModelConfig, dict[str, np.ndarray]]:
@@ -142,15 +143,16 @@ def from_uer(
 ) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     """Returns a config, its sizes from the shapes, and float32 weights that compute what UER-py does.
 
-    `uer_config` may give heads_num (width / 64 when left out), dropout, and what must be as in GPT-2.
+    `uer_config` may give heads_num (width / 64 when left out), dropout, tie_weights (whether the output layer holds
+    the embedding's numbers when left out), and what must be as in GPT-2.
     Raises `UserError`: DATA naming tensors that are missing, surplus or of another shape, an output layer that is not
-    the embedding, or a config of another model; USAGE when the heads cannot be told.
+    the embedding as it should be, or a config of another model; USAGE when the heads cannot be told.
     """
     tensors = {name: _as_tensor(value) for name, value in _renamed(state_dict, where).items()}
     _check_architecture(uer_config, where_config)
     config = _config(tensors, uer_config, where, where_config)
     _check(tensors, config, where)
-    _check_head(tensors, uer_config, where)
+    config = config.model_copy(update={"tie_word_embeddings": _head_is_tied(tensors, _tied(uer_config), where)})
     weights = {path: np.empty(shape, np.float32) for path, shape in weight_shapes(config).items()}
     for piece, name, target in _pieces(weights, config.n_layer):
         array = tensors[name].load()
@@ -161,7 +163,7 @@ def from_uer(
 
 
 def to_uer(weights: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
-    """Returns `weights` as UER-py's state dict: contiguous copies, the output layer being the embedding's array.
+    """Returns `weights` as UER-py's state dict: contiguous copies, a tied output layer being the embedding's array.
 
     Its layer norms are ours if `config.layer_norm_epsilon` is 1e-7; UER-py has no other.
     """
@@ -172,7 +174,8 @@ def to_uer(weights: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, 
         if name.endswith(".gamma"):
             array = array / _gain(config)
         state_dict[name] = np.array(array, np.float32, order="C")
-    return state_dict | {_HEAD: state_dict[_WORDS]}
+    state_dict.setdefault(_HEAD, state_dict[_WORDS])
+    return state_dict
 
 
 def to_uer_config(config: ModelConfig) -> dict[str, Any]:
@@ -193,7 +196,7 @@ def to_uer_config(config: ModelConfig) -> dict[str, Any]:
         "mask": "causal",
         "layernorm_positioning": "pre",
         "target": ["lm"],
-        "tie_weights": True,
+        "tie_weights": config.tie_word_embeddings,
     }
 
 
@@ -209,7 +212,13 @@ def model_values(uer_config: Mapping[str, Any], where: object) -> dict[str, Any]
             raise UserError(ExitCode.DATA, what, where, f"only {expected} can")
     if "dropout" in uer_config:
         values |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), uer_config["dropout"])
+    if (tied := _tied(uer_config)) is not None:
+        values["tie_word_embeddings"] = tied
     return values
+
+
+def _tied(uer_config: Mapping[str, Any]) -> bool | None:
+    return uer_config.get("tie_weights", uer_config.get("tie_weight"))
 
 
 def _as_tensor(value: np.ndarray | Tensor) -> Tensor:
@@ -228,15 +237,10 @@ def _check_architecture(uer_config: Mapping[str, Any], where: object) -> None:
     for name, value in uer_config.items():
         if name in _ONLY and not any(type(value) is type(one) and value == one for one in _ONLY[name]):
             fix = f"only {' or '.join(map(repr, _ONLY[name]))} can be used"
-            if name.startswith("tie_weight"):
-                fix = "the output layer must be the token embedding: " + _TIE
             raise UserError(ExitCode.DATA, f"{name} {quote(value)} is not supported", where, fix)
         if name not in _ONLY and name not in _SIZES and name not in _FREE:
             fix = "take it out of the file if the model computes the same without it"
             raise UserError(ExitCode.DATA, f"unknown field {quote(name)}", where, fix)
-
-
-_TIE = "train it on with --tie_weights in UER-py, then take that"
 
 
 def _config(
@@ -268,8 +272,8 @@ def _config(
 
 def _check(tensors: Mapping[str, Tensor], config: ModelConfig, where: object) -> None:
     sizes = _sizes(config)
-    expected = {_HEAD: (sizes["V"], sizes["D"])}
-    for piece in TABLE:
+    expected = {}
+    for piece in (*TABLE, HEAD):
         shape = tuple(sizes[axis] for axis in piece.axes)
         expected |= {piece.name.format(layer): shape for layer in range(config.n_layer if piece.stacked else 1)}
     problems = []
@@ -290,21 +294,25 @@ def _check(tensors: Mapping[str, Tensor], config: ModelConfig, where: object) ->
         raise UserError(ExitCode.DATA, what, where, "the file is of another model, or damaged")
 
 
-def _check_head(tensors: Mapping[str, Tensor], uer_config: Mapping[str, Any], where: object) -> None:
+def _head_is_tied(tensors: Mapping[str, Tensor], said: bool | None, where: object) -> bool:
+    """Returns whether the output layer is the embedding, which the config may have `said`."""
     if _HEAD not in tensors:
-        if not (uer_config.get("tie_weights") or uer_config.get("tie_weight")):
-            fix = 'if it is the token embedding say so: --uer-config FILE.json with {"tie_weights": true}'
-            raise UserError(ExitCode.DATA, f"{_HEAD} missing", where, fix)
-        return
+        if said:
+            return True
+        fix = 'if it is the token embedding say so: --uer-config FILE.json with {"tie_weights": true}'
+        raise UserError(ExitCode.DATA, f"{_HEAD} missing", where, fix)
+    if said is False:
+        return False
     difference = float(np.abs(tensors[_HEAD].load() - tensors[_WORDS].load()).max(initial=0))
-    if difference != 0:
-        what = f"{_HEAD} differs from {_WORDS} by up to {difference:.1e}: untied heads are not supported"
-        raise UserError(ExitCode.DATA, what, where, _TIE)
+    if said and difference != 0:
+        what = f"tie_weights is true but {_HEAD} differs from {_WORDS} by up to {difference:.1e}"
+        raise UserError(ExitCode.DATA, what, where, "give the config that the model was trained with")
+    return difference == 0
 
 
 def _pieces(weights: Mapping[str, np.ndarray], n_layer: int) -> Iterator[tuple[Piece, str, np.ndarray]]:
     """Yields each tensor of theirs: its piece, its name, and a view of our array where its numbers are."""
-    for piece in TABLE:
+    for piece in (*TABLE, HEAD) if HEAD.path in weights else TABLE:
         for layer in range(n_layer if piece.stacked else 1):
             array = weights[piece.path][layer] if piece.stacked else weights[piece.path]
             yield piece, piece.name.format(layer), array[piece.part]

@@ -14,6 +14,8 @@ from gpt2_flax.parallel.rules import path_of
 
 Weights = dict[str, np.ndarray]
 
+_BY_TOKEN = ("wte/embedding", "lm_head/embedding")  # a row for each token, the second only if it is not the first
+
 
 def abstract_model(config: ModelConfig) -> GPT2:
     """Returns the model with ShapeDtypeStructs in place of arrays."""
@@ -21,16 +23,16 @@ def abstract_model(config: ModelConfig) -> GPT2:
 
 
 def weights_of(model: GPT2) -> Weights:
-    """Returns the parameters as float32 numpy arrays, the embedding cut to the vocabulary."""
+    """Returns the parameters as float32 numpy arrays, embedding and head cut to the vocabulary."""
     leaves = jax.tree_util.tree_leaves_with_path(model)
     weights = {path_of(key_path): np.asarray(leaf, np.float32) for key_path, leaf in leaves}
-    return weights | {"wte/embedding": weights["wte/embedding"][: model.cfg.vocab_size]}
+    return weights | {path: weights[path][: model.cfg.vocab_size] for path in _BY_TOKEN if path in weights}
 
 
 def model_from_weights(config: ModelConfig, weights: Weights) -> GPT2:
     """Returns a model on the default device; the inverse of `weights_of`. Raises KeyError or ValueError on a misfit."""
     padding = config.padded_vocab_size - config.vocab_size
-    weights = weights | {"wte/embedding": np.pad(weights["wte/embedding"], ((0, padding), (0, 0)))}
+    weights = weights | {path: np.pad(weights[path], ((0, padding), (0, 0))) for path in _BY_TOKEN if path in weights}
     model = abstract_model(config)
     surplus = weights.keys() - {path_of(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(model)}
     if surplus:

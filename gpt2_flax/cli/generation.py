@@ -57,7 +57,7 @@ def generate(
     generator = Generator(load_source(model, step))
     warn_of_unknown(generator.tokenizer, prompts)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram)
-    sampling = with_text_only(sampling, generator.tokenizer, generator.model.cfg.vocab_size, unknown=allow_unknown)
+    sampling = with_text_only(sampling, generator.tokenizer, generator.decoder.cfg.vocab_size, unknown=allow_unknown)
     if stream or (stream is None and one and sys.stdout.isatty()):
         pieces = generator.stream(prompts[0], max_new_tokens, sampling, seed)
         for piece in itertools.chain(prompts, pieces):
@@ -87,6 +87,9 @@ def serve(
     if missing:
         what, fix = f"serve needs {missing[0]}, which is not installed", "run: pip install 'gpt2_flax[serve]'"
         raise UserError(ExitCode.USAGE, what, "this environment", fix)
+    from gpt2_flax.cpu import tune_cpu
+
+    tune_cpu()
     from gpt2_flax.checkpoint.source import load_source
     from gpt2_flax.serve.completion import Limits
     from gpt2_flax.serve.server import listen

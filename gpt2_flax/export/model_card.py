@@ -25,6 +25,8 @@ class CardFacts:
     hardware: str | None = None
     dtype: str = "float32"  # of the stored weights
     gguf: bool = False  # whether there is a model.gguf
+    gguf_remarks: str = ""  # what must be known to use it, Markdown
+    bos_id: int | None = None  # of the token that begins a document
     extra: str | None = None  # a section of its own, Markdown
     trained_here: bool = True  # False: taken in from elsewhere, and not trained since
     sources: tuple[str, ...] = ()  # names of corpus files
@@ -75,7 +77,8 @@ def _summary(facts: CardFacts) -> str:
 
 def _usage(facts: CardFacts) -> str:
     prompt = json.dumps(facts.prompt or "", ensure_ascii=False)
-    arguments = f"{prompt}, max_length={min(100, facts.model.n_positions)}, do_sample=True"
+    # Without `truncation` transformers 4.57 warns of `max_length`; of max_new_tokens, 5 does.
+    arguments = f"{prompt}, max_length={min(100, facts.model.n_positions)}, truncation=True, do_sample=True"
     text = f"""## How to use it
 
 ```python
@@ -110,14 +113,28 @@ between Chinese characters. Prefer them.
 
 
 def _gguf_usage(facts: CardFacts) -> str:
-    note = "\nIt puts `[SEP]` behind a prompt, as `BertTokenizer` does.\n" if facts.wordpiece else ""
+    prompt, positions = facts.prompt or "", facts.model.n_positions
+    tokens = min(100, positions // 2)  # so that a prompt has room too
+    if facts.wordpiece:
+        request = json.dumps({"prompt": [facts.bos_id, prompt], "n_predict": tokens}, ensure_ascii=False)
+        commands = f"""\
+llama-server -m model.gguf    # and when it listens, in another shell:
+curl http://127.0.0.1:8080/completion -d {shlex.quote(request)}"""
+    else:
+        commands = f"llama-completion -m model.gguf -no-cnv -n {tokens} -p {shlex.quote(prompt)}"
+    remarks = facts.gguf_remarks and f"\n{facts.gguf_remarks}"
+    if positions % 256 and not facts.wordpiece:
+        remarks += f"""
+The model has {positions:,} positions. llama.cpp rounds that up to a multiple of 256 and ends with a failed assertion
+when a text gets there, so keep prompt and `-n` together below it.
+"""
     return f"""
 `model.gguf` is the same model for llama.cpp:
 
 ```sh
-llama-completion -m model.gguf -no-cnv -p {shlex.quote(facts.prompt or "")}
+{commands}
 ```
-{note}"""
+{remarks}"""
 
 
 def _data(facts: CardFacts) -> str:
@@ -135,6 +152,7 @@ def _data(facts: CardFacts) -> str:
 def _procedure(facts: CardFacts) -> str:
     model = facts.model
     architecture = f"GPT-2: {model.n_layer} layers, width {model.n_embd}, {model.n_head} heads"
+    architecture += "" if model.tie_word_embeddings else ", a head of its own"
     perplexity = None if facts.validation_loss is None else math.exp(min(facts.validation_loss, 700.0))
     batch = facts.batch_rows and f"{facts.batch_rows:,} rows" + (
         f" ({facts.batch_rows * facts.seq_length:,} tokens)" if facts.seq_length else ""

@@ -10,6 +10,7 @@ from gpt2_flax.config import Config
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.token_dataset import TokenDataset
 from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.export.gguf import remarks
 from gpt2_flax.export.model_card import CardFacts, model_card
 from gpt2_flax.export.transformers_folder import Format, export_folder
 from gpt2_flax.export.verify import Verification
@@ -51,6 +52,8 @@ def publish(
         parameters=sum(array.size for array in source.weights.values()),
         dtype=dtype,
         gguf=format == "gguf",
+        gguf_remarks=remarks(tokenizer),
+        bos_id=tokenizer.bos_id,
         extra=extra,
         trained_here=source.config is not None,
         **(run | {field: value for field, value in card.items() if value is not None}),

@@ -17,7 +17,7 @@ import numpy as np
 
 from gpt2_flax.checkpoint.source import Source
 from gpt2_flax.checkpoint.tensor_files import Tensor
-from gpt2_flax.checkpoint.uer import LAYER_NORM_EPSILON, open_uer, to_uer, to_uer_config
+from gpt2_flax.checkpoint.uer import HEAD, LAYER_NORM_EPSILON, open_uer, to_uer, to_uer_config
 from gpt2_flax.checkpoint.weights import Weights, logits_of
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
@@ -127,4 +127,5 @@ def _uer_logits(tensors: Mapping[str, Tensor], config: ModelConfig, tokens_BT: n
         x_BTD = x_BTD + attention(norm(x_BTD, f"{block}.layer_norm_1"), f"{block}.self_attn")
         inner = gelu(linear(norm(x_BTD, f"{block}.layer_norm_2"), f"{block}.feed_forward.linear_1"))
         x_BTD = x_BTD + linear(inner, f"{block}.feed_forward.linear_2")
-    return norm(x_BTD, "encoder.layer_norm") @ words_VD.T
+    head_VD = words_VD if config.tie_word_embeddings else load(HEAD.name)
+    return norm(x_BTD, "encoder.layer_norm") @ head_VD.T

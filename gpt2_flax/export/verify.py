@@ -1,12 +1,14 @@
 """Reads an exported folder back with `transformers` and compares it with our model: the proof that it is the same.
 
 torch and transformers are imported here alone, inside the function; without them there is no verification. One model is
-in memory beside the weights at a time.
+in memory beside the weights at a time, in float32 whatever the type of the files.
 
 Dimension key: B rows, T tokens of a row, V vocabulary.
 """
 
 import contextlib
+import ctypes
+import gc
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,8 +101,11 @@ def verify_folder(
     texts = (*_TEXTS, *samples)
     ours = _compute(weights, config, tokenizer, dtype, texts)
     files = tuple(name for name in (WEIGHTS, INDEX, TORCH_WEIGHTS) if (folder / name).is_file())
+    found = []
     with _quiet(transformers):
-        found = [_compare(torch, _load(torch, transformers, folder, name), ours, folder / name) for name in files]
+        for name in files:
+            _free_memory()
+            found.append(_compare(torch, _load(torch, transformers, folder, name), ours, folder / name))
         auto = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         ties = _compare_tokenizers(tokenizer, auto, texts, folder)
     return Verification(
@@ -140,8 +145,11 @@ def _compute(
     logits_BTV = logits_of(tokens_BT)
     rounding = 0.0
     if dtype != "float32":
-        for index, leaf in enumerate(leaves):  # one at a time: no second model in memory
-            leaves[index] = jax.device_put(np.asarray(leaf).astype(numpy_dtype(dtype)).astype(np.float32))
+        widened = jax.jit(lambda leaf: leaf.astype(np.float32))
+        for index in range(len(leaves)):  # each goes before it comes back: no second model in memory
+            leaf = np.asarray(leaves[index]).astype(numpy_dtype(dtype))
+            leaves[index] = None
+            leaves[index] = widened(leaf)
         exact_BTV, logits_BTV = logits_BTV, logits_of(tokens_BT)
         rounding = float(np.abs(exact_BTV - logits_BTV).max())
     prompts, continuations, leads = [], [], []
@@ -163,9 +171,9 @@ def _continue(
     for step in range(new):
         # What stands behind a token does not change its logits: all steps share one compiled program.
         last_BV = logits_of(tokens_BT)[rows_B, ends_B - 1 + step]
-        best_B2 = np.partition(last_BV, -2)[:, -2:]
+        best_BN = np.partition(last_BV, -min(2, last_BV.shape[1]))[:, -2:]  # of one token only, if there is no other
         chosen.append(last_BV.argmax(-1))
-        leads.append(best_B2[:, 1] - best_B2[:, 0])
+        leads.append(best_BN[:, -1] - best_BN[:, 0])
         tokens_BT[rows_B, ends_B + step] = chosen[-1]
     continuations = np.stack(chosen, axis=1).tolist()
     ends = [ids.index(eos_id) + 1 if eos_id in ids else new for ids in continuations]
@@ -226,6 +234,13 @@ def _compare_tokenizers(ours: Tokenizer, theirs: Any, texts: Sequence[str], fold
         if our_id is not None and getattr(theirs, name) != our_id:
             raise _bug(f"AutoTokenizer has {name} {getattr(theirs, name)} where {our_id} is ours", folder)
     return len(different)
+
+
+def _free_memory() -> None:
+    """Frees models that refer to themselves, and gives back to the system what allocators keep for each thread."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # other C libraries
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Continuations of prompts that are ids: a compiled loop over a cache of keys and values.
 
-Programs are compiled for a few sizes of batch, prompt and text, and serve all prompts that fit into them.
-Dimension key: B prompts, T columns of the prompts, S columns of prompts and new tokens, V vocabulary.
+Programs are compiled for a few sizes of batch, prompt and text, and serve all prompts that fit into them. Where a text
+repeats itself, a step checks several tokens that were looked up in it; the text is the same, it only comes faster.
+Dimension key: B prompts, T tokens of the prompts or of a step, S columns of prompts and new tokens, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,99 +15,112 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.inference.drafts import look_up
 from gpt2_flax.inference.sampling import History, Sampling, SamplingArrays, choose
-from gpt2_flax.model.block import Block
-from gpt2_flax.model.decoding import DecodingBlock
-from gpt2_flax.model.gpt2 import GPT2, Cache
+from gpt2_flax.model.decoding import Cache, Decoder
 
-Blocks = Sequence[Block] | Sequence[DecodingBlock]
 _PLAIN = Sampling()
+_N_DRAFTS = 7
+"""Tokens that a step checks besides the one that is known; a CPU takes twice as long for it as without any."""
+_WORTH_DRAFTING = 0.6
+"""Share of first guesses that must have been right lately, so that more than two tokens of a step are."""
 
 
 class State(NamedTuple):
     """Of a batch that is being continued."""
 
     history: History
-    logits_BV: jax.Array
-    """Of the next token."""
     cache: Cache
+    """Of all tokens but the last one of each row."""
     ended_B: jax.Array
+    right_B: jax.Array
+    """Which share of the tokens had been looked up right lately, a moving average."""
 
 
 def generate(
-    model: GPT2,
+    decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     eos_id: int,
     max_new_tokens: int,
     sampling: Sampling = _PLAIN,
     seed: int = 0,
     first_row: int = 0,
-    blocks: Blocks | None = None,
 ) -> list[list[int]]:
     """Returns the new ids after each prompt, up to and without `eos_id`, or up to the last of n_positions.
 
     Prompts may differ in length and must not be empty. What comes after one depends on no other: draws differ by seed,
-    and by its place among the prompts, counted from `first_row`. blocks: `model_blocks(model)`, if they are there.
-    Raises `UserError` (DATA) when a prompt leaves no room for a token.
+    and by its place among the prompts, counted from `first_row`. Raises `UserError` (DATA) when a prompt leaves no room
+    for a token.
     """
-    blocks = model_blocks(model) if blocks is None else blocks
-    state, column, stop = _start(model, blocks, prompts, max_new_tokens)
-    keys_B = _row_keys(seed, first_row, len(state.ended_B))
-    arrays = sampling.arrays(model.cfg.vocab_size)
-    tokens_BS = _advance(model, blocks, state, arrays, keys_B, eos_id, stop).history.tokens_BS
+    task = _Task.of(decoder, prompts, eos_id, max_new_tokens, sampling, seed, first_row)
+    history = task.advance(task.start(prompts), task.stop_B).history
     # Every process gets all rows, wherever a sharded model has left them.
-    tokens_BS = multihost_utils.process_allgather(tokens_BS, tiled=True)
-    rows = [row_S[column:stop].tolist() for row_S in tokens_BS[: len(prompts)]]
-    return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
+    tokens_BS, length_B = multihost_utils.process_allgather((history.tokens_BS, history.length_B), tiled=True)
+    rows = [tokens_BS[row, len(prompt) : length_B[row]].tolist() for row, prompt in enumerate(prompts)]
+    return [row[:-1] if row[-1:] == [eos_id] else row for row in rows]
 
 
 def generate_one(
-    model: GPT2,
-    blocks: Blocks,
-    prompt: Sequence[int],
-    eos_id: int,
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int,
+    decoder: Decoder, prompt: Sequence[int], eos_id: int, max_new_tokens: int, sampling: Sampling, seed: int
 ) -> Iterator[int]:
     """Yields the ids that `generate` would return for one prompt, each as it comes; raises the same, and at once."""
-    state, column, stop = _start(model, blocks, [prompt], max_new_tokens)
-    keys_B, arrays = _row_keys(seed, 0, 1), sampling.arrays(model.cfg.vocab_size)
+    task = _Task.of(decoder, [prompt], eos_id, max_new_tokens, sampling, seed, 0)
+    state = task.start([prompt])
 
     def ids(state: State) -> Iterator[int]:
-        for last in range(column, stop):
-            state = _advance(model, blocks, state, arrays, keys_B, eos_id, last + 1)
-            if (token := int(state.history.tokens_BS[0, last])) == eos_id:
-                return
-            yield token
+        length = len(prompt)
+        while length < task.stop_B[0]:
+            state = task.advance(state, np.full_like(task.stop_B, length + 1))
+            tokens_S, before, length = state.history.tokens_BS[0], length, int(state.history.length_B[0])
+            for token in np.asarray(tokens_S)[before:length].tolist():
+                if token == eos_id:
+                    return
+                yield token
 
     return ids(state)
 
 
-@jax.jit
-def model_blocks(model: GPT2) -> Blocks:
-    """Returns the layers as `_advance` reads them fastest; under a mesh as they are, for its layouts."""
-    blocks = model.blocks()
-    return tuple(map(DecodingBlock.of, blocks)) if jax.sharding.get_abstract_mesh().empty else blocks
+class _Task(NamedTuple):
+    """What stays the same while a batch is continued."""
 
+    decoder: Decoder
+    sampling: SamplingArrays
+    keys_B: jax.Array
+    eos_id: int
+    stop_B: np.ndarray
+    """The length that each row gets at most; 0 for rows that are none."""
 
-def _start(
-    model: GPT2, blocks: Blocks, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> tuple[State, int, int]:
-    """Returns the state after the prompts, the column of the first new token, and that after the last one."""
-    longest, shortest = max(map(len, prompts)), min(map(len, prompts))
-    if longest >= model.cfg.n_positions:
-        what = f"prompt of {longest} tokens leaves no room in {model.cfg.n_positions} positions"
-        raise UserError(ExitCode.DATA, what, "prompt", f"shorten it to at most {model.cfg.n_positions - 1} tokens")
-    n_new = min(max_new_tokens, model.cfg.n_positions - shortest)
-    n_rows, length = _size(len(prompts), 1), _size(longest, 16)
-    tokens_BT = np.zeros((n_rows, length), np.int32)
-    first_column_B = np.full(n_rows, length - 1, np.int32)
-    for row, prompt in enumerate(prompts):
-        first_column_B[row] = length - len(prompt)
-        tokens_BT[row, first_column_B[row] :] = prompt
-    state = _read_prompts(model, blocks, tokens_BT, first_column_B, len(prompts), _size(length + n_new, 16))
-    return state, length, length + n_new
+    @classmethod
+    def of(cls, decoder, prompts, eos_id, max_new_tokens, sampling, seed, first_row) -> "_Task":
+        n_positions, n_rows = decoder.cfg.n_positions, _size(len(prompts), 1)
+        if (longest := max(map(len, prompts))) >= n_positions:
+            what = f"prompt of {longest} tokens leaves no room in {n_positions} positions"
+            raise UserError(ExitCode.DATA, what, "prompt", f"shorten it to at most {n_positions - 1} tokens")
+        stop_B = np.zeros(n_rows, np.int32)
+        stop_B[: len(prompts)] = [min(len(prompt) + max_new_tokens, n_positions) for prompt in prompts]
+        # Of a row alone, so that it draws the same in any batch.
+        rows_B = np.arange(first_row, first_row + n_rows)
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows_B)
+        return cls(decoder, sampling.arrays(decoder.cfg.vocab_size), keys_B, eos_id, stop_B)
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> State:
+        """Returns the state after the prompts."""
+        n_rows = len(self.stop_B)
+        tokens_BT = np.zeros((n_rows, _size(max(map(len, prompts)), 16)), np.int32)
+        length_B = np.ones(n_rows, np.int32)
+        for row, prompt in enumerate(prompts):
+            length_B[row] = len(prompt)
+            tokens_BT[row, : len(prompt)] = prompt
+        n_columns = _size(max(tokens_BT.shape[1], int(self.stop_B.max())), 16) + _N_DRAFTS
+        return _read_prompts(self.decoder, tokens_BT, length_B, n_columns)
+
+    def advance(self, state: State, until_B: np.ndarray) -> State:
+        """Adds tokens until each row has ended or has the length `until_B`, or some more where they were drafted."""
+        going, drafting = True, False
+        while going:
+            n_drafts = _N_DRAFTS if drafting else 0
+            state, going, drafting = _advance(*self, until_B, state, n_drafts)
+        return state
 
 
 def _size(needed: int, least: int) -> int:
@@ -116,50 +130,65 @@ def _size(needed: int, least: int) -> int:
     return -(-size // step) * step
 
 
-def _row_keys(seed: int, first_row: int, n_rows: int) -> jax.Array:
-    rows_B = np.arange(first_row, first_row + n_rows)
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows_B)
-
-
 @partial(jax.jit, static_argnames="n_columns")
-def _read_prompts(model, blocks, tokens_BT, first_column_B, n_prompts, n_columns: int) -> State:
-    """Returns the state after left-padded prompts; the rows from `n_prompts` on are none."""
+def _read_prompts(decoder: Decoder, tokens_BT, length_B, n_columns: int) -> State:
+    """Returns the state after prompts that are padded on the right."""
     n_rows, length = tokens_BT.shape
-    real_BT = jnp.arange(length) >= first_column_B[:, None]
     rows_B1 = jnp.arange(n_rows)[:, None]
-    seen_BV = jnp.zeros((n_rows, model.cfg.vocab_size), bool).at[rows_B1, tokens_BT].max(real_BT)
-    positions_BT = jnp.maximum(jnp.arange(length) - first_column_B[:, None], 0)
-    cache = Cache.empty(model.cfg, n_rows, n_columns)
-    logits_BV, cache = model.decode(tokens_BT, positions_BT, first_column_B, cache, blocks)
+    seen_BV = jnp.zeros((n_rows, decoder.cfg.vocab_size), bool)
+    seen_BV = seen_BV.at[rows_B1, tokens_BT].max(jnp.arange(length) < length_B[:, None])
+    _, cache = decoder(tokens_BT, jnp.zeros_like(length_B), Cache.empty(decoder.cfg, n_rows, n_columns))
     tokens_BS = jnp.pad(tokens_BT, ((0, 0), (0, n_columns - length)))
-    history = History(tokens_BS, first_column_B, jnp.int32(length), seen_BV)
-    return State(history, logits_BV, cache, jnp.arange(n_rows) >= n_prompts)
+    history = History(tokens_BS, length_B, seen_BV)
+    return State(history, cache, jnp.zeros(n_rows, bool), jnp.zeros(n_rows))
 
 
-@partial(jax.jit, donate_argnames="state")
-def _advance(model, blocks, state: State, sampling: SamplingArrays, keys_B, eos_id, stop) -> State:
-    """Adds tokens up to column `stop`, or until all rows have ended; a row that has ended gets `eos_id`s."""
-    rows_B = jnp.arange(keys_B.shape[0])
+@partial(jax.jit, donate_argnames="state", static_argnames="n_drafts")
+def _advance(
+    decoder: Decoder, sampling: SamplingArrays, keys_B, eos_id, stop_B, until_B, state: State, n_drafts: int
+) -> tuple[State, jax.Array, jax.Array]:
+    """Advances as `_Task.advance`, and as long as it is right to check `n_drafts` tokens at once, 0 or more.
 
-    def going(state):
-        return (state.history.column < stop) & ~state.ended_B.all()
+    Returns also whether there is more to do, and whether with drafts then.
+    """
 
-    def advance(state):
-        tokens_BS, first_column_B, column, seen_BV = state.history
-        positions_B = column - first_column_B
-        # By position, so that a draw does not depend on how prompts were padded.
-        position_keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
-        chosen_B = choose(state.logits_BV, state.history, sampling, position_keys_B, eos_id)
-        full_B = positions_B >= model.cfg.n_positions
-        chosen_B = jnp.where(state.ended_B | full_B, eos_id, chosen_B)
-        history = History(
-            tokens_BS.at[:, column].set(chosen_B),
-            first_column_B,
-            column + 1,
-            seen_BV.at[rows_B, chosen_B].set(True),
-        )
-        positions_B1 = jnp.minimum(positions_B, model.cfg.n_positions - 1)[:, None]
-        logits_BV, cache = model.decode(chosen_B[:, None], positions_B1, first_column_B, state.cache, blocks)
-        return State(history, logits_BV, cache, state.ended_B | full_B | (chosen_B == eos_id))
+    def live(state: State) -> jax.Array:
+        return ~state.ended_B & (state.history.length_B < stop_B)
 
-    return jax.lax.while_loop(going, advance, state)
+    def going(state: State) -> jax.Array:
+        return (live(state) & (state.history.length_B < until_B)).any()
+
+    def drafting(state: State) -> jax.Array:
+        return (jnp.where(live(state), state.right_B - _WORTH_DRAFTING, 0)).sum() > 0
+
+    def step(state: State) -> State:
+        history, live_B = state.history, live(state)
+        drafts_BT = look_up(history.tokens_BS, history.length_B, max(n_drafts, 1))
+        last_B1 = jnp.take_along_axis(history.tokens_BS, history.length_B[:, None] - 1, axis=1)
+        tokens_BT = jnp.concatenate([last_B1, drafts_BT[:, :n_drafts]], axis=1)
+        x_BTD, cache = decoder(tokens_BT, history.length_B - 1, state.cache)
+        logits_BTV = decoder.logits(x_BTD)
+
+        def choosing(carry):
+            column, _, _, live_B = carry
+            return (column <= n_drafts) & live_B.any()
+
+        def choose_one(carry):
+            """Adds the token after `column` to the rows that are live, whose drafts were right up to there."""
+            column, history, ended_B, live_B = carry
+            logits_BV = jax.lax.dynamic_index_in_dim(logits_BTV, column, axis=1, keepdims=False)
+            # By position, so that a draw does not depend on how many tokens a step has.
+            position_keys_B = jax.vmap(jax.random.fold_in)(keys_B, history.length_B)
+            chosen_B = choose(logits_BV, history, sampling, position_keys_B, eos_id)
+            history = history.added(chosen_B, live_B)
+            ended_B |= live_B & (chosen_B == eos_id)
+            draft_B = jax.lax.dynamic_index_in_dim(drafts_BT, column, axis=1, keepdims=False)
+            return column + 1, history, ended_B, live_B & ~ended_B & (chosen_B == draft_B) & (history.length_B < stop_B)
+
+        _, history, ended_B, _ = jax.lax.while_loop(choosing, choose_one, (0, history, state.ended_B, live_B))
+        first_B1 = jnp.take_along_axis(history.tokens_BS, state.history.length_B[:, None], axis=1)
+        right_B = 0.8 * state.right_B + 0.2 * (first_B1 == drafts_BT[:, :1])[:, 0]
+        return State(history, cache, ended_B, right_B)
+
+    state = jax.lax.while_loop(lambda state: going(state) & (drafting(state) == (n_drafts > 0)), step, state)
+    return state, going(state), drafting(state)

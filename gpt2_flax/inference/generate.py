@@ -7,9 +7,9 @@ from dataclasses import replace
 from gpt2_flax.checkpoint.source import Source
 from gpt2_flax.checkpoint.weights import model_from_weights
 from gpt2_flax.errors import ExitCode, UserError, printable
-from gpt2_flax.inference.decode import Blocks, generate, generate_one, model_blocks
+from gpt2_flax.inference.decode import generate, generate_one
 from gpt2_flax.inference.sampling import Sampling
-from gpt2_flax.model.gpt2 import GPT2
+from gpt2_flax.model.decoding import Decoder, decoder_of
 from gpt2_flax.text.tokenizer import Tokenizer, load_tokenizer
 
 _MOST_ROWS = 32  # continued at once
@@ -24,8 +24,8 @@ class Generator:
 
     def __init__(self, source: Source):
         self.tokenizer: Tokenizer = load_tokenizer(source.tokenizer_folder)
-        self.model: GPT2 = model_from_weights(source.model.model_copy(update={"dtype": "float32"}), source.weights)
-        self._blocks = model_blocks(self.model)
+        model = model_from_weights(source.model.model_copy(update={"dtype": "float32"}), source.weights)
+        self.decoder: Decoder = decoder_of(model)
 
     def texts(
         self, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling, seed: int, samples: int = 1
@@ -40,12 +40,12 @@ class Generator:
         self, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling, seed: int, samples: int = 1
     ) -> Iterator[str]:
         """Yields what `texts` returns, a batch at a time; raises the same, before the first."""
-        check_prompts(prompts, prompt_ids(self.tokenizer, prompts), self.model.cfg.n_positions)
+        check_prompts(prompts, prompt_ids(self.tokenizer, prompts), self.decoder.cfg.n_positions)
         repeated = [prompt for prompt in prompts for _ in range(samples)]
         return itertools.chain.from_iterable(
             continue_texts(
-                *(self.model, self.tokenizer, repeated[row : row + _MOST_ROWS]),
-                *(max_new_tokens, sampling, seed, row, self._blocks),
+                *(self.decoder, self.tokenizer, repeated[row : row + _MOST_ROWS]),
+                *(max_new_tokens, sampling, seed, row),
             )
             for row in range(0, len(repeated), _MOST_ROWS)
         )
@@ -56,14 +56,14 @@ class Generator:
         Raises `UserError` (DATA) at once when the prompt leaves no room for a token.
         """
         (before,) = prompt_ids(self.tokenizer, [prompt])
-        check_prompts([prompt], [before], self.model.cfg.n_positions)
+        check_prompts([prompt], [before], self.decoder.cfg.n_positions)
         return stream_text(self.tokenizer, before, self.new_ids(before, max_new_tokens, sampling, seed))
 
     def new_ids(self, before: list[int], max_new_tokens: int, sampling: Sampling, seed: int) -> Iterator[int]:
         """Yields the ids after a prompt as they come, up to and without the end of the document; raises as `stream`."""
-        sampling = with_text_only(sampling, self.tokenizer, self.model.cfg.vocab_size)
+        sampling = with_text_only(sampling, self.tokenizer, self.decoder.cfg.vocab_size)
         eos_id = self.tokenizer.eos_id
-        return generate_one(self.model, self._blocks, before, eos_id, max_new_tokens, sampling, seed)
+        return generate_one(self.decoder, before, eos_id, max_new_tokens, sampling, seed)
 
 
 def generate_text(
@@ -111,19 +111,18 @@ def with_text_only(sampling: Sampling, tokenizer: Tokenizer, vocab_size: int, un
 
 
 def continue_texts(
-    model: GPT2,
+    decoder: Decoder,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     max_new_tokens: int,
     sampling: Sampling,
     seed: int,
     first_row: int = 0,
-    blocks: Blocks | None = None,
 ) -> list[str]:
     """Returns each prompt with its continuation; arguments as `generate`."""
-    sampling = with_text_only(sampling, tokenizer, model.cfg.vocab_size)
+    sampling = with_text_only(sampling, tokenizer, decoder.cfg.vocab_size)
     ids = prompt_ids(tokenizer, prompts)
-    new_ids = generate(model, ids, tokenizer.eos_id, max_new_tokens, sampling, seed, first_row, blocks)
+    new_ids = generate(decoder, ids, tokenizer.eos_id, max_new_tokens, sampling, seed, first_row)
     return [
         prompt + continuation(tokenizer, before, after)
         for prompt, before, after in zip(prompts, ids, new_ids, strict=True)

@@ -128,7 +128,7 @@ def _each_target(model: GPT2, batch: Batch, rows_a_device: int) -> tuple[jax.Arr
 
     def chunk(part):
         x_BND, labels_BN = part
-        logits_BNV = logits(x_BND, model.wte.embedding[...], model.cfg.vocab_size)
+        logits_BNV = logits(x_BND, model.head_VD, model.cfg.vocab_size)
         of_labels_BN = jnp.take_along_axis(logits_BNV, labels_BN[..., None], -1)[..., 0]
         return jax.nn.logsumexp(logits_BNV, -1) - of_labels_BN, of_labels_BN >= logits_BNV.max(-1)
 

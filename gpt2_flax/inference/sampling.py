@@ -54,13 +54,20 @@ class SamplingArrays(NamedTuple):
 
 
 class History(NamedTuple):
-    """The tokens so far: of each row of tokens_BS those from its `first_column_B` up to and without `column`."""
+    """The tokens so far: the first `length_B` of each row of tokens_BS."""
 
     tokens_BS: jax.Array
-    first_column_B: jax.Array
-    column: jax.Array
+    length_B: jax.Array
     seen_BV: jax.Array
     """Which tokens are among them, bool."""
+
+    def added(self, tokens_B: jax.Array, to_B: jax.Array) -> "History":
+        """Returns the history with one more token in the rows where `to_B`."""
+        rows_B = jnp.arange(len(tokens_B))
+        tokens_BS = self.tokens_BS.at[rows_B, self.length_B].set(
+            jnp.where(to_B, tokens_B, self.tokens_BS[rows_B, self.length_B])
+        )
+        return History(tokens_BS, self.length_B + to_B, self.seen_BV.at[rows_B, tokens_B].max(to_B))
 
 
 def choose(
@@ -147,15 +154,15 @@ def _highest(logits_BV: jax.Array, weights_BV: jax.Array, needed: jax.Array) -> 
 
 def _without_repeated_ngrams(logits_BV: jax.Array, history: History, n: jax.Array) -> jax.Array:
     """Rules out the tokens that would complete a run of `n` tokens that is there already."""
-    tokens_BS, first_column_B, column, _ = history
+    tokens_BS, length_B1 = history.tokens_BS, history.length_B[:, None]
     columns_S = jnp.arange(tokens_BS.shape[1])
 
     def same(offset, matches_BS):
-        last_B1 = jax.lax.dynamic_slice_in_dim(tokens_BS, column - n + 1 + offset, 1, axis=1)
+        last_B1 = jnp.take_along_axis(tokens_BS, length_B1 - n + 1 + offset, axis=1, mode="clip")
         return matches_BS & (jnp.roll(tokens_BS, n - 1 - offset, axis=1) == last_B1)
 
     # Of the columns that end a run of n tokens, those before which the last n - 1 tokens stand once more.
-    ends_BS = (columns_S >= first_column_B[:, None] + n - 1) & (columns_S < column)
+    ends_BS = (columns_S >= n - 1) & (columns_S < length_B1)
     ends_BS = jax.lax.fori_loop(0, n - 1, same, ends_BS)
     rows_B1 = jnp.arange(tokens_BS.shape[0])[:, None]
     ruled_out_BV = jnp.zeros(logits_BV.shape, bool).at[rows_B1, tokens_BS].max(ends_BS)

@@ -89,15 +89,16 @@ def keep_attention(operation: Any, *operands: Any, **parameters: Any) -> bool:
 _named = jax.checkpoint_policies.save_only_these_names("attention")
 
 
-def attention(q_BTHK: jax.Array, k_BHSK: jax.Array, v_BHSK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+def attention(q_BTHK: jax.Array, k_BHKS: jax.Array, v_BHSK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     """Returns scaled dot-product attention, out_BTHK in the dtype of `q_BTHK`; the softmax is float32.
 
     A query sees the keys where `mask_BTS` (bool) is true; each row must have at least one. Not meant for training: a
     gradient would keep all probabilities.
     """
     (q_BHTK,) = _by_head(q_BTHK * q_BTHK.shape[-1] ** -0.5)
-    weights_BHTS = jax.nn.softmax(_scores(q_BHTK, k_BHSK, mask_BTS)).astype(q_BTHK.dtype)
-    return jnp.einsum("BHTS,BHSK->BTHK", weights_BHTS, v_BHSK)
+    scores_BHTS = _masked(_product("BHTK,BHKS->BHTS", q_BHTK, k_BHKS), mask_BTS)
+    weights_BHTS = jax.nn.softmax(scores_BHTS).astype(q_BTHK.dtype)
+    return (weights_BHTS @ v_BHSK).swapaxes(1, 2)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -117,7 +118,10 @@ def _mask(stop: int, segments_BT: jax.Array | None, start: int = 0) -> jax.Array
 
 def _scores(q_BHTK: jax.Array, k_BHSK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     """Products of queries that are scaled, float32 scores_BHTS, the lowest number where a key is not seen."""
-    scores_BHTS = _product("BHTK,BHSK->BHTS", q_BHTK, k_BHSK)
+    return _masked(_product("BHTK,BHSK->BHTS", q_BHTK, k_BHSK), mask_BTS)
+
+
+def _masked(scores_BHTS: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     return jnp.where(mask_BTS[:, None], scores_BHTS, jnp.finfo(jnp.float32).min)
 
 

@@ -1,15 +1,105 @@
-"""Blocks for generation, where a product has few rows and takes as long as its weights take to be read.
+"""GPT-2 for generation: what it knows of the tokens so far stays in a cache, and layers lie as products read them.
 
-Dimension key: B batch, T sequence, N = B * T tokens, D width going in, F width coming out, H heads, K head size.
+Rows may have got different numbers of tokens; a token's column in the cache is its position.
+Dimension key: B batch, T sequence, S columns of the cache, N = B * T tokens, D width going in, F width coming out,
+H heads, K head size, V vocabulary.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gpt2_flax.config import ModelConfig
+from gpt2_flax.model.attention import attention
 from gpt2_flax.model.block import Attend, Block, normed
+from gpt2_flax.model.gpt2 import GPT2
+from gpt2_flax.model.loss import logits
+from gpt2_flax.parallel.rules import constrain_BTD
+
+
+class Cache(NamedTuple):
+    """Keys and values of a batch; an array for each layer: of a stacked one, a step would copy the part it reads.
+
+    Their axes differ so that products read both in order.
+    """
+
+    k_BHKS: tuple[jax.Array, ...]
+    v_BHSK: tuple[jax.Array, ...]
+
+    @classmethod
+    def empty(cls, cfg: ModelConfig, n_rows: int, n_columns: int) -> "Cache":
+        k_shape, v_shape = (cfg.head_size, n_columns), (n_columns, cfg.head_size)
+        return cls(
+            *(
+                tuple(jnp.zeros((n_rows, cfg.n_head, *shape), cfg.dtype) for _ in range(cfg.n_layer))
+                for shape in (k_shape, v_shape)
+            )
+        )
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=("wte", "wpe", "blocks", "ln_f", "lm_head"), meta_fields=("cfg",)
+)
+@dataclass(frozen=True)
+class Decoder:
+    """Computes what the `GPT2` does that it was made of by `decoder_of`, without dropout."""
+
+    cfg: ModelConfig
+    wte: nnx.Embed
+    wpe: nnx.Embed
+    blocks: Sequence[Callable]
+    ln_f: nnx.LayerNorm
+    lm_head: nnx.Embed | None
+
+    def __call__(self, tokens_BT: jax.Array, first_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Returns what the head sees, x_BTD, of tokens at the positions from `first_B` on, and the cache with them.
+
+        What the cache holds from these positions on is written anew or not looked at. Columns must be there for all.
+        """
+        positions_BT = first_B[:, None] + jnp.arange(tokens_BT.shape[1])
+        mask_BTS = jnp.arange(cache.v_BHSK[0].shape[2]) <= positions_BT[:, :, None]
+
+        def attend(old_k_BHKS, old_v_BHSK, q_BTHK, k_BTHK, v_BTHK, _):
+            k_BHKS = _write(old_k_BHKS, jnp.einsum("BTHK->BHKT", k_BTHK), first_B, 2)
+            v_BHSK = _write(old_v_BHSK, jnp.einsum("BTHK->BHTK", v_BTHK), first_B, 1)
+            return attention(q_BTHK, k_BHKS, v_BHSK, mask_BTS), (k_BHKS, v_BHSK)
+
+        # A draft may lie behind the last position; it is never looked at.
+        x_BTD = constrain_BTD(self.wte(tokens_BT) + self.wpe(jnp.minimum(positions_BT, self.cfg.n_positions - 1)))
+        kept = []
+        for block, *layer_cache in zip(self.blocks, cache.k_BHKS, cache.v_BHSK, strict=True):
+            x_BTD, keys_and_values = block(x_BTD, partial(attend, *layer_cache), None)
+            kept.append(keys_and_values)
+        return normed(self.ln_f, x_BTD), Cache(*zip(*kept, strict=True))
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns float32 logits_BTV over `vocab_size` tokens of what `__call__` returned."""
+        head_VD = (self.lm_head or self.wte).embedding[...]
+        x_1ND = x_BTD.reshape(1, -1, x_BTD.shape[-1])
+        logits_1NV = logits(x_1ND, head_VD, self.cfg.vocab_size)[..., : self.cfg.vocab_size]
+        return logits_1NV.reshape(*x_BTD.shape[:2], -1)
+
+
+@jax.jit
+def decoder_of(model: GPT2) -> Decoder:
+    """Takes the layers of `model` apart, to be done once for many texts; under a mesh they stay as they lie there."""
+    cfg = model.cfg
+    blocks = [jax.tree.map(itemgetter(layer), model.h) for layer in range(cfg.n_layer)]
+    if jax.sharding.get_abstract_mesh().empty:
+        blocks = map(DecodingBlock.of, blocks)
+    lm_head = None if cfg.tie_word_embeddings else model.lm_head
+    return Decoder(cfg, model.wte, model.wpe, tuple(blocks), model.ln_f, lm_head)
+
+
+@partial(jax.vmap, in_axes=(0, 0, 0, None))
+def _write(array: jax.Array, columns: jax.Array, first: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, columns, first, axis)
 
 
 class Product(NamedTuple):
@@ -31,7 +121,10 @@ class Product(NamedTuple):
 
 
 class DecodingBlock(NamedTuple):
-    """Computes what the `Block` does that it was made of, without dropout, on one device."""
+    """Computes what the `Block` does that it was made of, without dropout, on one device.
+
+    A product has few rows here and takes as long as its weights take to be read.
+    """
 
     ln_1: nnx.LayerNorm
     qkv: Product

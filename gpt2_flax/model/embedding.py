@@ -1,4 +1,4 @@
-"""The token embedding as look-up and head share it.
+"""The token embedding as look-up and head share it, or a head of its own.
 
 Dimension key: R parts that the rows of a batch are in, B batch, T sequence, D n_embd, V vocabulary.
 """

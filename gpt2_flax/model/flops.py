@@ -7,7 +7,7 @@ def flops_per_token(model: ModelConfig, seq_length: int) -> int:
     """Returns the floating point operations that training on one token takes, forward and backward.
 
     As in PaLM (Chowdhery et al., arXiv:2204.02311, appendix B) and Megatron-LM (Narayanan et al., arXiv:2104.04473): 6
-    for each parameter of a matrix product, the tied head included and looking up embeddings not, and 12 * n_layer *
+    for each parameter of a matrix product, the head included and looking up embeddings not, and 12 * n_layer *
     n_embd * seq_length for attention, whole rows, though half of them is masked. What is computed again going backward
     and the padding of the vocabulary count for nothing.
     """

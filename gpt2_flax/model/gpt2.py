@@ -1,16 +1,14 @@
 """GPT-2 (Radford et al., 2019) as a Flax NNX module that is also a plain JAX pytree.
 
 Blocks are stacked: every parameter under `h` has a leading layer axis, so a block is compiled once and the tree has
-16 arrays at any depth. Nothing is assigned outside `__init__`; the gradient of a `GPT2` is a `GPT2`.
+16 arrays at any depth, 17 if the head is not the token embedding. Nothing is assigned outside `__init__`; the gradient
+of a `GPT2` is a `GPT2`.
 
-Dimension key: B batch, T sequence, D n_embd, H heads, K head size, V vocabulary, L layers, S columns
-of the cache, R parts that the rows of a batch are in.
+Dimension key: B batch, T sequence, D n_embd, H heads, K head size, V vocabulary, L layers, R parts
+that the rows of a batch are in.
 """
 
-from collections.abc import Callable, Sequence
 from functools import partial
-from operator import itemgetter
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +16,7 @@ from flax import nnx
 
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.data.packing import Batch
-from gpt2_flax.model.attention import attention, causal_attention, choose, dropout, keep_attention
+from gpt2_flax.model.attention import causal_attention, choose, dropout, keep_attention
 from gpt2_flax.model.block import Block, layer_norm, normed, split_key
 from gpt2_flax.model.embedding import copies, look_up
 from gpt2_flax.model.loss import LossSums, cross_entropy, logits
@@ -33,34 +31,25 @@ _REMAT_POLICIES = {
 }
 
 
-class Cache(NamedTuple):
-    """Keys and values of the columns seen so far, for generation; column `length` is written next.
-
-    An array for each layer: of a stacked one, a step would copy the part that it reads.
-    """
-
-    k_BHSK: tuple[jax.Array, ...]
-    v_BHSK: tuple[jax.Array, ...]
-    length: jax.Array
-
-    @classmethod
-    def empty(cls, cfg: ModelConfig, batch_size: int, length: int) -> "Cache":
-        shape = (batch_size, cfg.n_head, length, cfg.head_size)
-        k_BHSK, v_BHSK = (tuple(jnp.zeros(shape, cfg.dtype) for _ in range(cfg.n_layer)) for _ in "kv")
-        return cls(k_BHSK, v_BHSK, jnp.zeros((), jnp.int32))
-
-
 class GPT2(nnx.Module):
-    """Decoder-only language model whose head is its token embedding."""
+    """Decoder-only language model whose head is its token embedding, or `lm_head` if they are not tied."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         embed = partial(nnx.Embed, dtype=jnp.dtype(cfg.dtype), rngs=rngs)
         normal = nnx.initializers.normal(cfg.initializer_range)
-        self.wte = embed(cfg.padded_vocab_size, cfg.n_embd, embedding_init=_zero_rows_from(cfg.vocab_size, normal))
+        by_token = partial(embed, cfg.padded_vocab_size, embedding_init=_zero_rows_from(cfg.vocab_size, normal))
+        self.wte = by_token(cfg.n_embd)
         self.wpe = embed(cfg.n_positions, cfg.n_embd, embedding_init=normal)
         self.h = jax.vmap(lambda key: Block(cfg, rngs=nnx.Rngs(key)))(jax.random.split(rngs.params(), cfg.n_layer))
         self.ln_f = layer_norm(cfg, rngs)
+        if not cfg.tie_word_embeddings:  # drawn last, so that all else is as in a model that has none
+            self.lm_head = by_token(cfg.n_embd)
+
+    @property
+    def head_VD(self) -> jax.Array:
+        """What hidden states are multiplied with, float32."""
+        return (self.wte if self.cfg.tie_word_embeddings else self.lm_head).embedding[...]
 
     def __call__(
         self,
@@ -71,13 +60,14 @@ class GPT2(nnx.Module):
     ) -> jax.Array:
         """Returns float32 logits_BTV over `vocab_size` tokens; arguments as `hidden`."""
         x_BTD = self.hidden(tokens_BT, segments_BT, positions_BT, dropout_key)
-        return logits(x_BTD, self.wte.embedding[...], self.cfg.vocab_size)[..., : self.cfg.vocab_size]
+        return logits(x_BTD, self.head_VD, self.cfg.vocab_size)[..., : self.cfg.vocab_size]
 
     def loss(self, batch: Batch, dropout_key: jax.Array | None = None) -> LossSums:
         """Returns the summed next-token loss of a batch; under a mesh its rows must be as `batch_sharding` says."""
         embedding_RVD = copies(self.wte.embedding[...])  # gathered, and its gradient reduced, once for both uses
+        head_RVD = embedding_RVD if self.cfg.tie_word_embeddings else copies(self.head_VD)
         x_BTD = self.hidden(batch.tokens_BT, batch.segments_BT, batch.positions_BT, dropout_key, embedding_RVD)
-        return cross_entropy(x_BTD, embedding_RVD, batch.targets_BT, self.cfg.vocab_size)
+        return cross_entropy(x_BTD, head_RVD, batch.targets_BT, self.cfg.vocab_size)
 
     def hidden(
         self,
@@ -105,45 +95,6 @@ class GPT2(nnx.Module):
         embed_key, layers_key = split_key(dropout_key, 2)
         x_BTD = self._embed(tokens_BT, positions_BT, embed_key, embedding_RVD)
         return self._blocks(x_BTD, attend, layers_key)
-
-    def decode(
-        self,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        first_column_B: jax.Array,
-        cache: Cache,
-        blocks: Sequence[Callable] | None = None,
-    ) -> tuple[jax.Array, Cache]:
-        """Returns float32 logits_BV after the last of `tokens_BT`, and the cache with these T columns added.
-
-        Rows are padded on the left: the columns of the cache before `first_column_B` are never looked at.
-        blocks: `self.blocks()`, or what computes the same; who calls this more than once should keep them.
-        """
-        columns_S = jnp.arange(cache.k_BHSK[0].shape[2])
-        query_columns_T = cache.length + jnp.arange(tokens_BT.shape[1])
-        mask_BTS = (columns_S <= query_columns_T[:, None]) & (columns_S >= first_column_B[:, None, None])
-        # A padding column sees itself: a softmax over nothing is not a number.
-        mask_BTS |= columns_S == query_columns_T[:, None]
-
-        def attend(old_k_BHSK, old_v_BHSK, q_BTHK, k_BTHK, v_BTHK, _):
-            start = (0, 0, cache.length, 0)
-            k_BHSK, v_BHSK = (
-                jax.lax.dynamic_update_slice(old_BHSK, new_BTHK.swapaxes(1, 2), start)
-                for old_BHSK, new_BTHK in ((old_k_BHSK, k_BTHK), (old_v_BHSK, v_BTHK))
-            )
-            return attention(q_BTHK, k_BHSK, v_BHSK, mask_BTS), (k_BHSK, v_BHSK)
-
-        x_BTD, kept = self._embed(tokens_BT, positions_BT, None), []
-        for block, *layer_cache in zip(blocks or self.blocks(), cache.k_BHSK, cache.v_BHSK, strict=True):
-            x_BTD, keys_and_values = block(x_BTD, partial(attend, *layer_cache), None)
-            kept.append(keys_and_values)
-        x_BTD = normed(self.ln_f, x_BTD[:, -1:])
-        logits_BV = logits(x_BTD, self.wte.embedding[...], self.cfg.vocab_size)[:, 0, : self.cfg.vocab_size]
-        return logits_BV, Cache(*zip(*kept, strict=True), cache.length + tokens_BT.shape[1])
-
-    def blocks(self) -> tuple[Block, ...]:
-        """Returns the layers one by one, with arrays of their own."""
-        return tuple(jax.tree.map(itemgetter(layer), self.h) for layer in range(self.cfg.n_layer))
 
     def _embed(self, tokens_BT, positions_BT, key, embedding_RVD=None) -> jax.Array:
         if positions_BT is None:

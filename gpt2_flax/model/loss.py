@@ -32,10 +32,10 @@ class LossSums(NamedTuple):
 
 
 def cross_entropy(x_BTD: jax.Array, embedding_VD: jax.Array, targets_BT: jax.Array, vocab_size: int) -> LossSums:
-    """Returns the summed loss of predicting `targets_BT` (IGNORE is skipped) from hidden states and the tied embedding.
+    """Returns the summed loss of predicting `targets_BT` (IGNORE is skipped) from hidden states and the head's matrix.
 
     `embedding_VD`, float32, may be its `copies`. Products run in the dtype of `x_BTD` and add up in float32, as do the
-    softmax, the sums and the gradient of the embedding. Only `nats` has a gradient.
+    softmax, the sums and the gradient of the matrix. Only `nats` has a gradient.
     """
     return _cross_entropy(x_BTD, copies(embedding_VD), targets_BT, vocab_size)
 

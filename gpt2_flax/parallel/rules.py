@@ -14,7 +14,7 @@ from gpt2_flax.parallel.mesh import BATCH_AXES
 # over the vocabulary only: splitting n_embd too makes XLA replicate activations around the look-up ("Involuntary
 # full rematerialization"). Optimizer moments lie as their parameters do, because their paths end alike.
 RULES = (
-    (r"wte/embedding$", P(("tensor", "fsdp"), None)),
+    (r"(wte|lm_head)/embedding$", P(("tensor", "fsdp"), None)),
     (r"wpe/embedding$", P(None, None)),
     (r"h/ln_[12]/(scale|bias)$", P(None, None)),
     (r"h/attn/c_attn/kernel$", P(None, "fsdp", None, "tensor", None)),

@@ -33,6 +33,7 @@ class Figures:
 
     parameters: int
     in_embeddings: int
+    """A head of its own included."""
     in_blocks: int
     flops_per_token: int
     """Forward and backward."""
@@ -95,8 +96,8 @@ def figures(config: Config, mixture: Mixture | None) -> Figures:
     model, n_rows, steps = config.model, config.data.global_batch_size, config.training.total_steps
     return Figures(
         parameters=model.parameters,
-        in_embeddings=(model.vocab_size + model.n_positions) * model.n_embd,
-        in_blocks=model.parameters - (model.vocab_size + model.n_positions + 2) * model.n_embd,
+        in_embeddings=model.embedding_parameters,
+        in_blocks=model.parameters - model.embedding_parameters - 2 * model.n_embd,
         flops_per_token=flops_per_token(model, config.data.seq_length),
         tokens_per_step=n_rows * config.data.seq_length,
         steps=steps,
@@ -161,7 +162,7 @@ def _of_one_part(model: ModelConfig, n_rows: int, seq_length: int, tensor: int) 
         return jax.vjp(lambda params: params.hidden(tokens_BT, segments_BT, positions_BT, key), params)[1]
 
     def loss(x_BTD, params, targets_BT):
-        return cross_entropy(x_BTD, params.wte.embedding[...], targets_BT, model.vocab_size).nats
+        return cross_entropy(x_BTD, params.head_VD, targets_BT, model.vocab_size).nats
 
     forward = jax.make_jaxpr(kept)(shapes, ids_BT, ids_BT, ids_BT, key).jaxpr
     given = set(map(id, forward.invars))  # parameters themselves are kept anyway

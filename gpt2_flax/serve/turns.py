@@ -81,7 +81,7 @@ class Turns:
             put(error)
 
     async def _make_text(self, text: Text, prompt: list[int], put: Callable[[Piece], None]) -> None:
-        model, tokenizer = self._generator.model, self._generator.tokenizer
+        tokenizer = self._generator.tokenizer
         ids = await self._compute(self._generator.new_ids, prompt, text.max_tokens, text.sampling, text.seed)
         counted, stop = _Counted(ids), StopStrings(text.stops)
         pieces = stream_text(tokenizer, prompt, counted)
@@ -93,13 +93,13 @@ class Turns:
                     self.check_open()
         finally:
             counted.ended = True  # also the step that runs now, if it goes over many tokens without a text
-        full = counted.n >= min(text.max_tokens, model.cfg.n_positions - len(prompt))
+        full = counted.n >= min(text.max_tokens, self._generator.decoder.cfg.n_positions - len(prompt))
         reason = "length" if full and not stop.found else "stop"
         put(Piece(text.index, stop.rest(), reason, len(prompt), counted.n))
 
     def _prompt_ids(self, text: Text) -> list[int]:
         (prompt,) = prompt_ids(self._generator.tokenizer, [text.prompt])
-        positions = self._generator.model.cfg.n_positions
+        positions = self._generator.decoder.cfg.n_positions
         if len(prompt) >= positions:
             message = f"prompt: it has {len(prompt) - 1} tokens, and the model takes {positions - 2} and one new one"
             raise ApiError(413, message, "prompt", "context_length_exceeded")

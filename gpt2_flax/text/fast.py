@@ -72,6 +72,8 @@ class FastTokenizer:
     def _config(self) -> dict[str, Any]:
         """What tokenizer_config.json holds."""
         return {
+            # transformers 5 makes tokenizers of most other classes anew, BertTokenizer with [SEP] behind every prompt.
+            # The price: `BertTokenizer.from_pretrained` of 4.57, which does the right thing, warns of another class.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 would add an embedding for token_type_ids

@@ -68,6 +68,11 @@ class SentencePieceTokenizer:
     def fingerprint(self) -> str:
         return hashlib.sha256(b"sentencepiece\n" + self._model).hexdigest()
 
+    @property
+    def proto(self) -> protobuf.ModelProto:
+        """What the file holds."""
+        return self._proto
+
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         # Control pieces are never matched in text, so no special id can come out.
         return Encoded.from_arrays(self._processor.encode(list(texts), return_type="numpy"), self.vocab_size)

@@ -5,6 +5,7 @@ from pathlib import Path
 from gpt2_flax.config import Config
 from gpt2_flax.errors import ExitCode, UserError, printable
 from gpt2_flax.inference.generate import Sampling, continue_texts, prompt_ids
+from gpt2_flax.model.decoding import decoder_of
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.text.tokenizer import load_tokenizer
 
@@ -34,4 +35,4 @@ class Samples:
         if not self._prompts:
             return []
         tokens, seed = self._training.sample_tokens, self._training.seed
-        return continue_texts(model, self._tokenizer, self._prompts, tokens, _SAMPLING, seed)
+        return continue_texts(decoder_of(model), self._tokenizer, self._prompts, tokens, _SAMPLING, seed)

@@ -112,9 +112,11 @@ def check_rows(config: Config, mesh: Mesh) -> None:
 
 def check_fits(config: Config, model: ModelConfig) -> None:
     """Raises `UserError` (CONFIG) when a run of `config` cannot start from weights of `model`."""
-    for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "layer_norm_epsilon"):
+    sizes = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+    for name in (*sizes, "layer_norm_epsilon", "tie_word_embeddings"):
         old, new = getattr(model, name), getattr(config.model, name)
         if old != new:
+            old, new = (str(value).lower() for value in (old, new))  # as TOML has them
             what = f"model.{name} is {new} but {old} in init_from"
             raise UserError(ExitCode.CONFIG, what, config.init_from, f"set model.{name} = {old}")
 
