@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint and tests in an environment of their own (.test-environment). Arguments go to pytest:
-#   bash scripts/run_tests.sh tests/test_model.py -k cache
+#   bash scripts/run_tests.sh tests/test_model.py -k cache     (two processes; -n 0: none but one)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
@@ -11,4 +11,4 @@ extras=dev,export,gguf,push,quickstart,corpora,ray,serve
 make_environment .test-environment "$extras"
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+python -m pytest -n 2 --dist loadfile "$@"

@@ -11,4 +11,5 @@ transformers.set_seed(0)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = GPT2LMHeadModel.from_pretrained(folder)
 generate = TextGenerationPipeline(model, tokenizer)
-print(generate(text, max_length=100, do_sample=True, top_p=0.9, temperature=0.8)[0]["generated_text"])
+options = {"max_length": 100, "truncation": True, "do_sample": True, "top_p": 0.9, "temperature": 0.8}
+print(generate(text, **options)[0]["generated_text"])

@@ -69,6 +69,7 @@ def exported_sentencepiece(tmp_path_factory, request):
 def silence(caplog):
     """Fails the test when transformers warns, in either way it has."""
     transformers = pytest.importorskip("transformers")
+    transformers.set_seed(0)
     transformers.utils.logging.enable_propagation()
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")

@@ -119,7 +119,7 @@ class _Task(NamedTuple):
         going, drafting = True, False
         while going:
             n_drafts = _N_DRAFTS if drafting else 0
-            state, going, drafting = _advance(*self, until_B, state, n_drafts)
+            state, going, drafting = _advance(*self, until_B, _WORTH_DRAFTING, state, n_drafts)
         return state
 
 
@@ -145,7 +145,15 @@ def _read_prompts(decoder: Decoder, tokens_BT, length_B, n_columns: int) -> Stat
 
 @partial(jax.jit, donate_argnames="state", static_argnames="n_drafts")
 def _advance(
-    decoder: Decoder, sampling: SamplingArrays, keys_B, eos_id, stop_B, until_B, state: State, n_drafts: int
+    decoder: Decoder,
+    sampling: SamplingArrays,
+    keys_B,
+    eos_id,
+    stop_B,
+    until_B,
+    worth_drafting,
+    state: State,
+    n_drafts: int,
 ) -> tuple[State, jax.Array, jax.Array]:
     """Advances as `_Task.advance`, and as long as it is right to check `n_drafts` tokens at once, 0 or more.
 
@@ -159,7 +167,7 @@ def _advance(
         return (live(state) & (state.history.length_B < until_B)).any()
 
     def drafting(state: State) -> jax.Array:
-        return (jnp.where(live(state), state.right_B - _WORTH_DRAFTING, 0)).sum() > 0
+        return (jnp.where(live(state), state.right_B - worth_drafting, 0)).sum() > 0
 
     def step(state: State) -> State:
         history, live_B = state.history, live(state)
