@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole way from text to a transformers folder, on real Chinese text and a small model: about 7 minutes on two CPU
+# The whole way from text to a transformers folder, on real Chinese text and a small model: about 4 minutes on two CPU
 # cores after installation. Everything it makes lies under quickstart/. A second call keeps what is finished and goes on
 # with what is not; `bash scripts/quickstart.sh --fresh` starts over.
 set -euo pipefail

@@ -35,7 +35,7 @@ _TEXTS = (
     "東京タワー — café naïve Straße",
     "emoji 😀, (brackets) and internationalization",
 )
-_ROWS, _LENGTH, _NEW_TOKENS = 2, 64, 16
+_ROWS, _LENGTH, _PROMPT_TOKENS, _NEW_TOKENS = 2, 64, 8, 16
 _TIES = 0.02
 """Share of sample texts of a foreign unigram model that may be cut otherwise: see `text.spm`."""
 
@@ -154,7 +154,9 @@ def _compute(
         rounding = float(np.abs(exact_BTV - logits_BTV).max())
     prompts, continuations, leads = [], [], []
     if new := min(_NEW_TOKENS, shape[1] // 2):
-        prompts = [[tokenizer.bos_id, *ids.tolist()][: shape[1] - new] for ids in tokenizer.encode_batch(texts[:_ROWS])]
+        starts = texts[len(_TEXTS) :][:_ROWS] or texts[:_ROWS]
+        stop = min(_PROMPT_TOKENS, shape[1] - new)  # within the text: after its end a model has nothing to add
+        prompts = [[tokenizer.bos_id, *ids.tolist()][:stop] for ids in tokenizer.encode_batch(starts)]
         continuations, leads = _continue(logits_of, prompts, shape[1], new, tokenizer.eos_id)
     return _Ours(tokens_BT, logits_BTV, prompts, continuations, leads, rounding)
 
