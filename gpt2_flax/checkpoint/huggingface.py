@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from gpt2_flax.checkpoint.checksums import check_sums
-from gpt2_flax.checkpoint.tensor_files import MAX_CONFIG, MAX_TENSORS, Tensor, open_tensors, read_json
+from gpt2_flax.checkpoint.tensor_files import MAX_CONFIG, MAX_TENSORS, Tensor, check_tensors, open_tensors, read_json
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError, quote
 
@@ -191,7 +191,7 @@ def _assemble(tensors: Mapping[str, Tensor], config: ModelConfig, where: object)
     if len(found) < len(kept):
         what = f"a tensor stands there twice, with and without {_PREFIX!r}"
         raise UserError(ExitCode.DATA, what, where, "save the model again")
-    _check(found, config, where)
+    check_tensors(found, _expected_shapes(config), HEAD.name, "tensors do not fit the model", where)
     _check_head(found, config.tie_word_embeddings, where)
     weights = {path: np.empty(shape, np.float32) for path, shape in weight_shapes(config).items()}
     for entry in table(config.tie_word_embeddings):
@@ -199,26 +199,6 @@ def _assemble(tensors: Mapping[str, Tensor], config: ModelConfig, where: object)
         for layer, array in enumerate(stack):
             array[...] = found[entry.name.format(layer)].load().reshape(array.shape)
     return weights
-
-
-def _check(found: Mapping[str, Tensor], config: ModelConfig, where: object) -> None:
-    expected = _expected_shapes(config)
-    problems = []
-    for name in sorted(expected.keys() | found.keys()):
-        tensor, shape = found.get(name), expected.get(name)
-        if tensor is None:
-            if name != HEAD.name:
-                problems.append(f"{name} missing, {shape} expected")
-        elif shape is None:
-            problems.append(f"{quote(name)} {tensor.shape} not expected")
-        elif tensor.shape != shape:
-            problems.append(f"{name} {tensor.shape}, {shape} expected")
-        elif tensor.dtype not in ("float32", "float16", "bfloat16"):
-            problems.append(f"{name} {quote(tensor.dtype)}, float32, float16 or bfloat16 expected")
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        what = f"tensors do not fit the model: {'; '.join(problems[:5])}{more}"
-        raise UserError(ExitCode.DATA, what, where, "weights and config.json are of different models, or damaged")
 
 
 def _check_head(found: Mapping[str, Tensor], tied: bool, where: object) -> None:

@@ -6,7 +6,7 @@ A folder holds model.safetensors, or shards named by model.safetensors.index.jso
 import contextlib
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -91,6 +91,29 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) != len(pairs):
         raise ValueError("a key stands there twice")
     return values
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], optional: str, misfit: str, where: object
+) -> None:
+    """Raises `UserError` (DATA) that begins with `misfit` and names the first tensors that are missing, surplus, or of
+    another shape or type than `expected` says; that named `optional` may be missing."""
+    problems = []
+    for name in sorted(expected.keys() | tensors.keys()):
+        tensor, shape = tensors.get(name), expected.get(name)
+        if tensor is None:
+            if name != optional:
+                problems.append(f"{name} missing, {shape} expected")
+        elif shape is None:
+            problems.append(f"{quote(name)} {tensor.shape} not expected")
+        elif tensor.shape != shape:
+            problems.append(f"{name} {tensor.shape}, {shape} expected")
+        elif tensor.dtype not in ("float32", "float16", "bfloat16"):
+            problems.append(f"{name} {quote(tensor.dtype)}, float32, float16 or bfloat16 expected")
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        what = f"{misfit}: {'; '.join(problems[:5])}{more}"
+        raise UserError(ExitCode.DATA, what, where, "weights and config are of different models, or damaged")
 
 
 def _read_index(path: Path) -> dict[str, str]:

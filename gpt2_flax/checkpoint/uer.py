@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from gpt2_flax.checkpoint.huggingface import weight_shapes
-from gpt2_flax.checkpoint.tensor_files import MAX_CONFIG, Tensor, read_json, torch_tensors
+from gpt2_flax.checkpoint.tensor_files import MAX_CONFIG, Tensor, check_tensors, read_json, torch_tensors
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError, quote
 
@@ -276,22 +276,7 @@ def _check(tensors: Mapping[str, Tensor], config: ModelConfig, where: object) ->
     for piece in (*TABLE, HEAD):
         shape = tuple(sizes[axis] for axis in piece.axes)
         expected |= {piece.name.format(layer): shape for layer in range(config.n_layer if piece.stacked else 1)}
-    problems = []
-    for name in sorted(expected.keys() | tensors.keys()):
-        tensor, shape = tensors.get(name), expected.get(name)
-        if tensor is None:
-            if name != _HEAD:
-                problems.append(f"{name} missing, {shape} expected")
-        elif shape is None:
-            problems.append(f"{quote(name)} {tensor.shape} not expected")
-        elif tensor.shape != shape:
-            problems.append(f"{name} {tensor.shape}, {shape} expected")
-        elif tensor.dtype not in ("float32", "float16", "bfloat16"):
-            problems.append(f"{name} {quote(tensor.dtype)}, float32, float16 or bfloat16 expected")
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        what = f"tensors are not those of a GPT-2 of UER-py: {'; '.join(problems[:5])}{more}"
-        raise UserError(ExitCode.DATA, what, where, "the file is of another model, or damaged")
+    check_tensors(tensors, expected, _HEAD, "tensors are not those of a GPT-2 of UER-py", where)
 
 
 def _head_is_tied(tensors: Mapping[str, Tensor], said: bool | None, where: object) -> bool:

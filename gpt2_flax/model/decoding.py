@@ -26,7 +26,8 @@ from gpt2_flax.parallel.rules import constrain_BTD
 class Cache(NamedTuple):
     """Keys and values of a batch; an array for each layer: of a stacked one, a step would copy the part it reads.
 
-    Their axes differ so that products read both in order.
+    Their axes differ so that products read both in order, and so that no compiler makes one scatter of writing both:
+    XLA for CPUs, told to give several results of one pass, ends with a failed check there.
     """
 
     k_BHKS: tuple[jax.Array, ...]
