@@ -15,6 +15,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     # Many tests compile the same programs; of a run of the tests alone, for all its processes.
     _compiled = tempfile.TemporaryDirectory(prefix="gpt2_flax-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    # As `keep_compiled_programs` has it: JAX mixes up a folder that only some of its processes keep below a size.
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(4 * 2**30)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import hypothesis
