@@ -18,7 +18,7 @@ from gpt2_flax.config import MeshConfig, ModelConfig
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import IGNORE, Batch
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.inference.generate import Sampling, generate_text
+from gpt2_flax.inference.generate import Generator, Sampling
 from gpt2_flax.model.flops import flops_per_token
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.parallel import devices as parallel_devices
@@ -175,7 +175,8 @@ def test_prompts_are_continued_at_each_evaluation(trained):
     assert texts[:3] != texts[3:]
     assert events(config)["samples"].tensor.string_val[0].decode() == "\n\n".join(texts[3:])
     # What the finished model says, on one device, with the draws of the run.
-    assert texts[3:] == generate_text(load_source(RunFolder(config.output).path), PROMPTS, 9, Sampling(top_k=50), 0)
+    generator = Generator(load_source(RunFolder(config.output).path))
+    assert texts[3:] == generator.texts(PROMPTS, 9, Sampling(top_k=50), 0)
 
 
 @pytest.mark.parametrize("keys", [{"data": 1}, {"data": 8}, {"fsdp": 4, "tensor": 2}])

@@ -49,7 +49,14 @@ def model_from_weights(config: ModelConfig, weights: Weights) -> GPT2:
 
 def logits_of(weights: Weights, config: ModelConfig, tokens_BT: np.ndarray) -> np.ndarray:
     """Returns the logits (B, T, V) of a model, computed in float32 on every device."""
+    return model_logits(model_from_weights(config.model_copy(update={"dtype": "float32"}), dict(weights)), tokens_BT)
+
+
+def model_logits(model: GPT2, tokens_BT: np.ndarray) -> np.ndarray:
+    """Returns the logits (B, T, V), their products computed as exactly as the model's dtype allows."""
     # "highest": on GPU and TPU a float32 product would otherwise be computed from rounded factors.
     with jax.default_matmul_precision("highest"):
-        model = model_from_weights(config.model_copy(update={"dtype": "float32"}), dict(weights))
-        return np.asarray(jax.jit(lambda model, tokens_BT: model(tokens_BT))(model, tokens_BT.astype(np.int32)))
+        return np.asarray(_logits(model, tokens_BT.astype(np.int32)))
+
+
+_logits = jax.jit(lambda model, tokens_BT: model(tokens_BT))

@@ -128,19 +128,16 @@ def _compute(
 ) -> _Ours:
     import jax
 
-    from gpt2_flax.checkpoint.weights import model_from_weights
+    from gpt2_flax.checkpoint.weights import model_from_weights, model_logits
 
     shape = (_ROWS, min(_LENGTH, config.n_positions))
     tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, shape)
     # Scanned: compiled sooner, and without a copy of every layer's part of the stacked parameters.
     config = config.model_copy(update={"dtype": "float32", "layers": "scanned"})
     leaves, structure = jax.tree.flatten(model_from_weights(config, dict(weights)))
-    logits = jax.jit(lambda leaves, tokens_BT: jax.tree.unflatten(structure, leaves)(tokens_BT))
 
     def logits_of(tokens_BT: np.ndarray) -> np.ndarray:
-        # "highest": on GPU and TPU a float32 product would otherwise be computed from rounded factors.
-        with jax.default_matmul_precision("highest"):
-            return np.asarray(logits(leaves, tokens_BT.astype(np.int32)))
+        return model_logits(jax.tree.unflatten(structure, leaves), tokens_BT)
 
     logits_BTV = logits_of(tokens_BT)
     rounding = 0.0

@@ -66,13 +66,6 @@ class Generator:
         return generate_one(self.decoder, before, eos_id, max_new_tokens, sampling, seed)
 
 
-def generate_text(
-    source: Source, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling, seed: int
-) -> list[str]:
-    """Returns each prompt with its continuation, computed in float32."""
-    return Generator(source).texts(prompts, max_new_tokens, sampling, seed)
-
-
 def prompt_ids(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     """Returns the ids of texts that a document begins with."""
     return [[tokenizer.bos_id, *ids.tolist()] for ids in tokenizer.encode_batch(prompts)]
