@@ -76,9 +76,9 @@ def test_a_text_without_repetition_or_of_one_token_has_some_draft():
 def test_always_and_never_drafting_give_the_same_text(decoder, monkeypatch, sampling, n_rows):
     draw = np.random.default_rng(0)
     prompts = [(draw.integers(VOCABULARY, size=1 + row % 4).tolist() * 6)[: 3 + 4 * row] for row in range(n_rows)]
-    eos_id, found = 5, []
+    eos_id, found, drafts = 5, [], decode._drafts
     for least_share in (2.0, -1.0):
-        monkeypatch.setattr(decode, "_WORTH_DRAFTING", least_share)
+        monkeypatch.setattr(decode, "_drafts", lambda n, least=least_share: drafts(n)._replace(least_right=least))
         found.append(decode.generate(decoder, prompts, eos_id, 40, sampling, seed=3))
         one = list(decode.generate_one(decoder, prompts[0], eos_id, 40, sampling, 3))
         assert one == found[-1][0]

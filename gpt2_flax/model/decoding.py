@@ -22,6 +22,8 @@ from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.model.loss import logits
 from gpt2_flax.parallel.rules import constrain_BTD
 
+_FEW_TOKENS = 128
+
 
 class Cache(NamedTuple):
     """Keys and values of a batch; an array for each layer: of a stacked one, a step would copy the part it reads.
@@ -117,8 +119,15 @@ class Product(NamedTuple):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         n_rows, length, *_ = x_BTD.shape
-        out_NF = jnp.einsum("ND,FD->NF", x_BTD.reshape(n_rows * length, -1), self.kernel_FD.astype(x_BTD.dtype))
-        return (out_NF + self.bias.reshape(-1).astype(x_BTD.dtype)).reshape(n_rows, length, *self.bias.shape)
+        x_ND = x_BTD.reshape(n_rows * length, -1)
+        kernel_FD, bias_F = self.kernel_FD.astype(x_ND.dtype), self.bias.reshape(-1).astype(x_ND.dtype)
+        if n_rows * length > _FEW_TOKENS:
+            out_NF = jnp.einsum("ND,FD->NF", x_ND, kernel_FD) + bias_F
+        else:
+            # XLA for CPUs packs what is on the right anew for each product. The bias comes before tokens are first
+            # again, or it would swap the sides.
+            out_NF = (kernel_FD @ x_ND.T + bias_F[:, None]).T
+        return out_NF.reshape(n_rows, length, *self.bias.shape)
 
 
 class DecodingBlock(NamedTuple):
