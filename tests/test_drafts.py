@@ -72,7 +72,7 @@ def test_a_text_without_repetition_or_of_one_token_has_some_draft():
     ],
     ids=str,
 )
-@pytest.mark.parametrize("n_rows", [1, 10])
+@pytest.mark.parametrize("n_rows", [1, 10, 20])
 def test_always_and_never_drafting_give_the_same_text(decoder, monkeypatch, sampling, n_rows):
     draw = np.random.default_rng(0)
     prompts = [(draw.integers(VOCABULARY, size=1 + row % 4).tolist() * 6)[: 3 + 4 * row] for row in range(n_rows)]
