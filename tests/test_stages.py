@@ -201,14 +201,16 @@ def test_finished_stages_are_passed_over_with_one_line(stages, capsys):
     assert RunFolder(stages[0].output).metrics.read_bytes() == before
 
 
-# The loop asks after each of the 4 steps of the first stage, between the two, and after each of the 3 of the second.
+# The loop asks after each of the 4 steps of the first stage and the one batch of its evaluation at step 3, between the
+# two, and after each of the 3 steps of the second.
 @pytest.mark.parametrize(
     ("call", "where"),
     [
         (2, "stage 1 of 2: stopped at step 2, saved: .*first"),
-        (4, "stage 1 of 2: stopped at its end, saved: .*first"),
+        (4, "stage 1 of 2: stopped at step 3, saved: .*first"),
         (5, "stage 1 of 2: stopped at its end, saved: .*first"),
-        (6, "stage 2 of 2: stopped at step 1, saved: .*second"),
+        (6, "stage 1 of 2: stopped at its end, saved: .*first"),
+        (7, "stage 2 of 2: stopped at step 1, saved: .*second"),
     ],
 )
 def test_a_stop_in_any_stage_ends_with_75_and_the_next_call_goes_on(stages, monkeypatch, tmp_path, call, where):

@@ -154,7 +154,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(config, tmp_path, mon
     ask, calls = loop.StopRequest.__call__, itertools.count(1)
 
     def stop_at_four(self):
-        if next(calls) == 4:
+        if next(calls) == 5:  # the fourth was after the batch of the evaluation at step 3
             signal.raise_signal(signal.SIGTERM)
         return ask(self)
 
@@ -165,6 +165,33 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(config, tmp_path, mon
     monkeypatch.undo()
     loop.train(parts)
     assert logged(parts) == whole
+
+
+def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(config, tmp_path, monkeypatch):
+    config = changed(config, training__evaluation_batches=0)
+    loop.train(config)
+    parts, evaluate, asked = changed(config, output=str(tmp_path / "parts")), loop.evaluate, []
+
+    def signalled(*arguments):
+        *others, done = arguments
+
+        def after_batch(tokens):
+            asked.append(tokens)
+            signal.raise_signal(signal.SIGTERM)
+            done(tokens)
+
+        return evaluate(*others, after_batch)
+
+    monkeypatch.setattr(loop, "evaluate", signalled)
+    with pytest.raises(UserError, match="stopped at step 3, saved"):
+        loop.train(parts)
+    assert len(asked) == 1
+    asked.clear()
+    monkeypatch.setattr(loop, "evaluate", lambda *others: asked.append(evaluate(*others)) or asked[-1])
+    loop.train(parts)
+    (last,) = asked  # that of the last step; the one that was left is not made up for
+    assert last.tokens > 2 * parts.data.global_batch_size * parts.data.seq_length
+    assert logged(parts) == logged(config)
 
 
 def test_a_run_goes_on_over_another_mesh(config, capsys):

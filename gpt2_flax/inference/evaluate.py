@@ -1,5 +1,6 @@
 """How well a model predicts text that it was not trained on."""
 
+import contextlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -45,7 +46,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates the loader's split in stream order, `n_rows` rows at a time.
 
-    `n_batches` 0 reads the whole split; `done` is told of the positions of each finished batch.
+    `n_batches` 0 reads the whole split; `done` is told of the positions of each finished batch, and may raise.
     """
     starts = range(0, _rows_to_read(loader, n_rows, n_batches), n_rows)
 
@@ -53,10 +54,11 @@ def evaluate(
         return device_batch(mesh, n_rows, lambda first, last: loader.in_order(start + first, start + last))
 
     totals = [0.0, 0.0, 0.0]  # float64 on the host: float32 sums of millions of tokens drift
-    for batch in prefetch(make, starts):
-        sums = _sums(model, batch)
-        totals = [total + float(part) for total, part in zip(totals, sums, strict=True)]
-        done(n_rows * loader.seq_length)
+    with contextlib.closing(prefetch(make, starts)) as batches:
+        for batch in batches:
+            sums = _sums(model, batch)
+            totals = [total + float(part) for total, part in zip(totals, sums, strict=True)]
+            done(n_rows * loader.seq_length)
     nats, correct, targets = totals
     split, characters = loader.split, loader.split.n_characters
     if characters is not None:  # of a part of the split as many as its tokens stand for on average

@@ -14,7 +14,9 @@ from gpt2_flax.data.loader import Loader
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.inference.evaluate import evaluate
+from gpt2_flax.inference.evaluation import Evaluation
 from gpt2_flax.model.attention import choose
+from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.parallel.auto_mesh import choose_mesh
 from gpt2_flax.parallel.feed import device_batch, prefetch
 from gpt2_flax.parallel.mesh import make_mesh, platform
@@ -191,10 +193,13 @@ def _run(
                 report.catch_up()
                 with watchdog.paused():
                     evaluations = {
-                        folder: evaluate(state.model, split, mesh, n_rows, training.evaluation_batches)
+                        folder: _evaluate(state.model, split, mesh, config, stop if step < total else None)
                         for folder, split in held_out.items()
                     }
-                    report.evaluated(step, evaluations, samples.texts(state.model))
+                    if None in evaluations.values():
+                        stopping = True
+                    else:
+                        report.evaluated(step, evaluations, samples.texts(state.model))
             save_due |= step % training.save_every == 0
             last = step == total or stopping
             if save_due or last:
@@ -208,6 +213,25 @@ def _run(
             if stopping and step < total:
                 what = f"stopped at step {step}, saved"
                 raise UserError(ExitCode.TRY_AGAIN, what, config.output, "run the same command to go on")
+
+
+def _evaluate(model: GPT2, split: Loader, mesh: Mesh, config: Config, stop: StopRequest | None) -> Evaluation | None:
+    """Returns the figures of a split, None when `stop` has said so before its end."""
+
+    def after_batch(_: int) -> None:
+        if stop is not None and stop():
+            raise _Stopped
+
+    try:
+        return evaluate(
+            model, split, mesh, config.data.global_batch_size, config.training.evaluation_batches, after_batch
+        )
+    except _Stopped:
+        return None
+
+
+class _Stopped(Exception):
+    pass
 
 
 def _save(store: CheckpointStore, state: TrainState, meta: dict[str, Any], output: str) -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a question that the loop asks once a step and stage."""
+"""SIGTERM and SIGINT as a question that the loop asks after each step, batch of an evaluation, and stage."""
 
 import signal
 import threading
