@@ -5,6 +5,7 @@ The resolved config is written into the run folder and is itself a valid input.
 
 import difflib
 import sys
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -283,6 +284,17 @@ def parse_config(values: dict[str, Any], where: str) -> Config:
         # A misspelt key is the cause of the missing one beside it.
         first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
         raise _config_error(first, where) from None
+
+
+def parse_model(values: Mapping[str, Any], where: object, fix: str) -> ModelConfig:
+    """Returns what a model file says of its model; raises `UserError` (DATA) that names the first bad field."""
+    try:
+        return ModelConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field, reason = ".".join(map(str, first["loc"])), first["msg"]
+        what = f"bad value of {field}: {reason}, not {quote(first['input'])}" if field else f"bad model: {reason}"
+        raise UserError(ExitCode.DATA, what, where, fix) from None
 
 
 def dump_config(config: Config) -> str:

@@ -32,6 +32,12 @@ class UserError(Exception):
         return type(self), (self.exit_code, self.what, self.where, self.fix)  # so that a worker can hand it over
 
 
+def missing_package(task: str, package: str, extra: str, where: object) -> UserError:
+    """`package` is optional: the sentence names the extra of ours that brings it."""
+    fix = f"run: pip install 'gpt2_flax[{extra}]'"
+    return UserError(ExitCode.USAGE, f"{task} needs {package}, which is not installed", where, fix)
+
+
 def quote(text: object, limit: int = 80) -> str:
     """Returns `text` as printable ASCII, at most `limit` characters: safe to show whatever a file holds."""
     shown = ascii(text)

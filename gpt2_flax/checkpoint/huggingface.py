@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from gpt2_flax.checkpoint.checksums import check_sums
 from gpt2_flax.checkpoint.tensor_files import MAX_CONFIG, MAX_TENSORS, Tensor, check_tensors, open_tensors, read_json
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config import ModelConfig, parse_model
 from gpt2_flax.errors import ExitCode, UserError, quote
 
 CONFIG = "config.json"
@@ -164,12 +163,7 @@ def from_hf_config(values: Mapping[str, Any], where: object) -> ModelConfig:
             raise _unsupported(field, values[field], allowed, where)
     fields = {"vocab_size": 50257} | {field: values[field] for field in _SAME_FIELDS if field in values}
     fix = "the file is damaged or of another model"
-    try:
-        config = ModelConfig(**fields)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"])) or "config"
-        raise UserError(ExitCode.DATA, f"bad value of {field}: {first['msg']}", where, fix) from None
+    config = parse_model(fields, where, fix)
     if config.vocab_size is None:
         raise UserError(ExitCode.DATA, "bad value of vocab_size: null", where, fix)
     if len(TABLE) * config.n_layer > MAX_TENSORS or max(config.vocab_size, config.n_positions, config.n_embd) >= 2**31:

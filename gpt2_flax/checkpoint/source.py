@@ -5,18 +5,16 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
-from pydantic import ValidationError
 
 from gpt2_flax.checkpoint.huggingface import read_folder
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.checkpoint.uer import read_uer
 from gpt2_flax.checkpoint.weights import Weights, abstract_model, model_from_weights, weights_of
-from gpt2_flax.config import Config, ModelConfig
-from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.config import Config, ModelConfig, parse_model
+from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import new_folder
 from gpt2_flax.text.tokenizer import load_tokenizer
 
@@ -95,7 +93,9 @@ def _run_source(run: RunFolder, step: int | None) -> Source:
     with CheckpointStore(run.checkpoints) as store:
         step = _choose(store, step)
         meta = store.meta(step)
-        model = _model_config(meta["model"], store.folder / str(step))
+        fix = "another version of gpt2_flax wrote it: export it with that one, then import it here"
+        model = parse_model(meta["model"], store.folder / str(step), fix)
+        model = model.model_copy(update={"attention": "auto"})  # what trained it need not be what it is used on
         on_one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         layout = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_one_device), abstract_model(model)
@@ -104,18 +104,6 @@ def _run_source(run: RunFolder, step: int | None) -> Source:
     origin = f"{run.path} at step {step}"
     metrics, hardware = run.metrics_at(step), meta.get("hardware")
     return Source(origin, model, weights, run.tokenizer, run.read_config(), step, metrics, hardware)
-
-
-def _model_config(values: dict[str, Any], where: Path) -> ModelConfig:
-    try:
-        model = ModelConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        what = f"model.{key} of the checkpoint: {first['msg']}, not {quote(first['input'])}"
-        fix = "another version of gpt2_flax wrote it: export it with that one, then import it here"
-        raise UserError(ExitCode.DATA, what, where, fix) from None
-    return model.model_copy(update={"attention": "auto"})  # what trained it need not be what it is used on
 
 
 def _choose(store: CheckpointStore, step: int | None) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gpt2_flax.checkpoint.checksums import check_sums
-from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.errors import ExitCode, UserError, missing_package, quote
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -166,8 +166,7 @@ def torch_tensors(path: Path, fix: str) -> dict[str, Tensor]:
     try:
         import torch
     except ImportError:
-        what = f"reading {path.name} needs torch, which is not installed"
-        raise UserError(ExitCode.USAGE, what, path, "run: pip install 'gpt2_flax[export]'") from None
+        raise missing_package(f"reading {path.name}", "torch", "export", path) from None
     try:
         # mmap: the file is only mapped, so that shapes are known before data is read. Before torch 1.6 they were no
         # zip files, and are read as a whole.

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import ValidationError
 
 from gpt2_flax.checkpoint.huggingface import weight_shapes
 from gpt2_flax.checkpoint.tensor_files import MAX_CONFIG, Tensor, check_tensors, read_json, torch_tensors
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config import ModelConfig, parse_model
 from gpt2_flax.errors import ExitCode, UserError, quote
 
 LAYER_NORM_EPSILON = 1e-7
@@ -262,12 +261,8 @@ def _config(
         what = f"the number of heads cannot be told from width {width}"
         raise UserError(ExitCode.USAGE, what, where, 'give --uer-config FILE.json with {"heads_num": ...}')
     values = {"n_head": width // HEAD_SIZE} | given | values
-    try:
-        return ModelConfig(vocab_size=vocabulary, layer_norm_epsilon=LAYER_NORM_EPSILON, **values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        what = f"bad value of {'.'.join(map(str, first['loc'])) or 'heads_num'}: {first['msg']}"
-        raise UserError(ExitCode.DATA, what, where_config, "the file is damaged or of another model") from None
+    values |= {"vocab_size": vocabulary, "layer_norm_epsilon": LAYER_NORM_EPSILON}
+    return parse_model(values, where_config, "the file is damaged or of another model")
 
 
 def _check(tensors: Mapping[str, Tensor], config: ModelConfig, where: object) -> None:

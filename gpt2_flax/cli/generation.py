@@ -81,12 +81,11 @@ def serve(
 
     One text is made at a time, the others wait for their turn. SIGTERM or Ctrl-C ends it, with 0.
     """
-    from gpt2_flax.errors import ExitCode, UserError
+    from gpt2_flax.errors import missing_package
 
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
-        what, fix = f"serve needs {missing[0]}, which is not installed", "run: pip install 'gpt2_flax[serve]'"
-        raise UserError(ExitCode.USAGE, what, "this environment", fix)
+        raise missing_package("serve", missing[0], "serve", "this environment")
     from gpt2_flax.cpu import tune_cpu
 
     tune_cpu()

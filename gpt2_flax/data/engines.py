@@ -19,7 +19,7 @@ from multiprocessing.sharedctypes import SynchronizedArray
 from multiprocessing.synchronize import Event
 from typing import Any, Literal, TypeVar
 
-from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.errors import ExitCode, UserError, missing_package
 
 Engine = Literal["local", "ray"]
 Tick = Callable[[int, int], None]
@@ -126,8 +126,7 @@ def _run_on_ray(work: Work, tasks: Sequence[tuple[int, Any]], workers: int | Non
     try:
         import ray
     except ModuleNotFoundError:
-        fix = "install it with: pip install 'gpt2_flax[ray]'"
-        raise UserError(ExitCode.USAGE, "Ray is not installed", "--engine ray", fix) from None
+        raise missing_package("--engine ray", "Ray", "ray", "this environment") from None
     with contextlib.ExitStack() as stack:
         if not ray.is_initialized():
             _connect(ray)

@@ -15,7 +15,7 @@ import numpy as np
 from sentencepiece import sentencepiece_model_pb2 as protobuf
 
 from gpt2_flax.config import ModelConfig
-from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.errors import ExitCode, UserError, missing_package
 from gpt2_flax.export.weight_files import Dtype
 from gpt2_flax.text.spm import BLANK, SentencePieceTokenizer
 from gpt2_flax.text.tokenizer import Tokenizer
@@ -81,8 +81,7 @@ def import_gguf(where: object) -> ModuleType:
     try:
         import gguf
     except ImportError:
-        fix = "run: pip install 'gpt2_flax[gguf]', or export another format"
-        raise UserError(ExitCode.USAGE, "GGUF needs gguf, which is not installed", where, fix) from None
+        raise missing_package("GGUF", "gguf", "gguf", where) from None
     return gguf
 
 

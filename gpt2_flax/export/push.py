@@ -5,7 +5,7 @@ from types import ModuleType
 from typing import Any
 
 from gpt2_flax.checkpoint.checksums import SUMS, check_sums, read_sums
-from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.errors import ExitCode, UserError, missing_package, quote
 
 # What an earlier push may have left there, and what would be loaded in place of the new files.
 _STALE = (
@@ -70,8 +70,7 @@ def _import_hub(folder: Path) -> ModuleType:
         import huggingface_hub.constants
         import huggingface_hub.errors
     except ImportError:
-        fix = "run: pip install 'gpt2_flax[push]'"
-        raise UserError(ExitCode.USAGE, "push needs huggingface_hub, which is not installed", folder, fix) from None
+        raise missing_package("push", "huggingface_hub", "push", folder) from None
     return huggingface_hub
 
 

@@ -20,7 +20,7 @@ from gpt2_flax.checkpoint.tensor_files import Tensor
 from gpt2_flax.checkpoint.uer import HEAD, LAYER_NORM_EPSILON, open_uer, to_uer, to_uer_config
 from gpt2_flax.checkpoint.weights import Weights, logits_of
 from gpt2_flax.config import ModelConfig
-from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.errors import ExitCode, UserError, missing_package
 from gpt2_flax.folders import new_folder
 from gpt2_flax.text.tokenizer import load_tokenizer
 from gpt2_flax.text.wordpiece import WordPieceTokenizer
@@ -63,8 +63,7 @@ def write_uer(source: Source, output: Path, overwrite: bool = False) -> Comparis
     try:
         import torch
     except ImportError:
-        fix = "run: pip install 'gpt2_flax[export]'"
-        raise UserError(ExitCode.USAGE, "--format uer needs torch, which is not installed", output, fix) from None
+        raise missing_package("--format uer", "torch", "export", output) from None
     tokenizer = load_tokenizer(source.tokenizer_folder)
     if not isinstance(tokenizer, WordPieceTokenizer) or tokenizer.vocab_size != source.model.vocab_size:
         what = f"UER-py needs a BERT vocabulary of as many tokens as the model has rows, {source.model.vocab_size}"

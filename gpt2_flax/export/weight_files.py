@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from gpt2_flax.checkpoint.huggingface import CONFIG
 from gpt2_flax.checkpoint.tensor_files import INDEX, TORCH_WEIGHTS, WEIGHTS, open_tensors
-from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.errors import ExitCode, UserError, missing_package, quote
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 MAX_SHARD_SIZE = 5 * 10**9
@@ -76,8 +76,7 @@ def write_torch(folder: Path, state_dict: Mapping[str, np.ndarray]) -> None:
     try:
         import torch
     except ImportError:
-        fix = "run: pip install 'gpt2_flax[export]', or leave that file out"
-        raise UserError(ExitCode.USAGE, f"{TORCH_WEIGHTS} needs torch, which is not installed", path, fix) from None
+        raise missing_package(TORCH_WEIGHTS, "torch", "export", path) from None
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         array = array.copy() if array.base is not None else array  # a view would bring the whole stack of its layer
