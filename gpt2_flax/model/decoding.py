@@ -124,8 +124,8 @@ class Product(NamedTuple):
         if n_rows * length > _FEW_TOKENS:
             out_NF = jnp.einsum("ND,FD->NF", x_ND, kernel_FD) + bias_F
         else:
-            # XLA for CPUs packs what is on the right anew for each product. The bias comes before tokens are first
-            # again, or it would swap the sides.
+            # XLA for CPUs packs what is on the right anew for each product: weights, which are larger than few tokens.
+            # The bias comes before tokens are first again, or it would swap the sides.
             out_NF = (kernel_FD @ x_ND.T + bias_F[:, None]).T
         return out_NF.reshape(n_rows, length, *self.bias.shape)
 
