@@ -292,7 +292,8 @@ def parse_model(values: Mapping[str, Any], where: object, fix: str) -> ModelConf
         return ModelConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field, reason = ".".join(map(str, first["loc"])), first["msg"]
+        field = ".".join(map(str, first["loc"]))
+        reason = first["ctx"]["error"] if first["type"] == "value_error" else first["msg"]
         what = f"bad value of {field}: {reason}, not {quote(first['input'])}" if field else f"bad model: {reason}"
         raise UserError(ExitCode.DATA, what, where, fix) from None
 

@@ -4,6 +4,8 @@ import os
 import random
 import tempfile
 
+from gpt2_flax.compilation_cache import keep_compiled_programs
+
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8"
     " --xla_backend_extra_options=xla_cpu_use_multi_output_fusion=true"  # as in training
@@ -15,9 +17,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     # Many tests compile the same programs; of a run of the tests alone, for all its processes.
     _compiled = tempfile.TemporaryDirectory(prefix="gpt2_flax-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
-    # As `keep_compiled_programs` has it: JAX mixes up a folder that only some of its processes keep below a size.
-    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(4 * 2**30)
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    keep_compiled_programs()  # all settings: JAX mixes up a folder that only some of its processes keep below a size
 
 import hypothesis
 import jax

@@ -1,7 +1,7 @@
 """A training run, or several stages, from start or resume to the last step."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -192,11 +192,8 @@ def _run(
             if (step % training.evaluate_every == 0 and not stopping) or step == total:
                 report.catch_up()
                 with watchdog.paused():
-                    evaluations = {
-                        folder: _evaluate(state.model, split, mesh, config, stop if step < total else None)
-                        for folder, split in held_out.items()
-                    }
-                    if None in evaluations.values():
+                    evaluations = _evaluate(state.model, held_out, mesh, config, stop if step < total else None)
+                    if evaluations is None:
                         stopping = True
                     else:
                         report.evaluated(step, evaluations, samples.texts(state.model))
@@ -215,17 +212,20 @@ def _run(
                 raise UserError(ExitCode.TRY_AGAIN, what, config.output, "run the same command to go on")
 
 
-def _evaluate(model: GPT2, split: Loader, mesh: Mesh, config: Config, stop: StopRequest | None) -> Evaluation | None:
-    """Returns the figures of a split, None when `stop` has said so before its end."""
+def _evaluate(
+    model: GPT2, held_out: Mapping[str, Loader], mesh: Mesh, config: Config, stop: StopRequest | None
+) -> dict[str, Evaluation] | None:
+    """Returns the figures of each split, None when `stop` has said so before the end."""
+    n_rows, n_batches = config.data.global_batch_size, config.training.evaluation_batches
 
     def after_batch(_: int) -> None:
         if stop is not None and stop():
             raise _Stopped
 
     try:
-        return evaluate(
-            model, split, mesh, config.data.global_batch_size, config.training.evaluation_batches, after_batch
-        )
+        return {
+            folder: evaluate(model, split, mesh, n_rows, n_batches, after_batch) for folder, split in held_out.items()
+        }
     except _Stopped:
         return None
 
