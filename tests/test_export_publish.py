@@ -228,6 +228,27 @@ def test_where_two_tokens_are_as_likely_either_may_come_first(source, tmp_path):
         verify._compare(torch, model, changed_ours._replace(leads=ours.leads), tmp_path)
 
 
+def test_what_torch_computes_first_is_not_what_counts(source, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    publish(source, tmp_path / "out", name="A model")
+    ours = verify._compute(source.weights, source.model, load_tokenizer(source.tokenizer_folder), "float32", [PROMPT])
+    calls_that_are_off = 1
+
+    def less_exact_at_first(model, inputs, output):
+        nonlocal calls_that_are_off
+        calls_that_are_off -= 1
+        if calls_that_are_off >= 0:
+            output.logits += 1e-3
+
+    model = verify._load(torch, transformers, tmp_path / "out", "model.safetensors")
+    model.register_forward_hook(less_exact_at_first)
+    difference, _ = verify._compare(torch, model, ours, tmp_path)
+    assert difference < 1e-5
+    calls_that_are_off = 2
+    with pytest.raises(UserError, match="logits differ by 1"):
+        verify._compare(torch, model, ours, tmp_path)
+
+
 def test_ties_of_sentencepiece_are_told_but_few_of_them_are_allowed(tmp_path):
     transformers = pytest.importorskip("transformers")
     tokenizer = train_sentencepiece([PROMPT, *verify._TEXTS], 345, "unigram")
