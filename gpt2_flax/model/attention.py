@@ -122,7 +122,8 @@ def _scores(q_BHTK: jax.Array, k_BHSK: jax.Array, mask_BTS: jax.Array) -> jax.Ar
 
 
 def _masked(scores_BHTS: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    return jnp.where(mask_BTS[:, None], scores_BHTS, jnp.finfo(jnp.float32).min)
+    # Added, not selected: XLA for CPUs computes products, sums and exponentials in one go, but no selections.
+    return scores_BHTS + jnp.where(mask_BTS, 0, jnp.finfo(jnp.float32).min)[:, None]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
