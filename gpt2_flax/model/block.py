@@ -47,8 +47,8 @@ class Mlp(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         def mlp(x_ND):
-            inner_NF = checkpoint_name(self.c_fc(x_ND), "mlp")
-            return self.c_proj(_gelu(inner_NF))
+            inner_NF = checkpoint_name(_linear(self.c_fc, x_ND), "mlp")
+            return _linear(self.c_proj, _gelu(inner_NF))
 
         return _by_token(mlp, x_BTD)
 
@@ -81,18 +81,19 @@ def normed(norm: nnx.LayerNorm, x_BTD: jax.Array) -> jax.Array:
     return _by_token(partial(_norm, norm), x_BTD)
 
 
-def _linear(layer: nnx.LinearGeneral, x: jax.Array) -> jax.Array:
-    """Applies `layer` to x (N, ...), with its axes merged to a matrix unless heads are split over devices.
+def _linear(layer: nnx.Linear | nnx.LinearGeneral, x: jax.Array) -> jax.Array:
+    """Apply `layer` to x (N, ...) in `layer.dtype`; the gradient of its bias is summed in float32.
 
-    A product over several axes is one over one to all compilers but XLA's for CPUs, which copies the kernel for it.
+    Without tensor parallelism the axes of the product are merged to those of a matrix: a product over several axes is
+    one over one to all compilers but XLA's for CPUs, which copies the kernel for it.
     """
+    kernel, features = layer.kernel[...].astype(layer.dtype), layer.bias.shape
     if tensor_parallel():
-        return layer(x)
-    features = layer.bias.shape
-    kernel, bias = (
-        parameter[...].astype(layer.dtype).reshape(-1, math.prod(features)) for parameter in (layer.kernel, layer.bias)
-    )
-    return (x.reshape(x.shape[0], -1) @ kernel + bias).reshape(-1, *features)
+        out = jnp.tensordot(x, kernel, kernel.ndim - len(features))
+    else:
+        out = (x.reshape(x.shape[0], -1) @ kernel.reshape(-1, math.prod(features))).reshape(-1, *features)
+    # The cast comes last, so its gradient comes first: a sum of tokens in bfloat16 loses most of them.
+    return out + jnp.broadcast_to(layer.bias[...], out.shape).astype(layer.dtype)
 
 
 def _by_token(layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

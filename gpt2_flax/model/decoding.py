@@ -74,7 +74,8 @@ class Decoder:
             return attention(q_BTHK, k_BHKS, v_BHSK, mask_BTS), (k_BHKS, v_BHSK)
 
         # A draft may lie behind the last position; it is never looked at.
-        x_BTD = constrain_BTD(self.wte(tokens_BT) + self.wpe(jnp.minimum(positions_BT, self.cfg.n_positions - 1)))
+        x_BTD = self.wte(tokens_BT) + self.wpe(jnp.minimum(positions_BT, self.cfg.n_positions - 1))
+        x_BTD = constrain_BTD(x_BTD.astype(self.cfg.dtype))
         kept = []
         for block, *layer_cache in zip(self.blocks, cache.k_BHKS, cache.v_BHSK, strict=True):
             x_BTD, keys_and_values = block(x_BTD, partial(attend, *layer_cache), None)

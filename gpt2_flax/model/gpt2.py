@@ -36,7 +36,8 @@ class GPT2(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        embed = partial(nnx.Embed, dtype=jnp.dtype(cfg.dtype), rngs=rngs)
+        # Float32: in the compute dtype, the gradient of a row that many tokens share would be summed in bfloat16.
+        embed = partial(nnx.Embed, dtype=jnp.float32, rngs=rngs)
         normal = nnx.initializers.normal(cfg.initializer_range)
         by_token = partial(embed, cfg.padded_vocab_size, embedding_init=_zero_rows_from(cfg.vocab_size, normal))
         self.wte = by_token(cfg.n_embd)
@@ -100,7 +101,7 @@ class GPT2(nnx.Module):
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
         looked_up = self.wte(tokens_BT) if embedding_RVD is None else look_up(embedding_RVD, tokens_BT, self.cfg.dtype)
-        x_BTD = looked_up + self.wpe(positions_BT)
+        x_BTD = (looked_up + self.wpe(positions_BT)).astype(self.cfg.dtype)
         return constrain_BTD(dropout(x_BTD, self.cfg.embd_pdrop, key))
 
     def _blocks(self, x_BTD, attend, key) -> jax.Array:
