@@ -69,6 +69,26 @@ def test_a_flipped_bit_is_found_and_the_step_before_is_used(folder):
     assert len(list((folder.parent / "damaged").iterdir())) == 1
 
 
+def test_processes_compare_what_they_have_found_before_anything_is_moved(folder):
+    name, compared = flip_a_bit(folder, 4), []
+
+    class Differ(Exception):
+        pass
+
+    def agree(facts):
+        compared.append(facts)
+        raise Differ
+
+    with CheckpointStore(folder, keep=3) as store, pytest.raises(Differ):
+        store.newest_whole(print, agree)
+    (facts,) = compared
+    ((what, found),) = facts.items()
+    assert what == f"the newest whole checkpoint in {folder}"
+    assert found.startswith("3 (4: file ")
+    assert name in found
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "3", "4"]
+
+
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
 def test_missing_and_truncated_files_are_found(folder, damage):
     path = next(path for path in sorted((folder / "4").rglob("*")) if path.is_file() and path.stat().st_size > 10)

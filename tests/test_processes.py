@@ -1,59 +1,20 @@
 """Two real processes on this machine, joined into one program."""
 
 import json
-import os
 import re
+import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import changed
+from two_processes import ended, start
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
-from gpt2_flax.config import dump_config
 from gpt2_flax.errors import ExitCode
 from gpt2_flax.training import loop
-
-ROOT = Path(__file__).parent.parent
-
-
-def start(config, tmp_path, *more, of_1=()):
-    """Starts the two processes of a run; `of_1` are arguments of process 1 only."""
-    path = tmp_path / "config.toml"
-    path.write_text(dump_config(config), encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        coordinator = f"localhost:{free.getsockname()[1]}"
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    command = [sys.executable, "-m", "gpt2_flax", "train", path, "--coordinator", coordinator, "--num-processes", "2"]
-    command += more
-    return [
-        subprocess.Popen(
-            [*command, "--process-id", str(number), *(of_1 if number == 1 else ())],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for number in range(2)
-    ]
-
-
-def ended(processes):
-    """Waits for both; returns exit codes, standard outputs and standard errors."""
-    try:
-        outputs = [process.communicate(timeout=180) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], *zip(*outputs, strict=True)
 
 
 def wait_until(true, processes):
@@ -76,7 +37,8 @@ def test_two_processes_stop_together_go_on_and_give_the_losses_of_one(config, tm
     same_rate = {"optimizer__schedule": "constant", "optimizer__learning_rate": 1e-3}  # whatever total_steps is
     prompts = {"training__prompts": ["这是", "大鸟", ""]}
     config = changed(config, output=str(tmp_path / "two"), model__resid_pdrop=0.1, **seldom, **same_rate, **prompts)
-    processes = start(changed(config, training__total_steps=2000), tmp_path)
+    copy = shutil.copytree(config.data.dataset, tmp_path / "on the disk of another host")
+    processes = start(changed(config, training__total_steps=2000), tmp_path, of_1=[f"data.dataset={copy}"])
     wait_until(lambda: max(logged(config), default=0) > 3, processes)
     processes[1].send_signal(signal.SIGTERM)
     codes, _, errors = ended(processes)

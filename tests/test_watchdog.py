@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import socket
 import threading
@@ -43,7 +44,7 @@ def left(monkeypatch):
     listen = Watchdog._listen
 
     def known(self):
-        numbers[threading.current_thread()] = self._number
+        numbers[threading.current_thread()] = self.number
         with contextlib.suppress(Ended):
             listen(self)
 
@@ -59,13 +60,15 @@ def address():
         return f"localhost:{free.getsockname()[1]}"
 
 
-def join(address, n_processes, *numbers, n=None):
+def join(address, n_processes, *numbers, n=None, facts=None):
     """Returns the watchdogs of `numbers`, or their errors."""
     results = {}
 
     def come(number):
         try:
-            results[number] = Watchdog.join(address, (n or {}).get(number, n_processes), number)[0]
+            results[number] = Watchdog.join(
+                address, (n or {}).get(number, n_processes), number, (facts or {}).get(number)
+            )[0]
         except UserError as error:
             results[number] = error
 
@@ -281,6 +284,110 @@ def test_slow_steps_are_given_more_time():
         pass
     dog.step(3)
     assert len(dog._times) == 2
+
+
+def agree(dogs, facts, patience=math.inf):
+    """Lets each process compare its facts within a stage of the run, and leave; returns what each has raised."""
+    raised = {}
+
+    def run(dog, own):
+        try:
+            with dog, dog.running("runs/x"):
+                dog.agree(own, patience)
+                dog.agree({"一" * 9000: "二"})
+        except UserError as error:
+            raised[dog.number] = error
+
+    threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in zip(dogs, facts, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    return raised
+
+
+def test_processes_that_agree_go_on(address, left):
+    dogs = join(address, 3, 0, 1, 2, facts={number: {"the version of jax": "1"} for number in range(3)})
+    assert len({dog.token for dog in dogs}) == 1
+    assert len(dogs[0].token) == 32
+    assert agree(dogs, [{"a": "1", "b": "2"}, {"b": "2", "a": "1"}, {"a": "1", "b": "2"}]) == {}
+    assert not left
+
+
+def test_one_process_agrees_with_itself():
+    Watchdog().agree({"a": "1"})
+
+
+@pytest.mark.parametrize(
+    ("facts", "name", "number", "values"),
+    [
+        ([{"a": "1"}, {"a": "1"}, {"a": "2"}], "a", 2, "12"),
+        ([{"a": "1", "b": "x"}, {"a": "2", "b": "y"}, {"a": "1", "b": "x"}], "a", 1, "12"),
+        ([{}, {}, {"late": "2"}], "late", 2, ("nothing", "2")),
+    ],
+)
+def test_a_difference_ends_all_with_both_values(address, left, facts, name, number, values):
+    raised = agree(join(address, 3, 0, 1, 2), facts)
+    assert set(raised) == {0, 1, 2}
+    who = r"\(host \S+, pid \d+\)"
+    pattern = rf"process 0 {who} has {values[0]}, process {number} {who} has {values[1]}"
+    for error in raised.values():
+        assert error.exit_code == ExitCode.CONFIG
+        assert error.what == f"processes of the run differ in {name}"
+        assert re.fullmatch(pattern, error.where)
+        assert error.fix == "start all with the same config, data, versions and devices"
+    wait_until(lambda: len(left) == 3)  # as none ends by itself here
+    for code, sentence in left.values():
+        assert code == ExitCode.CONFIG
+        assert sentence.startswith(f"processes of the run differ in {name}: process 0 (")
+
+
+def test_versions_are_compared_before_the_start(address):
+    facts = {0: {"the version of jax": "1"}, 1: {"the version of jax": "2"}}
+    for error in join(address, 2, 0, 1, facts=facts):
+        assert error.exit_code == ExitCode.CONFIG
+        assert error.what == "processes of the run differ in the version of jax"
+        assert re.fullmatch(r"process 0 \(.*\) has 1, process 1 \(.*\) has 2", error.where)
+
+
+def test_a_process_of_an_older_version_is_named(address):
+    """Which has no facts to send."""
+    connect = threading.Thread(target=lambda: strangers.append(Stranger(address)) or strangers[0].hello(1, 2))
+    strangers = []
+    connect.start()
+    (error,) = join(address, 2, 0, facts={0: {"the version of gpt2_flax": "1"}})
+    assert re.fullmatch(r"process 0 \(.*\) has 1, process 1 \(host far, pid 7\) has nothing", error.where)
+    assert strangers[0].wait_for("verdict")["code"] == ExitCode.CONFIG
+    strangers[0].socket.close()
+
+
+@pytest.mark.parametrize("code", [ExitCode.NO_INPUT, ExitCode.TRY_AGAIN])
+def test_who_waits_for_one_that_fails_ends_at_once(address, left, monkeypatch, code):
+    monkeypatch.setattr(hub, "GRACE", 1000.0)
+    dogs = join(address, 3, 0, 1, 2)
+    failure = UserError(code, "no config", "c.toml", "make one")
+    thread, own = leave(dogs[1], failure)
+    raised = agree([dogs[0], dogs[2]], [{}, {}])
+    thread.join(5)
+    assert own == [failure]
+    for error in raised.values():
+        assert error.exit_code == code
+        assert re.fullmatch(r"process 1 \(.*\) of the run has failed", error.what)
+        assert error.fix == "it says: no config: c.toml; make one"
+    assert set(raised) == {0, 2}
+    wait_until(lambda: len(left) == 3)
+
+
+def test_processes_that_look_for_devices_of_different_kinds_end(address, left):
+    """JAX makes one wait for devices of a kind that the other does not have."""
+    dogs = join(address, 2, 0, 1)
+    raised = agree(dogs[1:], [{"the kind of local devices": "cpu"}], patience=0.5)
+    assert raised[1].exit_code == ExitCode.CONFIG
+    assert re.match(r"process 0 \(.*\) of the run has not named the kind of local devices within 0 s", raised[1].what)
+    assert re.match(r"process 1 \(.*\) has cpu", raised[1].where)
+    wait_until(lambda: len(left) == 2)
+    assert left[0][0] == left[1][0] == ExitCode.CONFIG
 
 
 @pytest.mark.parametrize(

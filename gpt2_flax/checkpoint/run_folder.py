@@ -6,12 +6,16 @@ checkpoints/ sha256/ damaged/   see `store`
 metrics.jsonl tensorboard/   numbers over the run
 samples.txt                  how each evaluation continued `training.prompts`
 lock                         held by the process that trains
+token                        for a moment at the start of several processes: do all see the same folder?
 """
 
 import contextlib
 import json
 import os
 import shutil
+import socket
+import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -19,6 +23,8 @@ from gpt2_flax.config import Config, dump_config
 from gpt2_flax.config_file import load_config
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import folder_lock, write_whole
+
+SIGHT = 15.0  # seconds in which other hosts see a new file; NFS keeps what it knows of a folder for some
 
 
 class RunFolder:
@@ -32,6 +38,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.samples = self.path / "samples.txt"
+        self.token = self.path / "token"
 
     def create(self) -> None:
         """Makes the folder. Raises `UserError` (CANT_CREATE) when that fails or it holds something that is no run."""
@@ -51,6 +58,35 @@ class RunFolder:
     def lock(self) -> AbstractContextManager[None]:
         """Keeps other processes out until the block ends, see `folder_lock`."""
         return folder_lock(self.path, "another process trains in this folder")
+
+    @contextlib.contextmanager
+    def showing(self, token: str) -> Iterator[None]:
+        """Keeps a file that holds `token` in the folder, and other runs out, until the block ends; see `lock`."""
+        with self.lock():
+            write_whole(self.token, token.encode())
+            try:
+                yield
+            finally:
+                self.token.unlink(missing_ok=True)
+
+    def check_shows(self, token: str) -> None:
+        """Raises `UserError` (CONFIG) unless `token`, which another process shows, comes into sight."""
+        patience = time.monotonic() + SIGHT
+        while self._shown() != token.encode():
+            if time.monotonic() > patience:
+                what = f"run folder is not shared: host {socket.gethostname()} does not see what process 0 writes there"
+                fix = "choose an output on storage that all hosts share"
+                raise UserError(ExitCode.CONFIG, what, self.path.absolute(), fix)
+            time.sleep(0.2)
+
+    def _shown(self) -> bytes | None:
+        for folder in (self.path.parent, self.path):  # listing it makes NFS ask the server
+            with contextlib.suppress(OSError):
+                list(folder.iterdir())
+        try:
+            return self.token.read_bytes()
+        except OSError:
+            return None
 
     def write_config(self, config: Config, tokenizer: Path) -> None:
         """Writes the resolved config, and copies the tokenizer the first time."""

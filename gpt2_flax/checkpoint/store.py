@@ -8,7 +8,7 @@ match it is moved to `damaged/` instead of being restored: one flipped bit would
 import itertools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,26 +63,31 @@ class CheckpointStore:
         except OSError as error:
             raise io_error(error, self.folder / str(step)) from error
 
-    def newest_whole(self, tell: Callable[[str], None]) -> int | None:
+    def newest_whole(
+        self, tell: Callable[[str], None], agree: Callable[[Mapping[str, str]], None] = lambda facts: None
+    ) -> int | None:
         """Returns the newest step whose files match their sha256, None when there is no step at all.
 
         Damaged steps before it are told of and, unless the store only reads, moved to `damaged/`. Raises `UserError`
-        (IO) when all are damaged; all stay where they are then.
+        (IO) when all are damaged; all stay where they are then. `agree` compares what each process of a run has found.
         """
         damaged: dict[int, str] = {}
+        newest = None
         for step in reversed(self.steps()):
             damage = self.damage(step)
             if damage is None:
-                for bad, what in damaged.items():
-                    moved = f", moved to {self._move_aside(bad)}" if self._writes else ""
-                    tell(f"warning: checkpoint {bad} is damaged ({what}){moved}; using {step}")
-                return step
+                newest = step
+                break
             damaged[step] = damage
-        if damaged:
-            found = "; ".join(f"{step}: {damage}" for step, damage in damaged.items())
+        found = "; ".join(f"{step}: {damage}" for step, damage in damaged.items())
+        agree({f"the newest whole checkpoint in {self.folder}": f"{newest}{found and f' ({found})'}"})
+        if damaged and newest is None:
             fix = f"all are damaged ({found}): put a whole copy back, or choose another output to start anew"
             raise UserError(ExitCode.IO, "no usable checkpoint", self.folder, fix)
-        return None
+        for bad, what in damaged.items():
+            moved = f", moved to {self._move_aside(bad)}" if self._writes else ""
+            tell(f"warning: checkpoint {bad} is damaged ({what}){moved}; using {newest}")
+        return newest
 
     def damage(self, step: int) -> str | None:
         """Returns what is wrong with a step's files, None when nothing is or when it was never sealed."""

@@ -41,11 +41,11 @@ def train(
     from gpt2_flax.cpu import tune_cpu
 
     tune_cpu()
-    stages = load_stages(config, overrides or ())
     from gpt2_flax.parallel.processes import start_processes
     from gpt2_flax.training.loop import train as run
 
     with start_processes(coordinator, num_processes, process_id) as watchdog:
+        stages = load_stages(config, overrides or ())  # here: what is wrong with it in one process ends all
         run(*stages, allow_change=allow_change or (), profile_steps=profile, watchdog=watchdog)
 
 

@@ -39,10 +39,12 @@ class Mixture:
     def fingerprints(self) -> dict[str, str]:
         """Returns sha256 sums that tell mixtures apart; those of a single dataset are its own.
 
-        `tokens_fingerprint` is of the training tokens of all, their order and their shares, wherever they lie.
+        `tokens_fingerprint` is of the training tokens of all, their order and their shares, wherever they lie;
+        `validation_fingerprint` likewise.
         """
         parts = [dataset.fingerprints() for dataset in self.datasets.values()]
-        if len(parts) == 1:
-            return parts[0]
-        lines = (f"{share} {part['tokens_fingerprint']}\n" for share, part in zip(self.shares, parts, strict=True))
-        return parts[0] | {"tokens_fingerprint": hashlib.sha256("".join(lines).encode()).hexdigest()}
+        sums = parts[0]
+        for name in ("tokens_fingerprint", "validation_fingerprint") if len(parts) > 1 else ():
+            lines = (f"{share} {part[name]}\n" for share, part in zip(self.shares, parts, strict=True))
+            sums = sums | {name: hashlib.sha256("".join(lines).encode()).hexdigest()}
+        return sums

@@ -170,10 +170,12 @@ class TokenDataset:
         return self.folder / "tokenizer"
 
     def fingerprints(self) -> dict[str, str]:
-        """Returns sha256 sums that tell datasets apart: of the tokenizer and of the training tokens."""
-        shards = "".join(shard.tokens_sha256 + shard.offsets_sha256 for shard in self.info.shards["train"])
-        tokens = hashlib.sha256(shards.encode()).hexdigest()
-        return {"tokenizer_fingerprint": self.info.tokenizer_fingerprint, "tokens_fingerprint": tokens}
+        """Returns sha256 sums that tell datasets apart: of the tokenizer, the training and the validation tokens."""
+        sums = {"tokenizer_fingerprint": self.info.tokenizer_fingerprint}
+        for name, split in (("tokens_fingerprint", "train"), ("validation_fingerprint", "validation")):
+            shards = "".join(shard.tokens_sha256 + shard.offsets_sha256 for shard in self.info.shards[split])
+            sums[name] = hashlib.sha256(shards.encode()).hexdigest()
+        return sums
 
     def verify(self) -> None:
         """Reads everything and compares it with dataset.json: sha256, ids, counts, the order of documents.

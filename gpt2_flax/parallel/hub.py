@@ -2,25 +2,29 @@
 
 Each process, 0 too, keeps one TCP connection to the hub. Messages are JSON objects, one a line, named by `kind`:
 
-hello    to the hub: number, n_processes, host, pid; the first one
+hello    to the hub: number, n_processes, host, pid, facts; the first one
+facts    to the hub: facts by name, which must be the same in all processes, and how many seconds these may be apart
 beat     both ways, every BEAT seconds; to the hub: step, paused, limit
 failed   to the hub: code, sentence; an exception is on its way out of the run
 out      to the hub: this process is done and waits for the others
-started  from the hub, when all have come: port for JAX's own coordinator, and what to call process 0
-verdict  from the hub: number of the process that is to blame, code, what, fix; all shall end with that
+started  from the hub, when all have come: port for JAX's own coordinator, what to call process 0, token of this start
+agreed   from the hub, when all have sent the same facts
+verdict  from the hub: number of the process that is to blame, code, what, where, fix; all shall end with that
 over     from the hub: all are out
 
 Strangers can do little: nobody is let in after the start, and before it only by a number that is still missing.
 """
 
 import contextlib
+import itertools
 import json
 import math
+import secrets
 import selectors
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +36,7 @@ GRACE = 10.0  # seconds in which all others may fail too, with errors of their o
 START = 300.0  # seconds in which all processes must come
 CLOSING = 8.0  # seconds in which they end after a verdict
 AGAIN = "start the same command again to go on from the newest checkpoint"
+ALIKE = "start all with the same config, data, versions and devices"
 _LONGEST_LINE = 2**16
 
 
@@ -66,6 +71,18 @@ def send(connection: socket.socket, kind: str, **values: Any) -> None:
         return
 
 
+def first_difference(facts: Sequence[Mapping[str, Any]]) -> tuple[str, int] | None:
+    """Returns the first name whose fact is another than process 0's, and in which process; None when all are equal.
+
+    A name that is missing in one process alone differs too.
+    """
+    for name in dict.fromkeys(itertools.chain.from_iterable(facts)):
+        for number, others in enumerate(facts):
+            if (name in others, others.get(name)) != (name in facts[0], facts[0].get(name)):
+                return name, number
+    return None
+
+
 @dataclass(eq=False)
 class _Peer:
     connection: socket.socket
@@ -80,6 +97,9 @@ class _Peer:
     code: int = ExitCode.OK
     sentence: str = ""
     out: bool = False
+    facts: Mapping[str, Any] | None = None  # while it waits until all have sent theirs
+    patience: float = math.inf  # so long, since
+    asked: float = 0.0
 
     @property
     def gone(self) -> bool:
@@ -120,10 +140,10 @@ class Hub(threading.Thread):
         self._listener.close()
         for stranger in set(self._peers()) - set(self._members.values()):
             self._drop(stranger)
-        if not self._ended:
+        if not self._ended and self._agree():
             with socket.create_server(("", 0)) as free:
                 port = free.getsockname()[1]
-            self._tell_all("started", port=port, hub=self._members[0].name)
+            self._tell_all("started", port=port, hub=self._members[0].name, token=secrets.token_hex(16))
         beaten = self._moved = time.monotonic()
         for member in self._members.values():  # they said nothing while they waited for others
             member.heard = beaten
@@ -164,7 +184,7 @@ class Hub(threading.Thread):
             what = f"{self._members[number].name} and {peer.name} have the same number"
             fix = "give each process its own"
         else:
-            peer.number = number
+            peer.number, peer.facts = number, _facts(hello)
             self._members[number] = peer
             return
         self._members[-1] = peer  # it is to hear of it too
@@ -212,8 +232,25 @@ class Hub(threading.Thread):
                 peer.step, peer.paused, peer.limit = step, paused, limit
             case {"kind": "failed", "code": int(code), "sentence": str(sentence)}:
                 peer.failed, peer.code, peer.sentence = time.monotonic(), code, sentence
+            case {"kind": "facts", "patience": float(patience)}:
+                peer.facts, peer.patience, peer.asked = _facts(message), patience, time.monotonic()
+                if all(member.facts is not None for member in self._members.values()) and self._agree():
+                    self._tell_all("agreed")
             case {"kind": "out"}:
                 peer.out = True
+
+    def _agree(self) -> bool:
+        """Ends the run when the facts of its processes differ; returns whether they agree, and awaits the next."""
+        members = [self._members[number] for number in sorted(self._members)]
+        difference = first_difference([member.facts for member in members])
+        if difference:
+            name, number = difference
+            pair = members[0], members[number]
+            where = ", ".join(f"{peer.name} has {peer.facts.get(name, 'nothing')}" for peer in pair)
+            self._end(None, ExitCode.CONFIG, f"processes of the run differ in {name}", ALIKE, where)
+        for member in members:
+            member.facts = None
+        return not difference
 
     def _judge(self) -> None:
         """Ends the run when a process is gone, has failed alone, or when none gets on; or when all are out."""
@@ -227,12 +264,20 @@ class Hub(threading.Thread):
             if now - peer.heard > SILENCE:
                 return self._blame(peer, f"has been silent for {SILENCE:.0f} s")
         busy = [peer for peer in members if peer.failed is None and not peer.out]
-        # Whoever stops as agreed, with TRY_AGAIN, knows that the others do.
-        failed = [peer for peer in members if peer.failed is not None and peer.code != ExitCode.TRY_AGAIN]
+        waiting = [peer for peer in busy if peer.facts is not None]  # for all others; it does not fail by itself
+        # A process that stops as agreed, with TRY_AGAIN, knows that the others do.
+        failed = [peer for peer in members if peer.failed is not None and (peer.code != ExitCode.TRY_AGAIN or waiting)]
         first = min(failed, key=lambda peer: peer.failed, default=None)
         # One that is not heard of may be why the other failed: then it is waited for until it is taken for dead.
-        if first and busy and now - first.failed > GRACE and all(now - peer.heard < GRACE / 2 for peer in members):
+        late = first and (now - first.failed > GRACE or waiting == busy)
+        if late and busy and all(now - peer.heard < GRACE / 2 for peer in members):
             return self._end(first, first.code, f"{first.name} of the run has failed", f"it says: {first.sentence}")
+        absent = [peer for peer in busy if peer.facts is None]
+        tired = next((peer for peer in waiting if now - peer.asked > peer.patience), None)
+        if tired and absent:
+            name, fact = next(iter(tired.facts.items()))
+            what = f"{absent[0].name} of the run has not named {name} within {tired.patience:.0f} s"
+            return self._end(None, ExitCode.CONFIG, what, ALIKE, f"{tired.name} has {fact}")
         limit = max(peer.limit for peer in members)
         if busy == members and now - self._moved > limit:
             step = min(peer.step for peer in members)
@@ -247,10 +292,11 @@ class Hub(threading.Thread):
             return self._end(peer, peer.code, f"{peer.name} of the run has failed", f"it says: {peer.sentence}")
         return self._end(peer, ExitCode.TRY_AGAIN, f"{peer.name} of the run {how}", AGAIN)
 
-    def _end(self, peer: _Peer | None, code: int, what: str, fix: str) -> None:
+    def _end(self, peer: _Peer | None, code: int, what: str, fix: str, where: str | None = None) -> None:
         """Tells all, the process of the hub last: JAX's coordinator ends with it, and that aborts those still there."""
         self._ended = True
-        verdict = {"number": -1 if peer is None else peer.number, "code": int(code), "what": what, "fix": fix}
+        number = -1 if peer is None else peer.number
+        verdict = {"number": number, "code": int(code), "what": what, "where": where, "fix": fix}
         own = self._members.get(0)
         others = {member for member in self._members.values() if member is not own}
         for member in others:
@@ -261,3 +307,8 @@ class Hub(threading.Thread):
                 pass
         if own:
             send(own.connection, "verdict", **verdict)
+
+
+def _facts(message: dict[str, Any]) -> Mapping[str, Any]:
+    facts = message.get("facts")
+    return facts if isinstance(facts, dict) else {}

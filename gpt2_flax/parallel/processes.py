@@ -1,16 +1,28 @@
 """How the processes of a run, on one host or many, find each other and become one JAX program."""
 
+import contextlib
+import importlib.metadata
 import os
+import platform
 import re
 import zlib
 from typing import NamedTuple
 
 import jax
 
+import gpt2_flax
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.parallel.watchdog import Watchdog
 
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_BACKENDS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")  # where one is missing JAX would use the CPU
+_SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+)
 
 
 class Place(NamedTuple):
@@ -28,12 +40,12 @@ def start_processes(coordinator: str | None, num_processes: int | None, process_
     """Joins the processes of a run into one JAX program; does nothing for a run of one process.
 
     Must come before anything asks for devices. Train within the context of what it returns. Raises `UserError` (USAGE,
-    or TRY_AGAIN when a process does not come), see `find_place` and `Watchdog.join`.
+    TRY_AGAIN when a process does not come, CONFIG when one has other versions), see `find_place` and `Watchdog.join`.
     """
     place = find_place(coordinator, num_processes, process_id)
     if place is None:
         return Watchdog()
-    watchdog, address = Watchdog.join(place.coordinator, place.n_processes, place.number)
+    watchdog, address = Watchdog.join(place.coordinator, place.n_processes, place.number, _versions())
     # An empty list is all devices of the host; left out, JAX would take one a process under SLURM and Open MPI.
     devices = [] if place.device is None else [place.device]
     if "JAX_LOCAL_DEVICE_IDS" in os.environ:
@@ -74,6 +86,16 @@ def find_place(
         what = f"{quote(given.coordinator)} is no address"
         raise UserError(ExitCode.USAGE, what, where, "give HOST:PORT of process 0, such as host0:1234")
     return given
+
+
+def _versions() -> dict[str, str]:
+    """What the program of a process depends on beside config and data, by name."""
+    versions = {"gpt2_flax": gpt2_flax.__version__, "python": platform.python_version()}
+    for package in _PACKAGES + _BACKENDS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    settings = {name.upper(): str(getattr(jax.config, name, None)) for name in _SETTINGS}
+    return {f"the version of {name}": version for name, version in versions.items()} | settings
 
 
 def _from_environment() -> Place | None:

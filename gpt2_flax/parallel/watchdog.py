@@ -7,6 +7,7 @@ How the processes talk is described in `hub`, which decides; here each of them l
 import atexit
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import socket
@@ -16,8 +17,9 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 from gpt2_flax.errors import ExitCode, UserError, io_error, printable
 from gpt2_flax.parallel import hub
@@ -35,29 +37,37 @@ class Watchdog(AbstractContextManager):
     """
 
     def __init__(self) -> None:
+        self.number = 0
+        """Of this process; 0 leads."""
+        self.token = ""
+        """Which all processes of this start know, and no other start has."""
         self._connection: socket.socket | None = None
-        self._number, self._hub, self._where = 0, "process 0", "gpt2-flax train"
+        self._sending = threading.Lock()
+        self._hub, self._where = "process 0", "gpt2-flax train"
         self._failure: BaseException | None = None
         self._over, self._together = threading.Event(), True
+        self._asking, self._answered = False, threading.Event()
         self._step, self._paused = 0, True
         self._times: deque[float] = deque(maxlen=100)  # of the last steps
         self._last = 0.0
 
     @classmethod
-    def join(cls, coordinator: str, n_processes: int, number: int) -> tuple["Watchdog", str]:
+    def join(
+        cls, coordinator: str, n_processes: int, number: int, facts: Mapping[str, str] | None = None
+    ) -> tuple["Watchdog", str]:
         """Waits until all processes have come; returns the watchdog and the address for JAX's coordinator.
 
         `coordinator` is HOST:PORT of process 0. Raises `UserError`: TRY_AGAIN when a process does not come, USAGE
-        when numbers do not fit or the port is taken.
+        when numbers do not fit or the port is taken, CONFIG when `facts` are not the same in all processes.
         """
         self = cls()
-        self._number = number
+        self.number = number
         host, port = coordinator.rsplit(":", 1)
         own_hub = Hub(int(port), n_processes) if number == 0 else None
         self._connection = own_hub.own if own_hub else _connect(host.strip("[]"), int(port))
         self._connection.settimeout(min(0.5, hub.BEAT))
         me = {"number": number, "n_processes": n_processes, "host": socket.gethostname(), "pid": os.getpid()}
-        send(self._connection, "hello", **me)
+        self._send("hello", **me, facts=facts or {})
         if own_hub:
             own_hub.start()
         jax_port = self._started(coordinator)
@@ -70,13 +80,28 @@ class Watchdog(AbstractContextManager):
             return
         if error and not self._failure:
             self._announce(error)
-        send(self._connection, "out")
+        self._send("out")
         self._over.wait()
         if self._together:
             _libc_signal(self._abort)
             self._connection.close()
         else:  # the hub waits until this process is gone; JAX's own end, which would wait for the others, comes after
             atexit.register(_leave, _exit_code(self._failure))
+
+    def agree(self, facts: Mapping[str, str], patience: float = math.inf) -> None:
+        """Waits until all processes have sent their facts, which must not be apart by more than `patience` seconds.
+
+        Raises `UserError` in all of them: CONFIG that names the first difference, or the error of one that fails.
+        """
+        if not self._connection:
+            return
+        self._asking = True
+        self._send("facts", facts=facts, patience=patience)
+        self._answered.wait()
+        self._answered.clear()
+        self._asking = False
+        if self._failure:
+            raise self._failure
 
     @contextlib.contextmanager
     def running(self, where: str) -> Iterator[None]:
@@ -115,15 +140,15 @@ class Watchdog(AbstractContextManager):
                 break
             for message in messages:
                 if message["kind"] == "started":
-                    self._hub = message["hub"]
+                    self._hub, self.token = message["hub"], message["token"]
                     return message["port"]
                 if message["kind"] == "verdict":
-                    raise UserError(ExitCode(message["code"]), message["what"], coordinator, message["fix"])
+                    raise _error(message, coordinator)
         raise UserError(ExitCode.TRY_AGAIN, "process 0 has ended before all had come", coordinator, "start all again")
 
     def _announce(self, error: BaseException) -> None:
         self._failure = error
-        send(self._connection, "failed", code=_exit_code(error), sentence=_sentence(error)[:2000])
+        self._send("failed", code=_exit_code(error), sentence=_sentence(error)[:2000])
 
     def _listen(self) -> None:
         """Beats, and waits for the hub's word; a thread."""
@@ -132,32 +157,42 @@ class Watchdog(AbstractContextManager):
             if time.monotonic() - beaten > hub.BEAT:
                 beaten = time.monotonic()
                 limit = max(LEAST_LIMIT, MEDIANS * statistics.median(self._times or [0.0]))
-                send(self._connection, "beat", step=self._step, paused=self._paused, limit=limit)
+                self._send("beat", step=self._step, paused=self._paused, limit=limit)
             try:
                 messages = receive(self._connection, rest)
             except EOFError:
-                return self._end(0, ExitCode.TRY_AGAIN, f"{self._hub} of the run has ended", AGAIN)
+                return self._lost("ended")
             heard = time.monotonic() if messages else heard
             if time.monotonic() - heard > hub.SILENCE:
-                what = f"{self._hub} of the run has been silent for {hub.SILENCE:.0f} s"
-                return self._end(0, ExitCode.TRY_AGAIN, what, AGAIN)
+                return self._lost(f"been silent for {hub.SILENCE:.0f} s")
             for message in messages:
                 if message["kind"] == "over":
                     return self._over.set()
+                if message["kind"] == "agreed":
+                    self._answered.set()
                 if message["kind"] == "verdict":
-                    return self._end(message["number"], message["code"], message["what"], message["fix"])
+                    return self._end(_error(message, self._where), message["number"])
 
-    def _end(self, number: int, code: int, what: str, fix: str) -> None:
-        """Ends this process, wherever its main thread hangs; that to blame for it may say why itself."""
-        if number == self._number and self._failure:
-            self._together = False
-            self._over.set()
-            time.sleep(UNWINDING)
-            if not isinstance(self._failure, UserError):
-                traceback.print_exception(self._failure)
-            _leave(_exit_code(self._failure), _sentence(self._failure))
-        else:
-            _leave(code, str(UserError(ExitCode(code), what, self._where, fix)))
+    def _lost(self, how: str) -> None:
+        self._end(UserError(ExitCode.TRY_AGAIN, f"{self._hub} of the run has {how}", self._where, AGAIN))
+
+    def _end(self, error: UserError, number: int = 0) -> None:
+        """Ends this process, wherever its main thread hangs; one that is to blame, or only waits, may do so itself."""
+        if number == self.number and self._failure:
+            error = self._failure
+        elif not self._asking:
+            _leave(_exit_code(error), _sentence(error))
+        self._failure, self._together = error, False
+        self._over.set()
+        self._answered.set()
+        time.sleep(UNWINDING)
+        if not isinstance(error, UserError):
+            traceback.print_exception(error)
+        _leave(_exit_code(error), _sentence(error))
+
+    def _send(self, kind: str, **values: Any) -> None:
+        with self._sending:  # the beats come from a thread of their own
+            send(self._connection, kind, **values)
 
 
 def _connect(host: str, port: int) -> socket.socket:
@@ -172,6 +207,10 @@ def _connect(host: str, port: int) -> socket.socket:
                 fix = "check that it runs, its address, and that the hosts let each other in"
                 raise UserError(ExitCode.TRY_AGAIN, what, f"{host}:{port}", fix) from error
             time.sleep(min(1.0, hub.START / 10))
+
+
+def _error(verdict: Mapping[str, Any], where: str) -> UserError:
+    return UserError(ExitCode(verdict["code"]), verdict["what"], verdict["where"] or where, verdict["fix"])
 
 
 def _exit_code(error: BaseException) -> int:

@@ -21,6 +21,7 @@ from gpt2_flax.parallel.auto_mesh import choose_mesh
 from gpt2_flax.parallel.feed import device_batch, prefetch
 from gpt2_flax.parallel.mesh import make_mesh, platform
 from gpt2_flax.parallel.watchdog import Watchdog
+from gpt2_flax.training.agreement import agree_on_start, check_shared
 from gpt2_flax.training.metrics import MetricsLog, StepReport
 from gpt2_flax.training.profiler import Profiler
 from gpt2_flax.training.samples import Samples, check_prompts
@@ -60,15 +61,27 @@ def train(
     `profile_steps` steps of each goes to the `tensorboard` folder of its run. Several processes bring a `watchdog`.
     Raises `UserError`; with TRY_AGAIN when it was asked to stop and has saved.
     """
+    watchdog = watchdog or Watchdog()
     names = [f"stage {number} of {len(stages)}: " if len(stages) > 1 else "" for number in range(1, len(stages) + 1)]
-    checked = []
+    mixtures, checked = [], []
     for name, config in zip(names, stages, strict=True):
         with _naming(name):
-            checked.append(_check(config, [stage.config for stage in checked], allow_change, devices))
+            mixtures.append(Mixture(config.data.datasets))
+    agree_on_start(stages, mixtures, allow_change, watchdog)
+    for name, config, mixture in zip(names, stages, mixtures, strict=True):
+        with _naming(name):
+            checked.append(_check(config, mixture, [stage.config for stage in checked], devices))
+    for name, stage in zip(names, checked, strict=True):
+        with _naming(name):
+            run = RunFolder(stage.config.output)
+            if watchdog.number == 0:
+                run.create()
+            check_shared(run, watchdog)
+            check_same_run(stage.config, run, allow_change)
     with StopRequest() as stop:
         for number, name in enumerate(names, 1):
             with _naming(name):
-                _train(checked[number - 1], stop, watchdog or Watchdog(), allow_change, name, profile_steps)
+                _train(checked[number - 1], stop, watchdog, allow_change, name, profile_steps)
                 if number < len(stages) and stop():
                     output, fix = stages[number - 1].output, "run the same command to go on"
                     raise UserError(ExitCode.TRY_AGAIN, "stopped at its end, saved", output, fix)
@@ -82,11 +95,8 @@ def _naming(name: str) -> Iterator[None]:
         raise UserError(error.exit_code, name + error.what, error.where, error.fix) from error
 
 
-def _check(
-    config: Config, before: Sequence[Config], allow_change: Sequence[str], devices: Sequence[jax.Device] | None
-) -> _Stage:
-    """What can be known of a stage without training those before it."""
-    mixture = Mixture(config.data.datasets)
+def _check(config: Config, mixture: Mixture, before: Sequence[Config], devices: Sequence[jax.Device] | None) -> _Stage:
+    """What can be known of a stage without training those before it, or its run folder."""
     config = with_vocab_size(config, mixture)
     sizes, why = choose_mesh(config, devices or jax.devices())
     mesh = make_mesh(sizes, devices)
@@ -96,10 +106,6 @@ def _check(
     for stage in before:
         if stage.output == config.init_from:
             check_fits(config, stage.model)
-    run = RunFolder(config.output)
-    if jax.process_index() == 0:
-        run.create()
-    check_same_run(config, run, allow_change)
     return _Stage(config, mixture, mesh, choices)
 
 
@@ -133,12 +139,12 @@ def _train(
         def say(line: str) -> None:
             log.say(name + line)
 
-        step = newest_step(store, mixture, allow_change, say)
+        step = newest_step(store, mixture, allow_change, say, watchdog.agree)
         finished = step is not None and step >= total
         if finished:  # by the configured model, or its config is not the run's
             layout = state_layout(config, mesh)
             store.check_layout(step, model=layout.model, opt_state=layout.opt_state)
-        start = () if finished else start_or_resume(config, mesh, store, step, mixture, say)
+        start = () if finished else start_or_resume(config, mesh, store, step, mixture, say, watchdog)
         if leads:
             run.write_config(config, mixture.tokenizer_folder)
         if finished:

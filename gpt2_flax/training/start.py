@@ -1,6 +1,7 @@
 """How a run starts: what must hold before, and where its first state comes from."""
 
 import contextlib
+import operator
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,10 @@ from gpt2_flax.config import Config, ModelConfig, config_keys
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.parallel.feed import row_shards
+from gpt2_flax.parallel.watchdog import Watchdog
 from gpt2_flax.progress import si
 from gpt2_flax.text.tokenizer import load_tokenizer
+from gpt2_flax.training.agreement import agree_on_weights
 from gpt2_flax.training.step import TrainState, initial_state, state_layout
 
 # What may differ between the parts of a run without being asked for: it changes speed and reports, not the numbers.
@@ -46,13 +49,18 @@ FREE_TO_CHANGE = (
 
 
 def newest_step(
-    store: CheckpointStore, mixture: Mixture, allow_change: Sequence[str], say: Callable[[str], None]
+    store: CheckpointStore,
+    mixture: Mixture,
+    allow_change: Sequence[str],
+    say: Callable[[str], None],
+    agree: Callable[[Mapping[str, str]], None],
 ) -> int | None:
     """Returns the step that the run goes on from, None for a new one.
 
-    Raises `UserError`: IO when there are only damaged checkpoints, CONFIG when they saw other data than `mixture`.
+    Raises `UserError`: IO when there are only damaged checkpoints, CONFIG when they saw other data than `mixture`,
+    and as `agree`, see `CheckpointStore.newest_whole`.
     """
-    step = store.newest_whole(say)
+    step = store.newest_whole(say, agree)
     if step is not None and "data.dataset" not in allow_change:
         _check_datasets(store.meta(step), mixture)
     return step
@@ -65,11 +73,12 @@ def start_or_resume(
     step: int | None,
     mixture: Mixture,
     say: Callable[[str], None],
+    watchdog: Watchdog,
 ) -> tuple[TrainState, int]:
     """1 the run's own checkpoint `step`, 2 `init_from`, 3 scratch. Returns the state and the samples it has seen.
 
-    Raises `UserError`: CONFIG when the checkpoint or `init_from` is of another model, IO when the disk is too full,
-    and as `load_source`.
+    Raises `UserError`: CONFIG when the checkpoint or `init_from` is of another model or not the same in all processes,
+    IO when the disk is too full, and as `load_source`.
     """
     layout = state_layout(config, mesh)
     _check_disk(config, layout, store)
@@ -84,6 +93,7 @@ def start_or_resume(
         return initial_state(config, layout), 0
     source = load_source(Path(config.init_from))
     check_fits(config, source.model)
+    agree_on_weights(source.weights, watchdog)
     _warn_of_tokenizer(source, mixture, say)
     loaded = f"{len(source.weights)} parameter arrays, {sum(map(np.size, source.weights.values())):,} parameters"
     say(f"starting from {source.origin}: {loaded}; fresh optimizer and schedule")
@@ -130,7 +140,7 @@ def check_same_run(config: Config, run: RunFolder, allow_change: Sequence[str]) 
     if before is None or not run.checkpoints.is_dir() or not any(run.checkpoints.iterdir()):
         return
     for key in keys:
-        old, new = _value(before, key), _value(config, key)
+        old, new = map(operator.attrgetter(key), (before, config))
         if old != new and key not in FREE_TO_CHANGE and key not in allow_change:
             what = f"{key} is {new} but the run has {old}"
             fix = f"change it back, choose another output, or add --allow-change {key}"
@@ -171,10 +181,3 @@ def _warn_of_tokenizer(source: Source, mixture: Mixture, say: Callable[[str], No
     with contextlib.suppress(UserError):
         if load_tokenizer(source.tokenizer_folder).fingerprint != mixture.tokenizer_fingerprint:
             say(f"warning: {mixture.name} was not prepared with the tokenizer of {source.origin}: ids may differ")
-
-
-def _value(config: Config, key: str) -> Any:
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value

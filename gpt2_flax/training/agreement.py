@@ -1,0 +1,75 @@
+"""What the processes of a run compare before they train together: a difference would hang them or spoil the run."""
+
+import contextlib
+import hashlib
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from gpt2_flax.checkpoint.run_folder import RunFolder
+from gpt2_flax.config import Config, config_keys
+from gpt2_flax.data.mixture import Mixture
+from gpt2_flax.errors import quote
+from gpt2_flax.parallel.watchdog import Watchdog
+
+_DATA = {
+    "tokenizer": "tokenizer_fingerprint",
+    "training tokens": "tokens_fingerprint",
+    "validation tokens": "validation_fingerprint",
+}
+_SAME_BACKEND = 60.0  # seconds; processes with the same kind of device find theirs together, as JAX makes them wait
+
+
+def agree_on_start(
+    stages: Sequence[Config], mixtures: Sequence[Mixture], allow_change: Sequence[str], watchdog: Watchdog
+) -> None:
+    """Compares configs, data and devices of all processes. Raises `UserError` (CONFIG) that names a difference.
+
+    Must come before anything else asks for devices.
+    """
+    changes = " ".join(sorted(set(allow_change))) or "nothing"
+    watchdog.agree({"the number of stages": str(len(stages)), "--allow-change": changes})
+    for number, (config, mixture) in enumerate(zip(stages, mixtures, strict=True), 1):
+        watchdog.agree(config_facts(config, mixture, f"stages.{number}." if len(stages) > 1 else ""))
+    kinds = sorted({device.device_kind for device in jax.local_devices()})
+    count = str(jax.local_device_count())
+    devices = {"the kind of local devices": ", ".join(kinds), "the number of local devices": count}
+    watchdog.agree(devices, _SAME_BACKEND)
+
+
+def config_facts(config: Config, mixture: Mixture, prefix: str = "") -> dict[str, str]:
+    """Returns the value of each dotted key, and what the datasets hold in place of where they lie."""
+    facts = {prefix + key: _shown(operator.attrgetter(key)(config)) for key in config_keys() if key != "data.dataset"}
+    sums = mixture.fingerprints()
+    named = {part: f"sha256 {sums[name][:16]}" for part, name in _DATA.items()}
+    return facts | {f"{prefix}data.dataset ({part})": value for part, value in named.items()}
+
+
+def agree_on_weights(weights: Mapping[str, np.ndarray], watchdog: Watchdog) -> None:
+    """Compares the weights that each process has read from `init_from`; raises as `agree_on_start`."""
+    if jax.process_count() > 1:
+        digest = hashlib.sha256()
+        for path, array in sorted(weights.items()):
+            digest.update(f"{path} {array.shape} {array.dtype}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        watchdog.agree({"the weights of init_from (sha256)": digest.hexdigest()[:16]})
+
+
+def check_shared(run: RunFolder, watchdog: Watchdog) -> None:
+    """Raises `UserError`: CONFIG unless all processes see the folder of process 0, CANT_CREATE when it is in use."""
+    if not watchdog.token:
+        return
+    with run.showing(watchdog.token) if watchdog.number == 0 else contextlib.nullcontext():
+        watchdog.agree({})  # it is there
+        if watchdog.number != 0:
+            run.check_shows(watchdog.token)
+        watchdog.agree({})  # all have seen it
+
+
+def _shown(value: Any) -> str:
+    """A value as an error shows it; two that are cut alike differ in their sha256."""
+    shown, whole = quote(value), ascii(value)
+    return shown if shown == whole else f"{shown} (sha256 {hashlib.sha256(whole.encode()).hexdigest()[:16]})"
