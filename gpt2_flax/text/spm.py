@@ -26,6 +26,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.text.encoded import Encoded
 from gpt2_flax.text.fast import FastTokenizer, tokenizer_spec
+from gpt2_flax.text.special_tokens import FROM_FILES, Ends, named_tokens
 
 BLANK = "▁"  # what SentencePiece writes for a blank
 SCORE_STEP = 2.0**-4  # then float32 sums are exact up to 2**20: texts of more than 100,000 tokens
@@ -38,35 +39,41 @@ class SentencePieceTokenizer:
     """The tokenizer of a model given as the bytes of its file; `where` names it in errors.
 
     See `text.tokenizer.Tokenizer` for the members. A model without a token for the begin of a document, as T5 has it,
-    uses that for the end. Raises `UserError` (DATA) for a file that is not a BPE, unigram or character model, or has no
-    token for the end of a document.
+    uses the one for the end. `ends` may name other pieces for both. Raises `UserError` (DATA) for a file that is not a
+    BPE, unigram or character model, or has no token for the end of a document.
     """
 
-    def __init__(self, model: bytes, where: object):
-        try:
-            self._proto = protobuf.ModelProto.FromString(model)
-            self._processor = SentencePieceProcessor(model_proto=model, num_threads=1)
-        except Exception as error:  # protobuf's DecodeError or SentencePiece's RuntimeError
-            fix = f"check the file: {quote(str(error))}"
-            raise UserError(ExitCode.DATA, "not a SentencePiece model", where, fix) from None
-        self._model, self._where, processor = model, str(where), self._processor
+    def __init__(self, model: bytes, where: object, ends: Ends = FROM_FILES):
+        self._model, self._where = model, str(where)
+        self._proto, processor = _parsed(model, where)
+        own = Ends(*(self._proto.pieces[i].piece if i >= 0 else None for i in (processor.bos_id(), processor.eos_id())))
+        eos = ends.eos or own.eos
+        if eos is None:
+            fix = "train it with eos_id, or name a piece: --eos PIECE"
+            raise UserError(ExitCode.DATA, "model without end of document", where, fix)
+        self._ends = Ends(ends.bos or own.bos or eos, eos)
+        self._as_trained = self._ends == Ends(own.bos or own.eos, own.eos)
+        self.bos_id, self.eos_id = map(processor.piece_to_id, self._ends)
         self.vocab_size: int = processor.get_piece_size()
-        self.eos_id, self.unk_id = processor.eos_id(), processor.unk_id()
-        self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else self.eos_id
+        self.unk_id = processor.unk_id()
         self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else None
-        if self.eos_id < 0:
-            raise UserError(ExitCode.DATA, "model without end of document", where, "train it with eos_id")
+        if not self._as_trained:
+            for token in (self.bos_id, self.eos_id):
+                self._proto.pieces[token].type = _Piece.CONTROL  # so that no text becomes it
+            processor = SentencePieceProcessor(model_proto=self._proto.SerializeToString(), num_threads=1)
+        self._processor = processor
         spec = self._proto.trainer_spec
         if spec.model_type not in (_Spec.BPE, _Spec.UNIGRAM, _Spec.CHAR) or spec.treat_whitespace_as_suffix:
             fix = "train it as bpe, unigram or char, with blanks before words"
             raise UserError(ExitCode.DATA, "SentencePiece model of an unknown kind", where, fix)
 
-    def __reduce__(self) -> tuple[type, tuple[bytes, str]]:
-        return SentencePieceTokenizer, (self._model, self._where)
+    def __reduce__(self) -> tuple[type, tuple[bytes, str, Ends]]:
+        return SentencePieceTokenizer, (self._model, self._where, self._ends)
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(b"sentencepiece\n" + self._model).hexdigest()
+        ends = "" if self._as_trained else f"{self._ends}\n"  # not in the fingerprints of old datasets
+        return hashlib.sha256(f"sentencepiece\n{ends}".encode() + self._model).hexdigest()
 
     @property
     def proto(self) -> protobuf.ModelProto:
@@ -91,6 +98,15 @@ class SentencePieceTokenizer:
         return FastTokenizer(tokenizer_spec(_backend(self._proto, self.unk_id)), tokens)
 
 
+def read_sentencepiece(path: Path, ends: Ends = FROM_FILES) -> SentencePieceTokenizer:
+    """Return the tokenizer of a `.model`, begin and end by `named_tokens`. Raises `UserError` as that."""
+    model = path.read_bytes()
+    proto, _ = _parsed(model, path)
+    ids = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    named = named_tokens(path, ids, _names(proto, _Piece.CONTROL), ends)
+    return SentencePieceTokenizer(model, path, Ends(named.get("bos_token"), named.get("eos_token")))
+
+
 def exact_scores(model: bytes) -> bytes:
     """Returns a unigram model with its scores rounded to multiples of `SCORE_STEP`.
 
@@ -102,6 +118,14 @@ def exact_scores(model: bytes) -> bytes:
     for piece in proto.pieces:
         piece.score = round(piece.score / SCORE_STEP) * SCORE_STEP
     return proto.SerializeToString()
+
+
+def _parsed(model: bytes, where: object) -> tuple[protobuf.ModelProto, SentencePieceProcessor]:
+    try:
+        return protobuf.ModelProto.FromString(model), SentencePieceProcessor(model_proto=model, num_threads=1)
+    except Exception as error:  # protobuf's DecodeError or SentencePiece's RuntimeError
+        fix = f"check the file: {quote(str(error))}"
+        raise UserError(ExitCode.DATA, "not a SentencePiece model", where, fix) from None
 
 
 def _backend(proto: protobuf.ModelProto, unk_id: int) -> Tokenizer:
