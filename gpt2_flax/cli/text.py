@@ -57,6 +57,7 @@ def tokenizer(
     """
     from gpt2_flax.folders import check_output, new_folder
     from gpt2_flax.text.corpus import corpus_units, empty_corpus, standard_input_as_file
+    from gpt2_flax.text.exported import check_exported, spread
     from gpt2_flax.text.train_tokenizer import measure, sample_documents, train_sentencepiece, train_wordpiece
 
     if kind == "wordpiece" and model_type == "unigram":
@@ -74,6 +75,7 @@ def tokenizer(
         made = train_wordpiece(sample.training, vocab_size, lowercase=not cased, merges=model_type == "bpe")
     else:
         made = train_sentencepiece(sample.training, vocab_size, model_type, character_coverage)
+    check_exported(made, spread(sample.held), output)
     coverage = measure(made, sample.held)
     with new_folder(output, "tokenizer.json", overwrite) as folder:
         made.save(folder)
@@ -205,9 +207,11 @@ def import_tokens(
     """Make a dataset of files that hold tokens already; they are read where they lie, not copied, if that can be."""
     from gpt2_flax.data.inspect import split_line
     from gpt2_flax.data.token_files import import_tokens as import_files
+    from gpt2_flax.text.exported import check_exported
     from gpt2_flax.text.tokenizer import load_tokenizer
 
     chosen = load_tokenizer(tokenizer, ends=Ends(bos, eos))
+    check_exported(chosen, (), tokenizer)
     info = import_files(
         train,
         validation or (),

@@ -122,7 +122,7 @@ def read_fast_tokenizer(path: Path, ends: Ends = FROM_FILES) -> FastTokenizer:
         raise UserError(ExitCode.DATA, "tokenizer without begin and end of document", path, fix)
     named = {"bos_token": named["eos_token"]} | named
     if named.get("unk_token") in (named["bos_token"], named["eos_token"], named.get("pad_token")):
-        del named["unk_token"]  # as in the folder of GPT-2, whose vocabulary leaves nothing unknown
+        named.pop("unk_token", None)  # as in the folder of GPT-2, whose vocabulary leaves nothing unknown
     pair = (named["bos_token"], named["eos_token"])
     if pair not in _KNOWN_ENDS or not added.keys() >= set(pair):
         spec["added_tokens"] = _with_special(added, ids, pair)

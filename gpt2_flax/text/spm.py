@@ -8,8 +8,8 @@ these cases, of which none concerns a model trained here and texts of up to 100,
   1 of 3,501 lines and 9 of 18 texts of 200 lines with one published model. `exact_scores` is our way out.
 - `tokenizers` normalizes clusters of characters by their beginning alone: combining marks are lost behind a character
   that the map of the model replaces, such as a full-width letter.
-- A text that is a user-defined piece and nothing else lacks the leading blank of a BPE or character model; pieces that
-  the normalization would change, and pieces marked as unused, are not treated as SentencePiece does.
+- A text that is a user-defined piece and nothing else lacks the leading blank of a BPE or character model; pieces
+  marked as unused are not treated as SentencePiece does.
 As everywhere in `transformers`, `<s>` written in a text is the special token unless `split_special_tokens` is set.
 """
 
@@ -132,9 +132,10 @@ def _backend(proto: protobuf.ModelProto, unk_id: int) -> Tokenizer:
     """Rebuilds a model in the `tokenizers` library."""
     unigram = proto.trainer_spec.model_type == _Spec.UNIGRAM
     backend = Tokenizer(_unigram(proto, unk_id) if unigram else _bpe(proto, unk_id))
+    defined = _names(proto, _Piece.USER_DEFINED)
     # The user-defined pieces of a unigram stay in the model, which prefers them for their scores.
-    own = [] if unigram else _names(proto, _Piece.USER_DEFINED)
-    backend.normalizer = _normalizer(proto.normalizer_spec, own)
+    own = [] if unigram else defined
+    backend.normalizer = _normalizer(proto.normalizer_spec, defined, own)
     if unigram:
         backend.pre_tokenizer = pre_tokenizers.Split(_inside_reserved_names(proto), "isolated")
     backend.decoder = _decoder(proto.normalizer_spec)
@@ -169,11 +170,11 @@ def _unigram(proto: protobuf.ModelProto, unk_id: int) -> models.Unigram:
     return models.Unigram(scores, unk_id=unk_id, byte_fallback=proto.trainer_spec.byte_fallback)
 
 
-def _normalizer(spec: protobuf.NormalizerSpec, own: Sequence[str]) -> normalizers.Normalizer:
+def _normalizer(spec: protobuf.NormalizerSpec, defined: Sequence[str], own: Sequence[str]) -> normalizers.Normalizer:
     """What SentencePiece does with a text, always as a whole, before it looks for pieces.
 
-    `own` are pieces that `tokenizers` finds in the normalized text after it has normalized each of them too; they must
-    not get the leading blank.
+    `defined` are pieces that SentencePiece leaves as they are. Of these `tokenizers` finds `own` in the normalized text,
+    after it has normalized each of them too; they must not get the leading blank.
     """
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
@@ -181,14 +182,20 @@ def _normalizer(spec: protobuf.NormalizerSpec, own: Sequence[str]) -> normalizer
             # The map composes letters and accents too, but `tokenizers` would lose the second of two accents.
             steps.append(normalizers.NFC())
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    # A line end that is a piece would become a blank: meanwhile two characters that no text has stand for it.
+    plain = normalizers.Sequence(steps)
+    changed = sorted((piece for piece in defined if plain.normalize_str(piece) != piece), key=len, reverse=True)
+    hidden = {piece: f"\ufdd0{chr(0xE000 + index)}" for index, piece in enumerate(changed)}
+    steps = [*(normalizers.Replace(piece, mark) for piece, mark in hidden.items()), *steps]
     if spec.remove_extra_whitespaces:
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
         steps.append(normalizers.Replace(Regex(rf"\A |[ {BLANK}]+\z"), ""))
     if spec.add_dummy_prefix:  # an empty text gets none
-        alone = "|".join(map(re.escape, own))
+        alone = "|".join(re.escape(hidden.get(piece, piece)) for piece in own)
         steps.append(normalizers.Replace(Regex(rf"\A(?!(?:{alone})?\z)"), BLANK))
     if spec.escape_whitespaces:
         steps.append(normalizers.Replace(" ", BLANK))
+    steps += [normalizers.Replace(mark, piece) for piece, mark in hidden.items()]
     return normalizers.Sequence(steps)
 
 
