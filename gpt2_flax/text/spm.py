@@ -173,8 +173,8 @@ def _unigram(proto: protobuf.ModelProto, unk_id: int) -> models.Unigram:
 def _normalizer(spec: protobuf.NormalizerSpec, defined: Sequence[str], own: Sequence[str]) -> normalizers.Normalizer:
     """What SentencePiece does with a text, always as a whole, before it looks for pieces.
 
-    `defined` are pieces that SentencePiece leaves as they are. Of these `tokenizers` finds `own` in the normalized text,
-    after it has normalized each of them too; they must not get the leading blank.
+    `defined` are pieces that SentencePiece leaves as they are. Of these `tokenizers` finds `own` in the normalized
+    text, after it has normalized each of them too; they must not get the leading blank.
     """
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
