@@ -5,7 +5,7 @@ from flax import nnx
 
 from gpt2_flax.checkpoint.source import load_source, save_as_run
 from gpt2_flax.checkpoint.store import CheckpointStore
-from gpt2_flax.checkpoint.weights import abstract_model, weights_of
+from gpt2_flax.checkpoint.weights import abstract_model, model_from_weights, weights_of
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.model.gpt2 import GPT2
@@ -154,6 +154,17 @@ def test_a_model_is_not_bound_to_the_kernel_it_was_trained_with(tmp_path, tokeni
     with CheckpointStore(tmp_path / "checkpoints", keep=1) as store:
         store.save(1, models[4], None, {"model": trained.model_dump()})
     assert load_source(tmp_path).model == CFG
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, models, value):
+    weights = {name: array.copy() for name, array in weights_of(models[4]).items()}
+    weights["h/mlp/c_fc/bias"][0, 3] = value
+    with CheckpointStore(tmp_path / "checkpoints", keep=1) as store:
+        store.save(7, model_from_weights(CFG, weights), None, {"model": CFG.model_dump()})
+    with pytest.raises(UserError, match=r"1 of the 32 numbers of h/mlp/c_fc/bias are NaN or infinite") as error:
+        load_source(tmp_path)
+    assert (error.value.exit_code, error.value.where) == (ExitCode.DATA, str(tmp_path / "checkpoints" / "7"))
 
 
 @pytest.mark.parametrize(("field", "value"), [("remat", False), ("n_layer", 0), ("surplus", 1)])

@@ -290,7 +290,7 @@ FAILURES = [
     (78, TRAIN + " mesh.data=3", "data 3", "8 devices"),
     (78, TRAIN + " mesh.tensor=3", "tensor 3", "8 devices"),
     (78, TRAIN + " mesh.tensor=8 model.n_head=4", "mesh.tensor", "n_head"),
-    (66, TRAIN + " init_from={tmp}/none", "/none"),
+    (66, TRAIN + " init_from={tmp}/none", "/none", "init_from: no model found"),
     (65, TRAIN + " init_from={tmp}/bert", "bert", "model_type"),
     (78, TRAIN + " init_from={run} model.n_layer=1", "model.n_layer is 1 but 2 in init_from"),
     (78, TRAIN + " init_from={exported} model.n_positions=64", "model.n_positions is 64"),

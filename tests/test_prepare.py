@@ -322,6 +322,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tokenizer, tmp_path):
 
 def test_the_death_of_a_worker_is_an_error_and_not_a_hang(corpus, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "corpus_units", lambda *options: [Unit(die), Unit(die)])
+    monkeypatch.setattr(module, "sample_texts", lambda units: [])  # which this process reads
     error = refused(corpus, tokenizer, tmp_path / "dataset", workers=2)
     assert (error.exit_code, error.what) == (ExitCode.IO, "a worker process died")
 
@@ -334,6 +335,7 @@ def test_two_calls_do_not_work_on_one_dataset(corpus, tokenizer, tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "corpus_units", lambda *options: [Unit(second)])
+        patch.setattr(module, "sample_texts", lambda units: [])
         with pytest.raises(UserError, match="reading or writing failed"):
             prepare([str(corpus)], tokenizer, tmp_path / "dataset")
     prepare([str(corpus)], tokenizer, tmp_path / "dataset")

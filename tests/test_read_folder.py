@@ -85,6 +85,79 @@ def test_harmless_fields_and_the_other_name_of_gelu_are_accepted(tmp_path):
     assert read_folder(tmp_path)[0].n_embd == 12
 
 
+OF_2019 = {
+    "attn_pdrop": 0.1,
+    "embd_pdrop": 0.1,
+    "finetuning_task": None,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "n_ctx": 12,
+    "n_embd": 12,
+    "n_head": 3,
+    "n_layer": 2,
+    "num_labels": 1,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "pruned_heads": {},
+    "resid_pdrop": 0.1,
+    "summary_activation": None,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "token_ids",
+    "summary_use_proj": True,
+    "torchscript": False,
+}
+
+
+@pytest.mark.parametrize("sizes", [{"n_positions": 12, "vocab_size": 50}, {"vocab_size_or_config_json_file": 50}])
+def test_a_config_of_2019_without_model_type_is_read(tmp_path, sizes):
+    write_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(OF_2019 | sizes))
+    config, weights = read_folder(tmp_path)
+    assert (config.vocab_size, config.n_positions, config.n_layer, config.n_head) == (50, 12, 2, 3)
+    for path, array in weights.items():
+        np.testing.assert_array_equal(array, random_weights(CONFIG)[path])
+
+
+@pytest.mark.parametrize("other", [{"afn": "gelu"}, {"dff": 48}, {"model_type": None}, {"activation_function": "relu"}])
+def test_a_config_without_model_type_of_another_model_is_refused(tmp_path, other):
+    write_folder(tmp_path)
+    values = OF_2019 | {"n_positions": 12, "vocab_size": 50} | other
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert "not supported" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({name: values[name] for name in values if name != "n_head"}))
+    assert "model_type" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrappers_are_left_out(tmp_path, prefix):
+    tensors = {prefix + name: array for name, array in to_state_dict(random_weights(CONFIG)).items()}
+    save_file(tensors, write_folder(tmp_path) / "model.safetensors")
+    for path, array in read_folder(tmp_path)[1].items():
+        np.testing.assert_array_equal(array, random_weights(CONFIG)[path])
+    first = next(iter(tensors))
+    save_file(tensors | {"wte.weight": tensors.pop(first)}, tmp_path / "model.safetensors")
+    assert "tensors do not fit the model" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, dtype, value):
+    state_dict = {name: array.astype(dtype) for name, array in to_state_dict(random_weights(CONFIG)).items()}
+    state_dict["transformer.h.1.mlp.c_fc.bias"][[3, 40]] = value
+    save_file(state_dict, write_folder(tmp_path) / "model.safetensors")
+    assert "2 of the 48 numbers of h.1.mlp.c_fc.bias are NaN or infinite" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["transformer.wte.weight", "lm_head.weight"])
+def test_a_tied_head_that_is_not_finite_is_refused_by_name(tmp_path, name):
+    state_dict = to_state_dict(random_weights(CONFIG))
+    state_dict["lm_head.weight"] = state_dict["transformer.wte.weight"].copy()
+    state_dict[name][7, 2] = np.nan
+    save_file(state_dict, write_folder(tmp_path) / "model.safetensors")
+    assert f"1 of the 600 numbers of {name.removeprefix('transformer.')}" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "{", "null", '{"n_layer": 1, "n_layer": 2}', "[" * 100_000, "\ud800", "9" * 5000, " " * 2**21]
 )

@@ -268,7 +268,23 @@ def test_numbers_that_are_not_finite_are_refused(state_dict, vocabulary, tmp_pat
     state_dict["encoder.layer_norm.gamma"][3] = np.nan
     torch.save({name: torch.from_numpy(array) for name, array in state_dict.items()}, tmp_path / "nan.bin")
     assert run("import", tmp_path / "nan.bin", tmp_path / "run", "--tokenizer", vocabulary) == ExitCode.DATA
-    assert "not finite" in capsys.readouterr().err
+    assert "1 of the 64 numbers of encoder.layer_norm.gamma are NaN or infinite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["embedding.word.embedding.weight", "target.lm.output_layer.weight"])
+@pytest.mark.parametrize("tied", [{}, {"tie_weights": True}, {"tie_weights": False}])
+def test_embeddings_that_are_not_finite_are_refused_by_name(state_dict, name, tied):
+    state_dict[name] = state_dict[name].copy()
+    state_dict[name][5] = np.inf
+    with pytest.raises(UserError, match=f"64 of the 3840 numbers of {name} are NaN or infinite"):
+        from_uer(state_dict, HEADS | tied)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module."])
+def test_prefixes_of_wrappers_are_left_out(model, state_dict, prefix, tmp_path):
+    torch.save({prefix + name: torch.from_numpy(array) for name, array in state_dict.items()}, tmp_path / "model.bin")
+    config, weights = read_uer(tmp_path / "model.bin", uer_config(tmp_path))
+    assert difference(model, config, weights) < 1e-4
 
 
 def test_a_folder_without_tokenizer_gets_one(vocabulary, tmp_path):

@@ -15,7 +15,15 @@ import numpy as np
 from safetensors import SafetensorError
 
 from gpt2_flax.checkpoint.checksums import check_sums
-from gpt2_flax.checkpoint.tensor_files import MAX_CONFIG, MAX_TENSORS, Tensor, check_tensors, open_tensors, read_json
+from gpt2_flax.checkpoint.tensor_files import (
+    MAX_CONFIG,
+    MAX_TENSORS,
+    Tensor,
+    check_finite,
+    check_tensors,
+    open_tensors,
+    read_json,
+)
 from gpt2_flax.config import ModelConfig, parse_model
 from gpt2_flax.errors import ExitCode, UserError, quote
 
@@ -70,6 +78,15 @@ _ONLY = {
     "add_cross_attention": (False,),
     "quantization_config": (None,),
 }
+# What a config.json of 2019 or early 2020, which has no model_type, may hold if it is of a GPT-2 and no relative of it.
+_OLD_FIELDS = {
+    *(*_SAME_FIELDS, *_ONLY, "n_inner", "n_ctx", "vocab_size_or_config_json_file", "architectures"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "eos_token_ids", "finetuning_task", "id2label"),
+    *("is_decoder", "label2id", "length_penalty", "max_length", "num_beams", "num_labels", "num_return_sequences"),
+    *("output_attentions", "output_hidden_states", "output_past", "predict_special_tokens", "pruned_heads"),
+    *("repetition_penalty", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type"),
+    *("summary_use_proj", "task_specific_params", "temperature", "top_k", "top_p", "torchscript", "use_bfloat16"),
+}
 
 
 def table(tied: bool) -> tuple[Entry, ...]:
@@ -97,7 +114,7 @@ def from_state_dict(
     Raises `UserError` (DATA) that names the first tensors that are missing, surplus or of another shape or type.
     """
     tensors = {name: Tensor(a.shape, a.dtype.name, lambda a=a: a) for name, a in state_dict.items()}
-    return _assemble(tensors, config, where)
+    return assemble(tensors, config, where)
 
 
 def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
@@ -115,7 +132,7 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
         values = read_json(path, MAX_CONFIG)
         config = from_hf_config(values, path)
         with open_tensors(folder) as tensors:
-            return config, _assemble(tensors, config, folder)
+            return config, assemble(tensors, config, folder)
     except SafetensorError as error:
         what = f"damaged safetensors file ({quote(str(error))})"
         raise UserError(ExitCode.DATA, what, folder, "copy or download it again") from None
@@ -156,6 +173,10 @@ def from_hf_config(values: Mapping[str, Any], where: object) -> ModelConfig:
 
     Raises `UserError` (DATA) naming the field that is malformed, or that asks for what our model does not compute.
     """
+    if "model_type" not in values and {"n_embd", "n_head", "n_layer"} <= values.keys() <= _OLD_FIELDS:
+        old_names = {"vocab_size": "vocab_size_or_config_json_file", "n_positions": "n_ctx"}
+        old = {field: values[name] for field, name in old_names.items() if name in values}
+        values = {"model_type": "gpt2"} | old | values
     if values.get("model_type") != "gpt2":
         raise _unsupported("model_type", values.get("model_type"), ("gpt2",), where)
     for field, allowed in _ONLY.items():
@@ -178,20 +199,25 @@ def _unsupported(field: str, value: object, allowed: tuple, where: object) -> Us
     return UserError(ExitCode.DATA, f"{field} {quote(value)} is not supported", where, fix)
 
 
-def _assemble(tensors: Mapping[str, Tensor], config: ModelConfig, where: object) -> dict[str, np.ndarray]:
-    """Checks names, shapes and types of all tensors, then loads them into stacked float32 arrays."""
+def assemble(tensors: Mapping[str, Tensor], config: ModelConfig, where: object) -> dict[str, np.ndarray]:
+    """Check names, shapes and types of all tensors, then load them into stacked float32 arrays by our paths.
+
+    Raises `UserError` (DATA) as `from_state_dict`, and naming a tensor whose numbers are not finite.
+    """
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(_MASKS)}
     found = {name.removeprefix(_PREFIX): tensor for name, tensor in kept.items()}
     if len(found) < len(kept):
         what = f"a tensor stands there twice, with and without {_PREFIX!r}"
         raise UserError(ExitCode.DATA, what, where, "save the model again")
-    check_tensors(found, _expected_shapes(config), HEAD.name, "tensors do not fit the model", where)
+    check_tensors(found, expected_shapes(config), HEAD.name, "tensors do not fit the model", where)
     _check_head(found, config.tie_word_embeddings, where)
     weights = {path: np.empty(shape, np.float32) for path, shape in weight_shapes(config).items()}
     for entry in table(config.tie_word_embeddings):
         stack = weights[entry.path] if entry.stacked else weights[entry.path][None]
         for layer, array in enumerate(stack):
-            array[...] = found[entry.name.format(layer)].load().reshape(array.shape)
+            name = entry.name.format(layer)
+            array[...] = found[name].load().reshape(array.shape)
+            check_finite(name, array, where)
     return weights
 
 
@@ -202,14 +228,16 @@ def _check_head(found: Mapping[str, Tensor], tied: bool, where: object) -> None:
         raise UserError(ExitCode.DATA, what, where, "save the model again, or correct config.json")
     if not tied or HEAD.name not in found:
         return
-    difference = np.abs(found[HEAD.name].load().astype(np.float32) - found["wte.weight"].load().astype(np.float32))
-    if (largest := difference.max(initial=0)) != 0:
+    head_VD, words_VD = (found[name].load().astype(np.float32) for name in (HEAD.name, "wte.weight"))
+    check_finite(HEAD.name, head_VD, where)
+    check_finite("wte.weight", words_VD, where)
+    if (largest := np.abs(head_VD - words_VD).max(initial=0)) != 0:
         what = f"tie_word_embeddings is true but {HEAD.name} differs from wte.weight by up to {largest:.1e}"
         fix = "set it to false in config.json if that head is meant; if not, take the tensor out"
         raise UserError(ExitCode.DATA, what, where, fix)
 
 
-def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Their name, without prefix -> shape; of a head too, which may be missing."""
     sizes, shapes = _sizes(config), {}
     for entry in table(tied=False):

@@ -1,22 +1,29 @@
-"""What a user may name where a model is wanted: a run, a checkpoint of one, a `transformers` folder, a UER-py file."""
+"""What a user may name where a model is wanted: a run, a checkpoint of one, a `transformers` folder, a file of others.
+
+Files are those of UER-py, TencentPretrain and nanoGPT.
+"""
 
 import dataclasses
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import jax
 
 from gpt2_flax.checkpoint.huggingface import read_folder
+from gpt2_flax.checkpoint.nanogpt import from_nanogpt, open_nanogpt
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.store import CheckpointStore
+from gpt2_flax.checkpoint.tensor_files import check_finite
 from gpt2_flax.checkpoint.uer import read_uer
 from gpt2_flax.checkpoint.weights import Weights, abstract_model, model_from_weights, weights_of
 from gpt2_flax.config import Config, ModelConfig, parse_model
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import new_folder
-from gpt2_flax.text.tokenizer import load_tokenizer
+from gpt2_flax.text.special_tokens import FROM_FILES, Ends
+from gpt2_flax.text.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -31,33 +38,42 @@ class Source:
     step: int | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     hardware: str | None = None
+    ends: Ends = FROM_FILES
+    kind: Literal["run", "transformers", "uer", "nanogpt"] = "run"
+
+    def tokenizer(self) -> Tokenizer:
+        """Read the tokenizer; raises `UserError` as `load_tokenizer`."""
+        return load_tokenizer(self.tokenizer_folder, ends=self.ends)
 
 
 def load_source(
-    path: Path, step: int | None = None, tokenizer: Path | None = None, uer_config: Path | None = None
+    path: Path,
+    step: int | None = None,
+    tokenizer: Path | None = None,
+    uer_config: Path | None = None,
+    ends: Ends = FROM_FILES,
 ) -> Source:
     """Reads the model at `path`; of a run the newest whole checkpoint, or `step`.
 
-    `tokenizer` stands in for the one beside the model; a UER-py `.bin` has none, so it must be given, and `uer_config`
-    is as in `read_uer`.
-    Raises `UserError`: NO_INPUT when there is nothing of the kind, DATA or IO when it is damaged, USAGE for a `step` or
-    `uer_config` of what has none, or a missing `tokenizer`.
+    `tokenizer` stands in for the one beside the model; a UER-py `.bin` and a nanoGPT `ckpt.pt` have none, so it must be
+    given. `uer_config` is as in `read_uer`, `ends` as in `load_tokenizer`.
+    Raises `UserError`: NO_INPUT when there is nothing of the kind, DATA or IO when it is damaged or its numbers are not
+    finite, USAGE for a `step` or `uer_config` of what has none, or a missing `tokenizer`.
     """
     is_checkpoint = path.parent.name == "checkpoints" and path.name.isdecimal()
-    is_uer, is_folder = path.is_file(), (path / "config.json").is_file()
-    if step is not None and (is_checkpoint or is_folder or is_uer):
+    is_file, is_folder = path.is_file(), (path / "config.json").is_file()
+    if step is not None and (is_checkpoint or is_folder or is_file):
         raise UserError(ExitCode.USAGE, "--step is for a run folder", path, "leave --step out, or name the run")
-    if is_uer:
-        return _uer_source(path, tokenizer, uer_config)
+    if is_file:
+        return _file_source(path, tokenizer, uer_config, ends)
     if uer_config is not None:
-        fix = "leave it out: the model brings its config"
-        raise UserError(ExitCode.USAGE, "--uer-config is for a .bin file of UER-py", path, fix)
+        raise _no_uer_config(path)
     if is_folder:
         model, weights = read_folder(path)
-        return Source(f"transformers folder {path}", model, weights, tokenizer or path)
+        return Source(f"transformers folder {path}", model, weights, tokenizer or path, ends=ends, kind="transformers")
     run = RunFolder(path.parent.parent if is_checkpoint else path)
     source = _run_source(run, int(path.name) if is_checkpoint else step)
-    return dataclasses.replace(source, tokenizer_folder=tokenizer) if tokenizer else source
+    return dataclasses.replace(source, tokenizer_folder=tokenizer or source.tokenizer_folder, ends=ends)
 
 
 def save_as_run(source: Source, output: Path, overwrite: bool = False) -> None:
@@ -65,7 +81,7 @@ def save_as_run(source: Source, output: Path, overwrite: bool = False) -> None:
 
     Raises `UserError`: CANT_CREATE when `output` may not be written, DATA when the tokenizer does not fit the model.
     """
-    tokenizer = load_tokenizer(source.tokenizer_folder)
+    tokenizer = source.tokenizer()
     if tokenizer.vocab_size > source.model.vocab_size:
         what = f"tokenizer has {tokenizer.vocab_size} tokens, the model {source.model.vocab_size}"
         raise UserError(ExitCode.DATA, what, source.tokenizer_folder, "use the tokenizer that the model came with")
@@ -78,17 +94,31 @@ def save_as_run(source: Source, output: Path, overwrite: bool = False) -> None:
             store.save(0, model_from_weights(source.model, source.weights), None, meta)
 
 
-def _uer_source(path: Path, tokenizer: Path | None, uer_config: Path | None) -> Source:
+def _file_source(path: Path, tokenizer: Path | None, uer_config: Path | None, ends: Ends) -> Source:
+    checkpoint = open_nanogpt(path)
+    program, vocabulary = ("UER-py", "vocab.txt") if checkpoint is None else ("nanoGPT", "FOLDER")
     if tokenizer is None:
-        fix = f"take it in first: gpt2-flax import {path} OUTPUT --tokenizer vocab.txt"
-        raise UserError(ExitCode.USAGE, "a file of UER-py has no vocabulary", path, fix)
-    model, weights = read_uer(path, uer_config)
-    return Source(f"UER-py file {path}", model, weights, tokenizer)
+        fix = f"import it first: gpt2-flax import {path} OUTPUT --tokenizer {vocabulary}"
+        if checkpoint is not None:
+            fix += " (a meta.pkl is never read: see docs/from_nanogpt.md)"
+        raise UserError(ExitCode.USAGE, f"a file of {program} has no vocabulary", path, fix)
+    if checkpoint is None:
+        model, weights = read_uer(path, uer_config)
+        return Source(f"UER-py file {path}", model, weights, tokenizer, ends=ends, kind="uer")
+    if uer_config is not None:
+        raise _no_uer_config(path)
+    model, weights = from_nanogpt(checkpoint, path)
+    return Source(f"nanoGPT checkpoint {path}", model, weights, tokenizer, ends=ends, kind="nanogpt")
+
+
+def _no_uer_config(path: Path) -> UserError:
+    fix = "leave it out: the model brings its config"
+    return UserError(ExitCode.USAGE, "--uer-config is for a .bin file of UER-py", path, fix)
 
 
 def _run_source(run: RunFolder, step: int | None) -> Source:
     if not run.checkpoints.is_dir():
-        fix = "give a run folder, RUN/checkpoints/STEP, a transformers folder, or a .bin file of UER-py"
+        fix = "give a run, RUN/checkpoints/STEP, a transformers folder, a .bin of UER-py or a ckpt.pt of nanoGPT"
         raise UserError(ExitCode.NO_INPUT, "no model found", run.path, fix)
     with CheckpointStore(run.checkpoints) as store:
         step = _choose(store, step)
@@ -101,6 +131,8 @@ def _run_source(run: RunFolder, step: int | None) -> Source:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_one_device), abstract_model(model)
         )
         weights = weights_of(store.restore(step, model=layout)["model"])
+        for name, array in weights.items():
+            check_finite(name, array, store.folder / str(step))
     origin = f"{run.path} at step {step}"
     metrics, hardware = run.metrics_at(step), meta.get("hardware")
     return Source(origin, model, weights, run.tokenizer, run.read_config(), step, metrics, hardware)

@@ -5,6 +5,7 @@ A folder holds model.safetensors, or shards named by model.safetensors.index.jso
 
 import contextlib
 import json
+import math
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -30,6 +31,7 @@ MAX_TENSORS = 10_000
 MAX_INDEX_ENTRIES = 100_000
 
 _SAFETENSORS_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_WRAPPERS = ("module.", "_orig_mod.")
 _DAMAGED = "copy or download it again"
 
 
@@ -43,7 +45,7 @@ class Tensor(NamedTuple):
 
 @contextlib.contextmanager
 def open_tensors(folder: Path) -> Iterator[dict[str, Tensor]]:
-    """A context that yields every tensor of a folder by name; it can be loaded while the context is open.
+    """A context that yields every tensor of a folder by its name in a plain model, to be loaded while it is open.
 
     Raises `UserError`: NO_INPUT when there are no weights, DATA for a damaged or hostile file, USAGE when torch would
     be needed and is not installed.
@@ -62,13 +64,14 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Tensor]]:
             if name in (WEIGHTS, INDEX):
                 found = _safetensors_tensors(folder / file, stack)
             else:
-                found = torch_tensors(folder / file, fix="use a model.safetensors file instead")
+                fix = "use a model.safetensors file instead"
+                found = torch_tensors(read_torch(folder / file, fix), folder / file, fix)
             tensors |= found
             where |= dict.fromkeys(found, file)
         if index is not None and (wrong := sorted(where.items() ^ index.items())):
             what = f"{len(wrong)} names differ between index and shards, first {quote(wrong[0][0])}"
             raise UserError(ExitCode.DATA, what, folder / name, _DAMAGED)
-        yield tensors
+        yield unwrapped(tensors)
 
 
 def read_json(path: Path, limit: int) -> dict[str, Any]:
@@ -158,8 +161,8 @@ def _safetensors_tensors(path: Path, stack: ExitStack) -> dict[str, Tensor]:
     return tensors
 
 
-def torch_tensors(path: Path, fix: str) -> dict[str, Tensor]:
-    """Returns the tensors of a file by torch.save; nothing in it is run, and data is read when it is loaded.
+def read_torch(path: Path, fix: str) -> dict[Any, Any]:
+    """Return the dict in a file by torch.save; nothing in it is run, and data is read when it is loaded.
 
     Raises `UserError`: DATA, with the advice `fix`, for a damaged or hostile file, USAGE when torch is not installed.
     """
@@ -171,11 +174,20 @@ def torch_tensors(path: Path, fix: str) -> dict[str, Tensor]:
         # mmap: the file is only mapped, so that shapes are known before data is read. Before torch 1.6 they were no
         # zip files, and are read as a whole.
         mapped = zipfile.is_zipfile(path)
-        state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # nearly anything, depending on where it is damaged
         first_line = str(error).partition("\n")[0]
         what = f"damaged or unsafe PyTorch file ({type(error).__name__}: {quote(first_line)})"
         raise UserError(ExitCode.DATA, what, path, fix) from None
+    if not isinstance(content, dict):
+        raise UserError(ExitCode.DATA, f"not a state dict of at most {MAX_TENSORS} tensors", path, fix)
+    return content
+
+
+def torch_tensors(state_dict: Any, path: Path, fix: str) -> dict[str, Tensor]:
+    """Return the tensors of a state dict from the file `path`; raises `UserError` as `read_torch`."""
+    import torch
+
     if not isinstance(state_dict, dict) or len(state_dict) > MAX_TENSORS:
         raise UserError(ExitCode.DATA, f"not a state dict of at most {MAX_TENSORS} tensors", path, fix)
     tensors = {}
@@ -185,3 +197,27 @@ def torch_tensors(path: Path, fix: str) -> dict[str, Tensor]:
         dtype = str(tensor.dtype).removeprefix("torch.")
         tensors[name] = Tensor(tuple(tensor.shape), dtype, lambda tensor=tensor: tensor.detach().float().numpy())
     return tensors
+
+
+def sized_torch_tensors(state_dict: Any, path: Path, fix: str) -> dict[str, Tensor]:
+    """As `torch_tensors`, for callers that take sizes from shapes: none may be larger than the file."""
+    tensors, size = unwrapped(torch_tensors(state_dict, path, fix)), path.stat().st_size
+    for name, tensor in tensors.items():
+        if math.prod(tensor.shape) > size:
+            raise UserError(ExitCode.DATA, f"{quote(name)} {tensor.shape} is larger than the file", path, fix)
+    return tensors
+
+
+def unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors without what DistributedDataParallel and torch.compile put before all their names."""
+    for prefix in _WRAPPERS:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            return unwrapped({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+    return tensors
+
+
+def check_finite(name: str, array: np.ndarray, where: object) -> None:
+    """Raise `UserError` (DATA) that names the tensor and counts its numbers that are NaN or infinite."""
+    if count := array.size - np.count_nonzero(np.isfinite(array)):
+        what = f"weights are not finite: {count} of the {array.size} numbers of {name} are NaN or infinite"
+        raise UserError(ExitCode.DATA, what, where, "use an earlier checkpoint of that training")

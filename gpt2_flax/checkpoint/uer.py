@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt2_flax.checkpoint.huggingface import weight_shapes
-from gpt2_flax.checkpoint.tensor_files import MAX_CONFIG, Tensor, check_tensors, read_json, torch_tensors
+from gpt2_flax.checkpoint.tensor_files import (
+    MAX_CONFIG,
+    Tensor,
+    check_finite,
+    check_tensors,
+    read_json,
+    read_torch,
+    sized_torch_tensors,
+)
 from gpt2_flax.config import ModelConfig, parse_model
 from gpt2_flax.errors import ExitCode, UserError, quote
 
@@ -123,15 +131,11 @@ def read_uer(path: Path, uer_config: Path | None = None) -> tuple[ModelConfig, d
 
 
 def open_uer(path: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a UER-py `.bin` under the names of its newest version; as `torch_tensors`."""
+    """Returns the tensors of a UER-py `.bin` under the names of its newest version; as `sized_torch_tensors`."""
     if path.suffix == ".safetensors":
         raise UserError(ExitCode.DATA, "UER-py writes no such file", path, "give the transformers folder that it is in")
     fix = "copy it again, or save its state dict again with torch.save"
-    tensors, size = torch_tensors(path, fix), path.stat().st_size
-    for name, tensor in tensors.items():  # sizes are taken from here: no number may be claimed to be there many times
-        if math.prod(tensor.shape) > size:
-            raise UserError(ExitCode.DATA, f"{quote(name)} {tensor.shape} is larger than the file", path, fix)
-    return _renamed(tensors, path)
+    return _renamed(sized_torch_tensors(read_torch(path, fix), path, fix), path)
 
 
 def from_uer(
@@ -155,6 +159,7 @@ def from_uer(
     weights = {path: np.empty(shape, np.float32) for path, shape in weight_shapes(config).items()}
     for piece, name, target in _pieces(weights, config.n_layer):
         array = tensors[name].load()
+        check_finite(name, array, where)
         target[...] = (array.T if piece.transposed else array).reshape(target.shape)
         if name.endswith(".gamma"):
             target *= _gain(config)
@@ -283,7 +288,10 @@ def _head_is_tied(tensors: Mapping[str, Tensor], said: bool | None, where: objec
         raise UserError(ExitCode.DATA, f"{_HEAD} missing", where, fix)
     if said is False:
         return False
-    difference = float(np.abs(tensors[_HEAD].load() - tensors[_WORDS].load()).max(initial=0))
+    head_VD, words_VD = (tensors[name].load() for name in (_HEAD, _WORDS))
+    check_finite(_HEAD, head_VD, where)
+    check_finite(_WORDS, words_VD, where)
+    difference = float(np.abs(head_VD - words_VD).max(initial=0))
     if said and difference != 0:
         what = f"tie_weights is true but {_HEAD} differs from {_WORDS} by up to {difference:.1e}"
         raise UserError(ExitCode.DATA, what, where, "give the config that the model was trained with")

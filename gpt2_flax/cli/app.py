@@ -47,3 +47,9 @@ def utf8(value: str | list[str] | None) -> str | list[str] | None:
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that an earlier call made.")]
 Model = Annotated[Path, typer.Argument(help="A run folder, RUN/checkpoints/STEP, or a transformers folder.")]
 Step = Annotated[int | None, typer.Option(help="Which checkpoint of a run; the newest when left out.")]
+Bos = Annotated[
+    str | None, typer.Option(callback=utf8, help="Token that begins a document, if the tokenizer's files do not say.")
+]
+Eos = Annotated[
+    str | None, typer.Option(callback=utf8, help="Token that ends a document, if the tokenizer's files do not say.")
+]

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from gpt2_flax.cli.app import Model, Overwrite, Step, app, utf8
+from gpt2_flax.cli.app import Bos, Eos, Model, Overwrite, Step, app, utf8
+from gpt2_flax.text.special_tokens import Ends
 
 CardText = partial(typer.Option, callback=utf8)
 CardArgument = partial(typer.Argument, callback=utf8)
@@ -78,18 +79,23 @@ def export(
 
 @app.command(name="import")
 def import_(
-    model: Annotated[Path, typer.Argument(help="A transformers folder that holds a GPT-2, or a .bin file of UER-py.")],
+    model: Annotated[
+        Path,
+        typer.Argument(help="A transformers folder that holds a GPT-2, a .bin of UER-py, or a ckpt.pt of nanoGPT."),
+    ],
     output: Annotated[Path, typer.Argument(help="Folder to make, usable wherever a run is: init_from, generate, ...")],
     tokenizer: ItsTokenizer = None,
     uer_config: UerConfig = None,
+    bos: Bos = None,
+    eos: Eos = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Take in a GPT-2 from transformers, UER-py or TencentPretrain, to train it on or to use it."""
+    """Import a GPT-2 from transformers, UER-py, TencentPretrain or nanoGPT, to continue its training or to use it."""
     from gpt2_flax.checkpoint.source import load_source, save_as_run
-    from gpt2_flax.export.uer_file import compare_with_uer
+    from gpt2_flax.export.publish import compare_with_original
 
-    source = load_source(model, tokenizer=tokenizer, uer_config=uer_config)
-    compared = f", {compare_with_uer(model, source)}" if model.is_file() else ""
+    source = load_source(model, tokenizer=tokenizer, uer_config=uer_config, ends=Ends(bos, eos))
+    compared = f", {found}" if (found := compare_with_original(model, source)) else ""
     save_as_run(source, output, overwrite)
     print(f"{output}: {len(source.weights)} parameter arrays of {model}{compared}")
 
@@ -98,7 +104,9 @@ def import_(
 def convert(
     model: Annotated[
         Path,
-        typer.Argument(help="A .bin file of UER-py, a transformers folder, a run, or RUN/checkpoints/STEP."),
+        typer.Argument(
+            help="A .bin of UER-py, a ckpt.pt of nanoGPT, a transformers folder, a run, or RUN/checkpoints/STEP."
+        ),
     ],
     output: Annotated[Path, typer.Argument(help="Folder to make: for transformers, or with --format uer for UER-py.")],
     format: Annotated[
@@ -107,24 +115,26 @@ def convert(
     ] = "safetensors",
     tokenizer: ItsTokenizer = None,
     uer_config: UerConfig = None,
+    bos: Bos = None,
+    eos: Eos = None,
     name: Annotated[str | None, CardText(help="Title of the model card; the folder's name when left out.")] = None,
     language: Annotated[str | None, CardText(help="Language code for the model card, such as zh.")] = None,
     license: Annotated[str | None, CardText(help="License for the model card, such as apache-2.0.")] = None,
     step: Step = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn a model of UER-py, transformers or this program into one of another, and check that it computes the same."""
+    """Turn a model of UER-py, nanoGPT, transformers or this program into one of another, and compare the two."""
     from gpt2_flax.checkpoint.source import load_source
-    from gpt2_flax.export.publish import publish
+    from gpt2_flax.export.publish import compare_with_original, publish
     from gpt2_flax.export.transformers_folder import MARKER
-    from gpt2_flax.export.uer_file import UER_CONFIG, compare_with_uer, write_uer
+    from gpt2_flax.export.uer_file import UER_CONFIG, write_uer
     from gpt2_flax.export.verify import NOT_VERIFIED
     from gpt2_flax.folders import check_output
 
     check_output(output, UER_CONFIG if format == "uer" else MARKER, overwrite)
-    source = load_source(model, step, tokenizer, uer_config)
-    if model.is_file():
-        print(f"{model}: {compare_with_uer(model, source)}")
+    source = load_source(model, step, tokenizer, uer_config, Ends(bos, eos))
+    if found := compare_with_original(model, source):
+        print(f"{model}: {found}")
     if format == "uer":
         print(f"{output}: {write_uer(source, output, overwrite)}")
         return

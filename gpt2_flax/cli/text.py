@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from gpt2_flax.cli.app import Overwrite, app, utf8
+from gpt2_flax.cli.app import Bos, Eos, Overwrite, app, utf8
 from gpt2_flax.data.engines import Engine
 from gpt2_flax.text.documents import CorpusFormat, CorpusOptions, OnError, Problem, Separator
+from gpt2_flax.text.special_tokens import Ends
 
 Corpus = Annotated[
     list[str],
@@ -56,6 +57,7 @@ def tokenizer(
     """
     from gpt2_flax.folders import check_output, new_folder
     from gpt2_flax.text.corpus import corpus_units, empty_corpus, standard_input_as_file
+    from gpt2_flax.text.exported import check_exported, spread
     from gpt2_flax.text.train_tokenizer import measure, sample_documents, train_sentencepiece, train_wordpiece
 
     if kind == "wordpiece" and model_type == "unigram":
@@ -73,6 +75,7 @@ def tokenizer(
         made = train_wordpiece(sample.training, vocab_size, lowercase=not cased, merges=model_type == "bpe")
     else:
         made = train_sentencepiece(sample.training, vocab_size, model_type, character_coverage)
+    check_exported(made, spread(sample.held), output)
     coverage = measure(made, sample.held)
     with new_folder(output, "tokenizer.json", overwrite) as folder:
         made.save(folder)
@@ -105,6 +108,8 @@ def prepare(
     ] = None,
     engine: Annotated[Engine, typer.Option(help="ray: on the cluster that RAY_ADDRESS names.")] = "local",
     cased: Annotated[bool, typer.Option("--cased", help="For a vocab.txt: keep upper case and accents.")] = False,
+    bos: Bos = None,
+    eos: Eos = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Turn a corpus into a token dataset: every token once, ready for any sequence length.
@@ -117,7 +122,7 @@ def prepare(
 
     info = prepare_dataset(
         corpus,
-        load_tokenizer(tokenizer, lowercase=False if cased else None),
+        load_tokenizer(tokenizer, False if cased else None, Ends(bos, eos)),
         output,
         options=CorpusOptions(format, separator, field, encoding, on_error),
         validation_fraction=validation_fraction,
@@ -195,14 +200,18 @@ def import_tokens(
     dtype: Annotated[
         Literal["uint16", "uint32"] | None, typer.Option(help="Type of ids in files that do not say it.")
     ] = None,
+    bos: Bos = None,
+    eos: Eos = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Make a dataset of files that hold tokens already; they are read where they lie, not copied, if that can be."""
     from gpt2_flax.data.inspect import split_line
     from gpt2_flax.data.token_files import import_tokens as import_files
+    from gpt2_flax.text.exported import check_exported
     from gpt2_flax.text.tokenizer import load_tokenizer
 
-    chosen = load_tokenizer(tokenizer)
+    chosen = load_tokenizer(tokenizer, ends=Ends(bos, eos))
+    check_exported(chosen, (), tokenizer)
     info = import_files(
         train,
         validation or (),

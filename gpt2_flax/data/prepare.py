@@ -30,6 +30,7 @@ from gpt2_flax.progress import progress_bar
 from gpt2_flax.text.corpus import STANDARD_INPUT, Unit, corpus_units, empty_corpus, standard_input_as_file
 from gpt2_flax.text.documents import DEFAULT_OPTIONS, CorpusOptions
 from gpt2_flax.text.encoded import token_dtype
+from gpt2_flax.text.exported import check_exported, sample_texts
 from gpt2_flax.text.tokenizer import Tokenizer
 
 SETTINGS = "settings.json"
@@ -53,7 +54,8 @@ def prepare(
 ) -> DatasetInfo:
     """Writes the dataset `output`, a folder or a URL that `fsspec` knows, and returns what its dataset.json says.
 
-    Raises `UserError`: what `corpus_units`, `unfinished` and `run` raise, DATA when a split would be empty.
+    Raises `UserError`: what `corpus_units`, `unfinished` and `run` raise, DATA when a split would be empty, and what
+    `check_exported` raises.
     """
     with unfinished(str(output), MARKER, overwrite) as storage:
         settings = {
@@ -67,6 +69,7 @@ def prepare(
         _check_settings(storage, settings, overwrite)
         with _kept_if_useful(storage):
             units = corpus_units(_without_standard_input(storage, sources), options, unit_bytes)
+            check_exported(tokenizer, sample_texts(units), storage.where)
             dropped = _duplicates(storage, units, workers, engine) if deduplicate else [NOTHING_DROPPED] * len(units)
             tasks = [UnitTask(index, *pair) for index, pair in enumerate(zip(units, dropped, strict=True))]
             work = UnitWork(storage, tokenizer, validation_fraction, options.on_error)

@@ -12,10 +12,14 @@ from gpt2_flax.data.token_dataset import TokenDataset
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export.gguf import remarks
 from gpt2_flax.export.model_card import CardFacts, model_card
+from gpt2_flax.export.nanogpt_file import Comparison as NanoGPTComparison
+from gpt2_flax.export.nanogpt_file import compare_with_nanogpt
 from gpt2_flax.export.transformers_folder import Format, export_folder
+from gpt2_flax.export.uer_file import Comparison as UerComparison
+from gpt2_flax.export.uer_file import compare_with_uer
 from gpt2_flax.export.verify import Verification
 from gpt2_flax.export.weight_files import MAX_SHARD_SIZE, Dtype
-from gpt2_flax.text.tokenizer import Tokenizer, load_tokenizer
+from gpt2_flax.text.tokenizer import Tokenizer
 from gpt2_flax.text.wordpiece import WordPieceTokenizer
 
 _OPTIMIZERS = {
@@ -43,7 +47,7 @@ def publish(
     as that does, and NO_INPUT or DATA when `card_extra` cannot be read.
     """
     extra = None if card_extra is None else _read_text(card_extra)
-    tokenizer = load_tokenizer(source.tokenizer_folder)
+    tokenizer = source.tokenizer()
     datasets = _datasets(source.config)
     run = _run_facts(source, source.config, datasets) if source.config else {}
     facts = CardFacts(
@@ -70,6 +74,12 @@ def publish(
         overwrite=overwrite,
         samples=_sample_texts(datasets, tokenizer),
     )
+
+
+def compare_with_original(path: Path, source: Source) -> UerComparison | NanoGPTComparison | None:
+    """Return how `source` compares with the file at `path` that another program wrote, None if it was not one."""
+    compare = {"uer": compare_with_uer, "nanogpt": compare_with_nanogpt}.get(source.kind)
+    return compare and compare(path, source)
 
 
 def _read_text(path: Path) -> str:

@@ -22,7 +22,6 @@ from gpt2_flax.checkpoint.weights import Weights, logits_of
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError, missing_package
 from gpt2_flax.folders import new_folder
-from gpt2_flax.text.tokenizer import load_tokenizer
 from gpt2_flax.text.wordpiece import WordPieceTokenizer
 
 UER_MODEL = "model.bin"
@@ -64,7 +63,7 @@ def write_uer(source: Source, output: Path, overwrite: bool = False) -> Comparis
         import torch
     except ImportError:
         raise missing_package("--format uer", "torch", "export", output) from None
-    tokenizer = load_tokenizer(source.tokenizer_folder)
+    tokenizer = source.tokenizer()
     if not isinstance(tokenizer, WordPieceTokenizer) or tokenizer.vocab_size != source.model.vocab_size:
         what = f"UER-py needs a BERT vocabulary of as many tokens as the model has rows, {source.model.vocab_size}"
         raise UserError(ExitCode.DATA, what, source.tokenizer_folder, "give it with --tokenizer vocab.txt")

@@ -23,21 +23,12 @@ from gpt2_flax.checkpoint.tensor_files import INDEX, TORCH_WEIGHTS, WEIGHTS
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.export.weight_files import Dtype, numpy_dtype
-from gpt2_flax.text.spm import SentencePieceTokenizer
+from gpt2_flax.text.exported import ODD_TEXTS, differing_texts, too_many
 from gpt2_flax.text.tokenizer import Tokenizer
 
 NOT_VERIFIED = "not verified, torch and transformers are not installed: pip install 'gpt2_flax[export]'"
 
-_TEXTS = (
-    "这是很久之前的事情了。",
-    "The quick brown fox jumps over the lazy dog, 3.14 times!",
-    "2024年。JAX和Flax在GPU上训练GPT-2模型。",
-    "東京タワー — café naïve Straße",
-    "emoji 😀, (brackets) and internationalization",
-)
 _ROWS, _LENGTH, _PROMPT_TOKENS, _NEW_TOKENS = 2, 64, 8, 16
-_TIES = 0.02
-"""Share of sample texts of a foreign unigram model that may be cut otherwise: see `text.spm`."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +89,7 @@ def verify_folder(
         import transformers
     except ImportError:
         return None
-    texts = (*_TEXTS, *samples)
-    ours = _compute(weights, config, tokenizer, dtype, texts)
+    ours = _compute(weights, config, tokenizer, dtype, samples)
     files = tuple(name for name in (WEIGHTS, INDEX, TORCH_WEIGHTS) if (folder / name).is_file())
     found = []
     with _quiet(transformers):
@@ -107,12 +97,12 @@ def verify_folder(
             _free_memory()
             found.append(_compare(torch, _load(torch, transformers, folder, name), ours, folder / name))
         auto = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        ties = _compare_tokenizers(tokenizer, auto, texts, folder)
+        ties = _compare_tokenizers(tokenizer, auto, samples, folder)
     return Verification(
         max_logit_difference=max(difference for difference, _ in found),
         max_logit=float(np.abs(ours.logits_BTV).max()),
         tokens=ours.tokens_BT.size,
-        texts=len(texts),
+        texts=len(ODD_TEXTS) + len(samples),
         tied_texts=ties,
         new_tokens=min(same for _, same in found),
         files=files,
@@ -124,7 +114,7 @@ def verify_folder(
 
 
 def _compute(
-    weights: Mapping[str, np.ndarray], config: ModelConfig, tokenizer: Tokenizer, dtype: Dtype, texts: Sequence[str]
+    weights: Mapping[str, np.ndarray], config: ModelConfig, tokenizer: Tokenizer, dtype: Dtype, samples: Sequence[str]
 ) -> _Ours:
     import jax
 
@@ -151,7 +141,7 @@ def _compute(
         rounding = float(np.abs(exact_BTV - logits_BTV).max())
     prompts, continuations, leads = [], [], []
     if new := min(_NEW_TOKENS, shape[1] // 2):
-        starts = texts[len(_TEXTS) :][:_ROWS] or texts[:_ROWS]
+        starts = samples[:_ROWS] or ODD_TEXTS[:_ROWS]
         stop = min(_PROMPT_TOKENS, shape[1] - new)  # within the text: after its end a model has nothing to add
         prompts = [[tokenizer.bos_id, *ids.tolist()][:stop] for ids in tokenizer.encode_batch(starts)]
         continuations, leads = _continue(logits_of, prompts, shape[1], new, tokenizer.eos_id)
@@ -222,15 +212,14 @@ def _compare(torch: ModuleType, model: Any, ours: _Ours, where: Path) -> tuple[f
     return difference, same
 
 
-def _compare_tokenizers(ours: Tokenizer, theirs: Any, texts: Sequence[str], folder: Path) -> int:
-    """Returns in how many texts ties were broken otherwise."""
-    different = []
-    for text, ids in zip(texts, ours.encode_batch(texts), strict=True):
-        # A corpus may hold "<s>" as text.
-        if theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] != ids.tolist():
-            different.append(text)
-    allowed = math.ceil(_TIES * (len(texts) - len(_TEXTS))) if isinstance(ours, SentencePieceTokenizer) else 0
-    if len(different) > allowed or not set(_TEXTS).isdisjoint(different):
+def _compare_tokenizers(ours: Tokenizer, theirs: Any, samples: Sequence[str], folder: Path) -> int:
+    """Returns in how many samples ties were broken otherwise."""
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        return theirs(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    different = differing_texts(ours, encode, samples)
+    if too_many(ours, different, samples):
         raise _bug(f"AutoTokenizer gives other ids for {quote(different[0])}", folder)
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
     for name, our_id in zip(special, (ours.bos_id, ours.eos_id, ours.pad_id), strict=True):

@@ -31,7 +31,7 @@ from gpt2_flax.parallel.feed import device_batch, prefetch, row_shards
 from gpt2_flax.parallel.mesh import make_mesh
 from gpt2_flax.progress import progress_bar
 from gpt2_flax.text.documents import CorpusOptions
-from gpt2_flax.text.tokenizer import Tokenizer, load_tokenizer
+from gpt2_flax.text.tokenizer import Tokenizer
 
 Split = Literal["train", "validation"]
 
@@ -96,7 +96,7 @@ def evaluate_source(
     n_rows = -(-n_rows // row_shards(mesh)) * row_shards(mesh)
     packing = source.config.data.packing if source.config else "stream"
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
-        tokenizer = load_tokenizer(source.tokenizer_folder)
+        tokenizer = source.tokenizer()
         if _is_corpus(data):
             splits = {data: _prepared(data, part, tokenizer, Path(folder), options)}
         else:

@@ -10,7 +10,7 @@ from gpt2_flax.errors import ExitCode, UserError, printable
 from gpt2_flax.inference.decode import generate, generate_one
 from gpt2_flax.inference.sampling import Sampling
 from gpt2_flax.model.decoding import Decoder, decoder_of
-from gpt2_flax.text.tokenizer import Tokenizer, load_tokenizer
+from gpt2_flax.text.tokenizer import Tokenizer
 
 _MOST_ROWS = 32  # continued at once
 
@@ -23,7 +23,7 @@ class Generator:
     """
 
     def __init__(self, source: Source):
-        self.tokenizer: Tokenizer = load_tokenizer(source.tokenizer_folder)
+        self.tokenizer: Tokenizer = source.tokenizer()
         model = model_from_weights(source.model.model_copy(update={"dtype": "float32"}), source.weights)
         self.decoder: Decoder = decoder_of(model)
 

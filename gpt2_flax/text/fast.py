@@ -13,16 +13,22 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.text.encoded import Encoded
+from gpt2_flax.text.special_tokens import CONFIG, FROM_FILES, SPECIAL_TOKENS_MAP, Ends, named_tokens, read_object
 
 # The begin, end, padding and unknown tokens of the families we know, by the names that `transformers` gives them.
 FAMILIES = (
     {"bos_token": "[CLS]", "eos_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"},
     {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
     {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|padding|>"},
+    {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"},
 )
+_KNOWN_ENDS = [(family["bos_token"], family["eos_token"]) for family in FAMILIES]
+
+VOCABULARY, MERGES = "vocab.json", "merges.txt"  # of byte-level BPE, as GPT-2 was published
 
 
 class FastTokenizer:
@@ -41,8 +47,9 @@ class FastTokenizer:
         self.pad_id, self.unk_id = ids.get("pad_token"), ids.get("unk_token")
         self._spec["post_processor"] = _begin_of_document(special_tokens["bos_token"], self.bos_id)
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        special = {token["id"] for token in self._spec["added_tokens"] if token["special"]} | set(ids.values())
-        self._special_ids = np.array(sorted(special - {self.unk_id}), np.int32)
+        special = {token["content"] for token in self._spec["added_tokens"] if token["special"]}
+        special_ids = set(map(backend.token_to_id, special)) | set(ids.values())
+        self._special_ids = np.array(sorted(special_ids - {self.unk_id}), np.int32)
 
     def __reduce__(self) -> tuple[type, tuple[Mapping[str, Any], Mapping[str, str]]]:
         return FastTokenizer, (self._spec, self.special_tokens)
@@ -50,12 +57,19 @@ class FastTokenizer:
     @property
     def fingerprint(self) -> str:
         """Of the parsed file, so that neither its layout nor the version of `tokenizers` matters."""
-        return hashlib.sha256(json.dumps(self._spec, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(self._spec, sort_keys=True).encode())
+        bos, eos = self.special_tokens["bos_token"], self.special_tokens["eos_token"]
+        if (bos, eos) not in _KNOWN_ENDS:  # the file has the begin in its post-processor; a known begin tells the end
+            digest.update(f"\neos {eos}".encode())
+        return digest.hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         encoded = Encoded.from_lists([encoding.ids for encoding in encodings], self.vocab_size)
-        # A model may hold "<s>" as a piece of text too.
+        return self._without_special(encoded)
+
+    def _without_special(self, encoded: Encoded) -> Encoded:
+        """A model may hold "<s>" as a piece of text too."""
         special_T = np.isin(encoded.ids_T, self._special_ids)
         return encoded.select(~special_T) if special_T.any() else encoded
 
@@ -66,8 +80,8 @@ class FastTokenizer:
     def save(self, folder: Path, model_max_length: int | None = None) -> None:
         config = self._config() | ({} if model_max_length is None else {"model_max_length": model_max_length})
         _write_json(folder / "tokenizer.json", self._spec)
-        _write_json(folder / "tokenizer_config.json", config)
-        _write_json(folder / "special_tokens_map.json", self.special_tokens)
+        _write_json(folder / CONFIG, config)
+        _write_json(folder / SPECIAL_TOKENS_MAP, self.special_tokens)
 
     def _config(self) -> dict[str, Any]:
         """What tokenizer_config.json holds."""
@@ -81,24 +95,65 @@ class FastTokenizer:
         }
 
 
-def read_fast_tokenizer(path: Path) -> FastTokenizer:
-    """Returns the tokenizer of a `tokenizer.json`; begin and end of document are found among its special tokens.
+def read_fast_tokenizer(path: Path, ends: Ends = FROM_FILES) -> FastTokenizer:
+    """Return the tokenizer of a `tokenizer.json`, or of a `vocab.json` that has a `merges.txt` beside it.
 
-    Raises `UserError` (DATA) for a file that `tokenizers` does not understand or that has no such tokens.
+    Begin and end of document are those of `named_tokens`, else a family's. Without a begin the end serves as one.
+    Raises `UserError`: DATA for a file that `tokenizers` does not understand, or whose end of document nothing tells,
+    and as `named_tokens`.
     """
     try:
-        spec = json.loads(path.read_bytes())
-        added = {token["content"] for token in spec["added_tokens"]}
-        tokenizers.Tokenizer.from_str(json.dumps(spec))
-    except OSError:
+        spec = _byte_level_spec(path) if path.name == VOCABULARY else json.loads(path.read_bytes())
+        ids = tokenizers.Tokenizer.from_str(json.dumps(spec)).get_vocab(with_added_tokens=True)
+        added = {token["content"]: token for token in spec["added_tokens"]}
+    except (OSError, UserError):
         raise
     except Exception as error:  # `tokenizers` raises plain Exception
-        raise UserError(ExitCode.DATA, "not a tokenizer.json", path, f"check the file: {quote(str(error))}") from None
+        what = f"not a {path.name} of `tokenizers`"
+        raise UserError(ExitCode.DATA, what, path, f"check the file: {quote(str(error))}") from None
+    named = named_tokens(path, ids, {token for token in added if added[token]["special"] and token in ids}, ends)
+    given = {name: named[name] for name in ("bos_token", "eos_token") if name in named}
     for family in FAMILIES:
-        if {family["bos_token"], family["eos_token"]} <= added:
-            return FastTokenizer(spec, {name: token for name, token in family.items() if token in added})
-    fix = "it needs [CLS] and [SEP], <s> and </s>, or <|endoftext|> among its added tokens"
-    raise UserError(ExitCode.DATA, "tokenizer without begin and end of document", path, fix)
+        if given.items() <= family.items() and {family["bos_token"], family["eos_token"]} <= added.keys():
+            named = {name: token for name, token in family.items() if token in added} | named
+            break
+    if "eos_token" not in named:
+        fix = "name tokens of its vocabulary: --bos TOKEN --eos TOKEN"
+        raise UserError(ExitCode.DATA, "tokenizer without begin and end of document", path, fix)
+    named = {"bos_token": named["eos_token"]} | named
+    if named.get("unk_token") in (named["bos_token"], named["eos_token"], named.get("pad_token")):
+        named.pop("unk_token", None)  # as in the folder of GPT-2, whose vocabulary leaves nothing unknown
+    pair = (named["bos_token"], named["eos_token"])
+    if pair not in _KNOWN_ENDS or not added.keys() >= set(pair):
+        spec["added_tokens"] = _with_special(added, ids, pair)
+    return FastTokenizer(spec, named)
+
+
+def _with_special(added: Mapping[str, Any], ids: Mapping[str, int], tokens: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the added tokens with `tokens` among them as special ones, which no text can hold."""
+    new = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    special = {token: {"id": ids[token], "content": token} | new | added.get(token, {}) for token in tokens}
+    special = {token: entry | {"special": True} for token, entry in special.items()}
+    return sorted([*(added | special).values()], key=lambda entry: entry["id"])
+
+
+def _byte_level_spec(path: Path) -> dict[str, Any]:
+    """Return the tokenizer.json that `transformers` makes of the vocab.json and merges.txt of a GPT-2."""
+    backend = tokenizers.Tokenizer(models.BPE.from_file(str(path), str(path.with_name(MERGES))))
+    config = read_object(path.with_name(CONFIG))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))
+    backend.decoder = decoders.ByteLevel()
+    known = [token for ends in _KNOWN_ENDS for token in ends if backend.token_to_id(token) is not None]
+    backend.add_special_tokens(sorted(set(known), key=backend.token_to_id))
+    # Tokens that were added to the vocabulary: in old folders with their ids, in newer ones as `tokenizers` has them.
+    added = {index: {"content": token} for token, index in read_object(path.with_name("added_tokens.json")).items()}
+    added |= {int(index): entry for index, entry in config.get("added_tokens_decoder", {}).items()}
+    for index, entry in sorted(added.items()):
+        options = {name: value for name, value in entry.items() if name not in ("content", "__type")}
+        backend.add_tokens([tokenizers.AddedToken(entry["content"], **options)])
+        if backend.token_to_id(entry["content"]) != index:
+            raise ValueError(f"added token {entry['content']!r} cannot have the id {index}")
+    return tokenizer_spec(backend)
 
 
 def tokenizer_spec(backend: tokenizers.Tokenizer) -> dict[str, Any]:

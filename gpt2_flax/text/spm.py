@@ -8,8 +8,8 @@ these cases, of which none concerns a model trained here and texts of up to 100,
   1 of 3,501 lines and 9 of 18 texts of 200 lines with one published model. `exact_scores` is our way out.
 - `tokenizers` normalizes clusters of characters by their beginning alone: combining marks are lost behind a character
   that the map of the model replaces, such as a full-width letter.
-- A text that is a user-defined piece and nothing else lacks the leading blank of a BPE or character model; pieces that
-  the normalization would change, and pieces marked as unused, are not treated as SentencePiece does.
+- A text that is a user-defined piece and nothing else lacks the leading blank of a BPE or character model; pieces
+  marked as unused are not treated as SentencePiece does.
 As everywhere in `transformers`, `<s>` written in a text is the special token unless `split_special_tokens` is set.
 """
 
@@ -26,6 +26,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.text.encoded import Encoded
 from gpt2_flax.text.fast import FastTokenizer, tokenizer_spec
+from gpt2_flax.text.special_tokens import FROM_FILES, Ends, named_tokens
 
 BLANK = "▁"  # what SentencePiece writes for a blank
 SCORE_STEP = 2.0**-4  # then float32 sums are exact up to 2**20: texts of more than 100,000 tokens
@@ -38,35 +39,41 @@ class SentencePieceTokenizer:
     """The tokenizer of a model given as the bytes of its file; `where` names it in errors.
 
     See `text.tokenizer.Tokenizer` for the members. A model without a token for the begin of a document, as T5 has it,
-    uses that for the end. Raises `UserError` (DATA) for a file that is not a BPE, unigram or character model, or has no
-    token for the end of a document.
+    uses the one for the end. `ends` may name other pieces for both. Raises `UserError` (DATA) for a file that is not a
+    BPE, unigram or character model, or has no token for the end of a document.
     """
 
-    def __init__(self, model: bytes, where: object):
-        try:
-            self._proto = protobuf.ModelProto.FromString(model)
-            self._processor = SentencePieceProcessor(model_proto=model, num_threads=1)
-        except Exception as error:  # protobuf's DecodeError or SentencePiece's RuntimeError
-            fix = f"check the file: {quote(str(error))}"
-            raise UserError(ExitCode.DATA, "not a SentencePiece model", where, fix) from None
-        self._model, self._where, processor = model, str(where), self._processor
+    def __init__(self, model: bytes, where: object, ends: Ends = FROM_FILES):
+        self._model, self._where = model, str(where)
+        self._proto, processor = _parsed(model, where)
+        own = Ends(*(self._proto.pieces[i].piece if i >= 0 else None for i in (processor.bos_id(), processor.eos_id())))
+        eos = ends.eos or own.eos
+        if eos is None:
+            fix = "train it with eos_id, or name a piece: --eos PIECE"
+            raise UserError(ExitCode.DATA, "model without end of document", where, fix)
+        self._ends = Ends(ends.bos or own.bos or eos, eos)
+        self._as_trained = self._ends == Ends(own.bos or own.eos, own.eos)
+        self.bos_id, self.eos_id = map(processor.piece_to_id, self._ends)
         self.vocab_size: int = processor.get_piece_size()
-        self.eos_id, self.unk_id = processor.eos_id(), processor.unk_id()
-        self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else self.eos_id
+        self.unk_id = processor.unk_id()
         self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else None
-        if self.eos_id < 0:
-            raise UserError(ExitCode.DATA, "model without end of document", where, "train it with eos_id")
+        if not self._as_trained:
+            for token in (self.bos_id, self.eos_id):
+                self._proto.pieces[token].type = _Piece.CONTROL  # so that no text becomes it
+            processor = SentencePieceProcessor(model_proto=self._proto.SerializeToString(), num_threads=1)
+        self._processor = processor
         spec = self._proto.trainer_spec
         if spec.model_type not in (_Spec.BPE, _Spec.UNIGRAM, _Spec.CHAR) or spec.treat_whitespace_as_suffix:
             fix = "train it as bpe, unigram or char, with blanks before words"
             raise UserError(ExitCode.DATA, "SentencePiece model of an unknown kind", where, fix)
 
-    def __reduce__(self) -> tuple[type, tuple[bytes, str]]:
-        return SentencePieceTokenizer, (self._model, self._where)
+    def __reduce__(self) -> tuple[type, tuple[bytes, str, Ends]]:
+        return SentencePieceTokenizer, (self._model, self._where, self._ends)
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(b"sentencepiece\n" + self._model).hexdigest()
+        ends = "" if self._as_trained else f"{self._ends}\n"  # not in the fingerprints of old datasets
+        return hashlib.sha256(f"sentencepiece\n{ends}".encode() + self._model).hexdigest()
 
     @property
     def proto(self) -> protobuf.ModelProto:
@@ -91,6 +98,15 @@ class SentencePieceTokenizer:
         return FastTokenizer(tokenizer_spec(_backend(self._proto, self.unk_id)), tokens)
 
 
+def read_sentencepiece(path: Path, ends: Ends = FROM_FILES) -> SentencePieceTokenizer:
+    """Return the tokenizer of a `.model`, begin and end by `named_tokens`. Raises `UserError` as that."""
+    model = path.read_bytes()
+    proto, _ = _parsed(model, path)
+    ids = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    named = named_tokens(path, ids, _names(proto, _Piece.CONTROL), ends)
+    return SentencePieceTokenizer(model, path, Ends(named.get("bos_token"), named.get("eos_token")))
+
+
 def exact_scores(model: bytes) -> bytes:
     """Returns a unigram model with its scores rounded to multiples of `SCORE_STEP`.
 
@@ -104,13 +120,22 @@ def exact_scores(model: bytes) -> bytes:
     return proto.SerializeToString()
 
 
+def _parsed(model: bytes, where: object) -> tuple[protobuf.ModelProto, SentencePieceProcessor]:
+    try:
+        return protobuf.ModelProto.FromString(model), SentencePieceProcessor(model_proto=model, num_threads=1)
+    except Exception as error:  # protobuf's DecodeError or SentencePiece's RuntimeError
+        fix = f"check the file: {quote(str(error))}"
+        raise UserError(ExitCode.DATA, "not a SentencePiece model", where, fix) from None
+
+
 def _backend(proto: protobuf.ModelProto, unk_id: int) -> Tokenizer:
     """Rebuilds a model in the `tokenizers` library."""
     unigram = proto.trainer_spec.model_type == _Spec.UNIGRAM
     backend = Tokenizer(_unigram(proto, unk_id) if unigram else _bpe(proto, unk_id))
+    defined = _names(proto, _Piece.USER_DEFINED)
     # The user-defined pieces of a unigram stay in the model, which prefers them for their scores.
-    own = [] if unigram else _names(proto, _Piece.USER_DEFINED)
-    backend.normalizer = _normalizer(proto.normalizer_spec, own)
+    own = [] if unigram else defined
+    backend.normalizer = _normalizer(proto.normalizer_spec, defined, own)
     if unigram:
         backend.pre_tokenizer = pre_tokenizers.Split(_inside_reserved_names(proto), "isolated")
     backend.decoder = _decoder(proto.normalizer_spec)
@@ -145,11 +170,11 @@ def _unigram(proto: protobuf.ModelProto, unk_id: int) -> models.Unigram:
     return models.Unigram(scores, unk_id=unk_id, byte_fallback=proto.trainer_spec.byte_fallback)
 
 
-def _normalizer(spec: protobuf.NormalizerSpec, own: Sequence[str]) -> normalizers.Normalizer:
+def _normalizer(spec: protobuf.NormalizerSpec, defined: Sequence[str], own: Sequence[str]) -> normalizers.Normalizer:
     """What SentencePiece does with a text, always as a whole, before it looks for pieces.
 
-    `own` are pieces that `tokenizers` finds in the normalized text after it has normalized each of them too; they must
-    not get the leading blank.
+    `defined` are pieces that SentencePiece leaves as they are. Of these `tokenizers` finds `own` in the normalized
+    text, after it has normalized each of them too; they must not get the leading blank.
     """
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
@@ -157,14 +182,20 @@ def _normalizer(spec: protobuf.NormalizerSpec, own: Sequence[str]) -> normalizer
             # The map composes letters and accents too, but `tokenizers` would lose the second of two accents.
             steps.append(normalizers.NFC())
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    # A line end that is a piece would become a blank: meanwhile two characters that no text has stand for it.
+    plain = normalizers.Sequence(steps)
+    changed = sorted((piece for piece in defined if plain.normalize_str(piece) != piece), key=len, reverse=True)
+    hidden = {piece: f"\ufdd0{chr(0xE000 + index)}" for index, piece in enumerate(changed)}
+    steps = [*(normalizers.Replace(piece, mark) for piece, mark in hidden.items()), *steps]
     if spec.remove_extra_whitespaces:
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
         steps.append(normalizers.Replace(Regex(rf"\A |[ {BLANK}]+\z"), ""))
     if spec.add_dummy_prefix:  # an empty text gets none
-        alone = "|".join(map(re.escape, own))
+        alone = "|".join(re.escape(hidden.get(piece, piece)) for piece in own)
         steps.append(normalizers.Replace(Regex(rf"\A(?!(?:{alone})?\z)"), BLANK))
     if spec.escape_whitespaces:
         steps.append(normalizers.Replace(" ", BLANK))
+    steps += [normalizers.Replace(mark, piece) for piece, mark in hidden.items()]
     return normalizers.Sequence(steps)
 
 

@@ -1,15 +1,15 @@
 """One small interface to every tokenizer, and the way from a path to the right one."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from gpt2_flax.errors import ExitCode, UserError, io_error
 from gpt2_flax.text.encoded import Encoded
-from gpt2_flax.text.fast import read_fast_tokenizer
-from gpt2_flax.text.spm import SentencePieceTokenizer
-from gpt2_flax.text.wordpiece import WordPieceTokenizer
+from gpt2_flax.text.fast import MERGES, VOCABULARY, read_fast_tokenizer
+from gpt2_flax.text.special_tokens import CONFIG, FROM_FILES, Ends, read_object
+from gpt2_flax.text.spm import read_sentencepiece
+from gpt2_flax.text.wordpiece import read_wordpiece
 
 
 class Tokenizer(Protocol):
@@ -44,25 +44,30 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(path: Path, lowercase: bool | None = None) -> Tokenizer:
-    """Returns the tokenizer of a `vocab.txt`, a SentencePiece `.model`, a `tokenizer.json`, or a folder that has one.
+def load_tokenizer(path: Path, lowercase: bool | None = None, ends: Ends = FROM_FILES) -> Tokenizer:
+    """Return the tokenizer of a `vocab.txt`, a SentencePiece `.model`, a `tokenizer.json`, or a folder that has one.
 
-    `lowercase` is for a `vocab.txt` alone: by default what the folder's tokenizer_config.json says, else True.
-    Raises `UserError`: NO_INPUT when there is none, DATA when it is damaged.
+    A `vocab.json` with a `merges.txt` beside it is one too. `lowercase` is for a `vocab.txt` alone: by default what the
+    folder's tokenizer_config.json says, else True. `ends` begin and end documents; by default the files say which.
+    Raises `UserError`: NO_INPUT when there is none, DATA when it is damaged, USAGE when it has no such `ends`.
     """
     try:
         file = _tokenizer_file(path)
         if file.suffix == ".txt":
-            return WordPieceTokenizer(file.read_bytes(), file, _lowercase(file) if lowercase is None else lowercase)
+            lowercase = _lowercase(file) if lowercase is None else lowercase
+            return read_wordpiece(file, lowercase, ends)
         if file.suffix == ".model":
-            return SentencePieceTokenizer(file.read_bytes(), file)
-        return read_fast_tokenizer(file)
+            return read_sentencepiece(file, ends)
+        return read_fast_tokenizer(file, ends)
     except OSError as error:
         raise io_error(error, path) from None
 
 
 def _tokenizer_file(path: Path) -> Path:
-    fix = "give a vocab.txt, a SentencePiece .model, a tokenizer.json, or a folder with one of them"
+    fix = (
+        "give a vocab.txt, a SentencePiece .model, a tokenizer.json, a vocab.json with its merges.txt, "
+        "or a folder with one of them"
+    )
     if not path.exists():
         raise UserError(ExitCode.NO_INPUT, "tokenizer not found", path, fix)
     if path.is_dir():
@@ -70,7 +75,13 @@ def _tokenizer_file(path: Path) -> Path:
         for name in ("vocab.txt", "spiece.model", "tokenizer.model", "tokenizer.json"):
             if (path / name).is_file():
                 return path / name
+        if (path / VOCABULARY).is_file() and (path / MERGES).is_file():
+            return path / VOCABULARY
         raise UserError(ExitCode.NO_INPUT, "no tokenizer in the folder", path, fix)
+    if path.name in (VOCABULARY, MERGES):
+        path = path.with_name(VOCABULARY)
+        if missing := [file for file in (path, path.with_name(MERGES)) if not file.is_file()]:
+            raise UserError(ExitCode.NO_INPUT, "tokenizer not found", missing[0], fix)
     if path.suffix not in (".txt", ".model", ".json"):
         raise UserError(ExitCode.DATA, "not a tokenizer of a known kind", path, fix)
     return path
@@ -78,13 +89,8 @@ def _tokenizer_file(path: Path) -> Path:
 
 def _lowercase(vocabulary: Path) -> bool:
     """What the configuration beside a `vocab.txt` says about lower-casing."""
-    path = vocabulary.with_name("tokenizer_config.json")
-    if not path.is_file():
-        return True
-    try:
-        lowercase = json.loads(path.read_bytes()).get("do_lower_case", True)
-    except (ValueError, AttributeError, RecursionError):
-        lowercase = None
+    path = vocabulary.with_name(CONFIG)
+    lowercase = read_object(path).get("do_lower_case", True)
     if not isinstance(lowercase, bool):
         fix = "restore it, or delete it for a lower-casing tokenizer"
         raise UserError(ExitCode.DATA, "do_lower_case cannot be read", path, fix)

@@ -13,6 +13,7 @@ from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.text.bert_table import BertTable
 from gpt2_flax.text.encoded import Encoded
 from gpt2_flax.text.fast import FastTokenizer, tokenizer_spec
+from gpt2_flax.text.special_tokens import FROM_FILES, Ends, named_tokens
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -22,6 +23,7 @@ SPECIAL_TOKENS = {
     "cls_token": "[CLS]",
     "sep_token": "[SEP]",
 }
+_ENDS = Ends(SPECIAL_TOKENS["bos_token"], SPECIAL_TOKENS["eos_token"])
 MASK = "[MASK]"  # kept when a vocabulary has it, not needed by us
 TABLE_PAYS_AFTER = 2**18  # characters; to encode them without a table takes about as long as to make one
 LONGEST_WORD = 100  # characters; a longer one is [UNK], as in `transformers` (Google's own code says 200)
@@ -33,22 +35,32 @@ _CJK = "\u2e80-\u9fff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003fff
 class WordPieceTokenizer(FastTokenizer):
     """The tokenizer of a vocabulary given as the bytes of `vocab.txt`; `where` names it in errors.
 
+    [CLS] begins a document and [SEP] ends it, unless `ends` names other tokens of the vocabulary.
     Raises `UserError` (DATA) for a vocabulary that cannot be read without doubt.
     """
 
-    def __init__(self, vocabulary: bytes, where: object, lowercase: bool = True):
+    def __init__(self, vocabulary: bytes, where: object, lowercase: bool = True, ends: Ends = FROM_FILES):
         self._vocabulary, self._where, self._lowercase = vocabulary, str(where), lowercase
         self._encoded_characters = 0
         ids = read_vocabulary(vocabulary, where)
         special_tokens = SPECIAL_TOKENS | ({"mask_token": MASK} if MASK in ids else {})
+        given = {"bos_token": ends.bos, "eos_token": ends.eos}
+        special_tokens |= {name: token for name, token in given.items() if token is not None}
         super().__init__(tokenizer_spec(_backend(ids, special_tokens, lowercase)), special_tokens)
 
-    def __reduce__(self) -> tuple[type, tuple[bytes, str, bool]]:
-        return WordPieceTokenizer, (self._vocabulary, self._where, self._lowercase)
+    def __reduce__(self) -> tuple[type, tuple[bytes, str, bool, Ends]]:
+        return WordPieceTokenizer, (self._vocabulary, self._where, self._lowercase, self._ends)
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"wordpiece lowercase={self._lowercase}\n".encode() + self._vocabulary).hexdigest()
+        settings = f"wordpiece lowercase={self._lowercase}\n"
+        if self._ends != _ENDS:  # not in the fingerprints of old datasets
+            settings += f"{self._ends}\n"
+        return hashlib.sha256(settings.encode() + self._vocabulary).hexdigest()
+
+    @property
+    def _ends(self) -> Ends:
+        return Ends(self.special_tokens["bos_token"], self.special_tokens["eos_token"])
 
     @property
     def vocabulary(self) -> bytes:
@@ -60,7 +72,8 @@ class WordPieceTokenizer(FastTokenizer):
         self._encoded_characters += sum(map(len, texts))
         if self._encoded_characters < TABLE_PAYS_AFTER:
             return super().encode_batch(texts)
-        return self._table.encode(texts)
+        encoded = self._table.encode(texts)
+        return encoded if self._ends == _ENDS else self._without_special(encoded)  # no text becomes [CLS] or [SEP]
 
     @cached_property
     def _table(self) -> BertTable:
@@ -72,6 +85,13 @@ class WordPieceTokenizer(FastTokenizer):
 
     def _config(self) -> dict[str, Any]:
         return super()._config() | {"do_lower_case": self._lowercase}  # what BertTokenizer reads
+
+
+def read_wordpiece(path: Path, lowercase: bool, ends: Ends = FROM_FILES) -> WordPieceTokenizer:
+    """Return the tokenizer of a `vocab.txt`, begin and end by `named_tokens`. Raises `UserError` as that."""
+    vocabulary = path.read_bytes()
+    named = named_tokens(path, read_vocabulary(vocabulary, path), {*SPECIAL_TOKENS.values()}, ends)
+    return WordPieceTokenizer(vocabulary, path, lowercase, Ends(named.get("bos_token"), named.get("eos_token")))
 
 
 def read_vocabulary(content: bytes, where: object) -> dict[str, int]:

@@ -21,7 +21,6 @@ from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.parallel.feed import row_shards
 from gpt2_flax.parallel.watchdog import Watchdog
 from gpt2_flax.progress import si
-from gpt2_flax.text.tokenizer import load_tokenizer
 from gpt2_flax.training.agreement import agree_on_weights
 from gpt2_flax.training.step import TrainState, initial_state, state_layout
 
@@ -91,7 +90,10 @@ def start_or_resume(
     if config.init_from is None:
         say(f"starting from scratch with seed {config.training.seed}")
         return initial_state(config, layout), 0
-    source = load_source(Path(config.init_from))
+    try:
+        source = load_source(Path(config.init_from))
+    except UserError as error:
+        raise UserError(error.exit_code, f"init_from: {error.what}", error.where, error.fix) from None
     check_fits(config, source.model)
     agree_on_weights(source.weights, watchdog)
     _warn_of_tokenizer(source, mixture, say)
@@ -179,5 +181,5 @@ def _check_datasets(meta: Mapping[str, Any], mixture: Mixture) -> None:
 def _warn_of_tokenizer(source: Source, mixture: Mixture, say: Callable[[str], None]) -> None:
     # No error: the same ids may come from another kind of file, and some folders hold weights alone.
     with contextlib.suppress(UserError):
-        if load_tokenizer(source.tokenizer_folder).fingerprint != mixture.tokenizer_fingerprint:
+        if source.tokenizer().fingerprint != mixture.tokenizer_fingerprint:
             say(f"warning: {mixture.name} was not prepared with the tokenizer of {source.origin}: ids may differ")
