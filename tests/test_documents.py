@@ -57,7 +57,7 @@ def test_documents_in_other_encodings(write, encoding):
         assert read_texts(write(text.encode(encoding)), encoding=encoding) == ["中文"] * 1000 + ["丁 a"]
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-32-le", "utf-7", "rot13", "cp500", "hz", "iso2022_jp", "idna"])
+@pytest.mark.parametrize("encoding", ["utf-7", "rot13", "cp500", "hz", "iso2022_jp", "idna"])
 def test_encodings_without_plain_lines_are_refused(write, encoding):
     with pytest.raises(UserError, match="iconv") as error:
         read(write(b"text"), encoding=encoding)
@@ -91,8 +91,8 @@ def test_bytes_that_are_not_utf8_are_reported_with_file_line_and_byte(write, uni
     assert problems == [(str(path), 21, "not UTF-8 (byte 5 of the line is 0xFF)", False)]
 
 
-@pytest.mark.parametrize("content", [b"\xed\xa0\x80\n", b"\xc0\x80\n", b"\xe4\xb8\n", b"\xff\xfea\x00", b"\xe4\xb8"])
-def test_surrogates_overlong_forms_cut_characters_and_utf16_are_refused(write, content):
+@pytest.mark.parametrize("content", [b"\xed\xa0\x80\n", b"\xc0\x80\n", b"\xe4\xb8\n", b"\xff\xffa\x00", b"\xe4\xb8"])
+def test_surrogates_overlong_forms_and_cut_characters_are_refused(write, content):
     with pytest.raises(UserError, match=r"not UTF-8 .*a\.txt:1; "):
         read(write(content))
 

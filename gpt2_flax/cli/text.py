@@ -21,7 +21,9 @@ Corpus = Annotated[
 Format = Annotated[CorpusFormat, typer.Option(help="What the files are; auto goes by their names.")]
 Between = Annotated[Separator, typer.Option(help="Text: what stands between two documents of a file.")]
 TextField = Annotated[str, typer.Option(callback=utf8, help="jsonl and parquet: where the text is, such as doc.text.")]
-Encoding = Annotated[str, typer.Option(help="Of text and jsonl, such as gb18030.")]
+Encoding = Annotated[
+    str, typer.Option(help="Of text and jsonl, such as gb18030; auto: UTF-8, or what each file is in.")
+]
 OnBad = Annotated[OnError, typer.Option(help="Bytes that are no text, broken records: stop, leave out, or put U+FFFD.")]
 
 
@@ -46,7 +48,7 @@ def tokenizer(
     format: Format = "auto",
     separator: Between = "line",
     field: TextField = "text",
-    encoding: Encoding = "utf-8",
+    encoding: Encoding = "auto",
     on_error: OnBad = "stop",
     overwrite: Overwrite = False,
 ) -> None:
@@ -94,7 +96,7 @@ def prepare(
     format: Format = "auto",
     separator: Between = "line",
     field: TextField = "text",
-    encoding: Encoding = "utf-8",
+    encoding: Encoding = "auto",
     on_error: OnBad = "stop",
     validation_fraction: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of documents kept out of training, chosen by their hash.")
