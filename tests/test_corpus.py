@@ -34,7 +34,17 @@ def write(tmp_path):
 
 
 def test_a_folder_gives_its_known_files_in_the_order_of_their_bytes(write, tmp_path):
-    for name in ("b.txt", "a/z.txt", "a/b/c.TXT", "a-b.txt", "a/notes.md", "a/t.Text", "a.pdf", ".hidden.txt", ".git/x.txt"):
+    for name in (
+        "b.txt",
+        "a/z.txt",
+        "a/b/c.TXT",
+        "a-b.txt",
+        "a/notes.md",
+        "a/t.Text",
+        "a.pdf",
+        ".hidden.txt",
+        ".git/x.txt",
+    ):
         write(f"corpus/{name}", name.encode())
     write("corpus/a/j.jsonl.gz", PACK[".gz"](b'{"text": "a/j"}'))
     write("corpus/" + os.fsdecode(b"\xff.txt"), b"bytes")
@@ -225,7 +235,9 @@ def test_addresses_are_read_as_files_are(monkeypatch):
     assert texts == [*lines, *["end"] * 9, "packed"]
     assert problems == [("cloud:///corpus/a.txt", 1001, "not UTF-8 (byte 1 of the line is 0xFF)", True)]
     units = corpus_units(["cloud://corpus/*.txt"])
-    assert [unit.files for unit in units] == [(("cloud:///corpus/a.txt", system.size("/corpus/a.txt"), "abc", "utf-8"),)]
+    assert [unit.files for unit in units] == [
+        (("cloud:///corpus/a.txt", system.size("/corpus/a.txt"), "abc", "utf-8"),)
+    ]
     assert refused("cloud://corpus/secret.txt") == (ExitCode.IO, "reading or writing failed")
     monkeypatch.setattr(Cloud, "failing", True)
     with pytest.raises(UserError, match="ConnectionLost"):

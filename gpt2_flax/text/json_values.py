@@ -8,6 +8,7 @@ from gpt2_flax.text.decoding import Bad
 from gpt2_flax.text.documents import Faults, Texts, in_parts
 from gpt2_flax.text.json_lines import DECODER, LONGEST_RECORD, text_of
 
+_TOO_LONG = f"record longer than {LONGEST_RECORD // 2**20} MiB"
 _BLANKS = re.compile(r"[ \t\n\r]*")
 
 
@@ -90,10 +91,12 @@ class _Values:
             if self._in_list and self._after_value:
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
             value, stop = DECODER.raw_decode(text, at)
-            return (value, stop) if last or stop < len(text) else None  # a number may have more digits
+            if stop - at <= LONGEST_RECORD // 4 or len(text[at:stop].encode()) <= LONGEST_RECORD:
+                return (value, stop) if last or stop < len(text) else None  # a number may have more digits
+            self.leave_out(Bad(self._line, _TOO_LONG))
         except json.JSONDecodeError as error:
             if len(text[at:].encode()) > LONGEST_RECORD:
-                self.leave_out(Bad(self._line, f"record longer than {LONGEST_RECORD // 2**20} MiB"))
+                self.leave_out(Bad(self._line, _TOO_LONG))
             elif last or (self._in_list and self._after_value):
                 self.leave_out(Bad(self._line + text.count("\n", at, error.pos), f"not JSON ({error.msg})"))
         except RecursionError:
