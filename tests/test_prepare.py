@@ -1,5 +1,6 @@
 import errno
 import itertools
+import multiprocessing
 import os
 import pickle
 import random
@@ -70,6 +71,8 @@ class Unit:
 
 
 def die() -> None:
+    if multiprocessing.parent_process() is None:
+        return  # the survey before the work
     os._exit(1)  # as when the system kills a process for memory
 
 
