@@ -211,6 +211,30 @@ def test_an_output_is_replaced_only_when_asked_and_never_when_it_holds_a_source(
     assert imported(tmp_path, [name], [held], overwrite=True).train.n_documents == 2
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "int64"])
+@pytest.mark.parametrize("head", ["<", ">"])
+def test_big_endian_files_of_megatron_are_copied_in_our_order(tmp_path, dtype, head):
+    documents = [[[5, 6, 7], [8]], [[9] * 90], [[3, 99]]]
+    plain = write_megatron(tmp_path / "plain", documents, dtype)
+    swapped = write_megatron(tmp_path / "swapped", documents, dtype, head, ">")
+    held = write_megatron(tmp_path / "held", [[[4, 5]]], dtype, head, ">")
+    dataset = imported(tmp_path, [swapped], [held])
+    assert contents(dataset.train) == list(map(flatten, documents))
+    assert contents(dataset.validation) == [[4, 5]]
+    assert shares(dataset, "train") == [None]
+    assert contents(imported(tmp_path, [plain], [held], overwrite=True).train) == list(map(flatten, documents))
+
+
+@pytest.mark.parametrize(("magic", "version", "big"), [(20240520, 1, 99), (20240801, 7, 70_000)])
+def test_big_endian_files_of_llm_c_are_copied_in_our_order(tmp_path, magic, version, big):
+    ids = [EOS, 5, big, 7, EOS, 8, 9]
+    name = write_llm_c(tmp_path / "a.bin", ids, magic, version, ">")
+    dataset = imported(tmp_path, [name], [], Letters(100_000, bos_id=EOS), validation_fraction=0.3)
+    assert (contents(dataset.train), contents(dataset.validation)) == ([ids[:4]], [ids[4:]])
+    assert shares(dataset, "train") == [None]
+    assert "of another kind" in str(refused(tmp_path / "new", [write_llm_c(tmp_path / "b.bin", ids, magic, 3, ">")]))
+
+
 def test_tokens_without_ends_are_one_document_whose_end_is_for_validation(tmp_path, capsys):
     ids = [3 + number % 90 for number in range(5000)]
     dataset = imported(tmp_path, [write_ids(tmp_path / "novel.bin", ids)], [])

@@ -5,7 +5,8 @@
 * nanoGPT: `.bin` of ids and nothing else.
 
 In the latter two a special token stands before every document, or after it. uint16, uint32 and int32 (of which no id is
-negative) stay in their files; ids of other types are copied. Dimension key: B documents, T tokens.
+negative) stay in their files; ids of other types, and big-endian ones, are copied.
+Dimension key: B documents, T tokens.
 """
 
 import os
@@ -173,13 +174,14 @@ def _with_index(path: Path, index_path: Path) -> TokenFile:
 def _without_index(path: Path, dtype: TokenType | None) -> TokenFile:
     if path.suffix == ".npy":
         raise UserError(ExitCode.DATA, "not a plain file of ids", path, "write its array with numpy's tofile")
-    size, head = path.stat().st_size, np.fromfile(path, "<i4", 3).tolist()
-    if len(head) == 3 and head[0] in {_LLM_C_EVALUATION, *(magic for magic, _ in LLM_C)}:
-        magic, version, count = head
+    size, heads = path.stat().st_size, {order: np.fromfile(path, f"{order}i4", 3).tolist() for order in "<>"}
+    magics = {_LLM_C_EVALUATION, *(magic for magic, _ in LLM_C)}
+    for order in (order for order, head in heads.items() if len(head) == 3 and head[0] in magics):
+        magic, version, count = heads[order]
         if (magic, version) not in LLM_C:
             what = f"llm.c file of another kind: magic number {magic}, version {version}"
             raise UserError(ExitCode.DATA, what, path, "give a file of training or validation tokens")
-        kind = np.dtype(LLM_C[magic, version])
+        kind = np.dtype(LLM_C[magic, version]).newbyteorder(order)
         if size != (expected := _LLM_C_HEADER + count * kind.itemsize):
             what = f"token file has {size} bytes where its header says {expected}"
             raise UserError(ExitCode.DATA, what, path, "bring the file whole")
