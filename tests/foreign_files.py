@@ -36,8 +36,10 @@ class Letters:
         (folder / "letters").write_text(str(self.vocab_size))
 
 
-def write_megatron(stem, documents: list[list[list[int]]], dtype: str = "uint16") -> str:
-    """Documents of sequences of ids."""
+def write_megatron(
+    stem, documents: list[list[list[int]]], dtype: str = "uint16", head: str = "<", order: str = "<"
+) -> str:
+    """Documents of sequences of ids; head and arrays of the index may have another byte order."""
     sequences = [sequence for document in documents for sequence in document]
     size = np.dtype(dtype).itemsize
     lengths = list(map(len, sequences))
@@ -45,21 +47,21 @@ def write_megatron(stem, documents: list[list[list[int]]], dtype: str = "uint16"
     firsts = list(itertools.accumulate(map(len, documents), initial=0))
     with open(f"{stem}.bin", "wb") as file:
         for sequence in sequences:
-            file.write(np.array(sequence, np.dtype(dtype).newbyteorder("<")).tobytes())
+            file.write(np.array(sequence, np.dtype(dtype).newbyteorder(order)).tobytes())
     with open(f"{stem}.idx", "wb") as file:
         file.write(b"MMIDIDX\x00\x00")
-        file.write(struct.pack("<QB", 1, CODES[dtype]))
-        file.write(struct.pack("<QQ", len(sequences), len(firsts)))
-        file.write(struct.pack(f"<{len(lengths)}i", *lengths))
-        file.write(struct.pack(f"<{len(pointers)}q", *pointers))
-        file.write(struct.pack(f"<{len(firsts)}q", *firsts))
+        file.write(struct.pack(f"{head}QB", 1, CODES[dtype]))
+        file.write(struct.pack(f"{head}QQ", len(sequences), len(firsts)))
+        file.write(struct.pack(f"{order}{len(lengths)}i", *lengths))
+        file.write(struct.pack(f"{order}{len(pointers)}q", *pointers))
+        file.write(struct.pack(f"{order}{len(firsts)}q", *firsts))
     return str(stem)
 
 
-def write_llm_c(path, ids: list[int], magic: int = 20240520, version: int = 1) -> str:
+def write_llm_c(path, ids: list[int], magic: int = 20240520, version: int = 1, order: str = "<") -> str:
     code = {20240520: "H", 20240801: "I"}.get(magic, "H")
-    header = struct.pack("<3i", magic, version, len(ids)).ljust(1024, b"\0")
-    path.write_bytes(header + struct.pack(f"<{len(ids)}{code}", *ids))
+    header = struct.pack(f"{order}3i", magic, version, len(ids)).ljust(1024, b"\0")
+    path.write_bytes(header + struct.pack(f"{order}{len(ids)}{code}", *ids))
     return str(path)
 
 

@@ -34,13 +34,23 @@ def write(tmp_path):
 
 
 def test_a_folder_gives_its_known_files_in_the_order_of_their_bytes(write, tmp_path):
-    for name in ("b.txt", "a/z.txt", "a/b/c.TXT", "a-b.txt", "a/notes.md", ".hidden.txt", ".git/x.txt"):
+    for name in (
+        "b.txt",
+        "a/z.txt",
+        "a/b/c.TXT",
+        "a-b.txt",
+        "a/notes.md",
+        "a/t.Text",
+        "a.pdf",
+        ".hidden.txt",
+        ".git/x.txt",
+    ):
         write(f"corpus/{name}", name.encode())
     write("corpus/a/j.jsonl.gz", PACK[".gz"](b'{"text": "a/j"}'))
     write("corpus/" + os.fsdecode(b"\xff.txt"), b"bytes")
     write("corpus/\U0001f600.txt", b"emoji")  # before in bytes, after in UTF-16
     write("corpus/\uff41.txt", b"wide")
-    expected = ["a-b.txt", "a/b/c.TXT", "a/j", "a/z.txt", "b.txt", "wide", "emoji", "bytes"]
+    expected = ["a-b.txt", "a/b/c.TXT", "a/j", "a/notes.md", "a/t.Text", "a/z.txt", "b.txt", "wide", "emoji", "bytes"]
     assert read_texts(tmp_path / "corpus") == expected
     assert read_texts(f"file://{tmp_path}/corpus") == expected
 
@@ -71,12 +81,12 @@ def test_sources_keep_the_order_of_the_command_line(write):
 
 
 def test_a_pattern_gives_what_it_matches_once_and_sorted(write, tmp_path):
-    for name in ("b.txt", "a/z.txt", "a/b/c.txt", "d.md"):
+    for name in ("b.txt", "a/z.txt", "a/b/c.txt", "d.pdf"):
         write(f"corpus/{name}", name.encode())
     for root in (tmp_path, f"file://{tmp_path}"):
         assert read_texts(f"{root}/corpus/**/*.txt") == ["a/b/c.txt", "a/z.txt", "b.txt"]
         assert read_texts(f"{root}/corpus/[ab]*") == ["a/b/c.txt", "a/z.txt", "b.txt"]
-        assert refused(f"{root}/corpus/*.md") == (ExitCode.DATA, "not a corpus of a known kind")
+        assert refused(f"{root}/corpus/*.pdf") == (ExitCode.DATA, "not a corpus of a known kind")
         assert refused(f"{root}/corpus/*.csv") == (ExitCode.NO_INPUT, "nothing matches the pattern")
     assert read_texts(write("odd[1]*.txt", b"a name, not a pattern")) == ["a name, not a pattern"]
 
@@ -102,7 +112,7 @@ def test_a_large_file_is_cut_at_line_ends(write):
     assert [unit.size for unit in units] == [104, 96] * 4
     assert all(isinstance(unit, FileUnit) for unit in units)
     assert len({unit.name for unit in units}) == len(units)
-    assert units[0].files == units[7].files == ((str(path), 800, str(path.stat().st_mtime_ns)),)
+    assert units[0].files == units[7].files == ((str(path), 800, str(path.stat().st_mtime_ns), "utf-8"),)
     assert list(map(repr, corpus_units([str(path)], unit_bytes=100))) == list(map(repr, units))
 
 
@@ -225,7 +235,9 @@ def test_addresses_are_read_as_files_are(monkeypatch):
     assert texts == [*lines, *["end"] * 9, "packed"]
     assert problems == [("cloud:///corpus/a.txt", 1001, "not UTF-8 (byte 1 of the line is 0xFF)", True)]
     units = corpus_units(["cloud://corpus/*.txt"])
-    assert [unit.files for unit in units] == [(("cloud:///corpus/a.txt", system.size("/corpus/a.txt"), "abc"),)]
+    assert [unit.files for unit in units] == [
+        (("cloud:///corpus/a.txt", system.size("/corpus/a.txt"), "abc", "utf-8"),)
+    ]
     assert refused("cloud://corpus/secret.txt") == (ExitCode.IO, "reading or writing failed")
     monkeypatch.setattr(Cloud, "failing", True)
     with pytest.raises(UserError, match="ConnectionLost"):

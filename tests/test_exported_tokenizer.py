@@ -15,8 +15,9 @@ from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.text import exported as module
 from gpt2_flax.text.corpus import corpus_units
 from gpt2_flax.text.documents import CorpusOptions
-from gpt2_flax.text.exported import ODD_TEXTS, SAMPLE_CHARACTERS, SAMPLES, check_exported, sample_texts, spread
+from gpt2_flax.text.exported import ODD_TEXTS, SAMPLE_CHARACTERS, SAMPLES, check_exported, spread
 from gpt2_flax.text.spm import SentencePieceTokenizer
+from gpt2_flax.text.survey import sample
 from gpt2_flax.text.tokenizer import load_tokenizer
 from gpt2_flax.text.train_tokenizer import train_sentencepiece, train_wordpiece
 from gpt2_flax.text.wordpiece import WordPieceTokenizer
@@ -127,7 +128,7 @@ def test_samples_come_from_the_whole_corpus_and_are_bounded(tmp_path):
     (tmp_path / "corpus.txt").write_text("\n".join([*lines, "y" * 10_000]))
     for unit_bytes in (500, 5000, 50_000, None):
         units = corpus_units([str(tmp_path / "corpus.txt")], unit_bytes=unit_bytes)
-        texts = sample_texts(units)
+        texts = spread(sample(units).texts)
         assert SAMPLES / 2 <= len(texts) <= 2 * SAMPLES
         numbers = [int(text.split()[0]) for text in texts if "x" in text]
         assert min(numbers) < 100
@@ -140,7 +141,7 @@ def test_samples_come_from_the_whole_corpus_and_are_bounded(tmp_path):
 
 def test_what_cannot_be_read_is_left_to_what_reads_it_all(tmp_path):
     (tmp_path / "corpus.txt").write_bytes(b"\xff\n")
-    assert sample_texts(corpus_units([str(tmp_path / "corpus.txt")], CorpusOptions(on_error="stop"))) == []
+    assert sample(corpus_units([str(tmp_path / "corpus.txt")], CorpusOptions(on_error="stop"))).texts == []
 
 
 # User-defined pieces of SentencePiece that its normalization would change.

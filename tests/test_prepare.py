@@ -1,26 +1,33 @@
 import errno
+import hashlib
 import itertools
+import math
+import multiprocessing
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_charset import SIMPLIFIED, marked
 
+from gpt2_flax.data import flat_files, units
 from gpt2_flax.data import prepare as module
-from gpt2_flax.data import units
 from gpt2_flax.data.dataset_info import SPLITS
 from gpt2_flax.data.deduplicate import find_duplicates
+from gpt2_flax.data.inspect import summary_lines
 from gpt2_flax.data.prepare import prepare
 from gpt2_flax.data.token_dataset import TokenDataset
 from gpt2_flax.data.units import in_validation
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.text import documents
+from gpt2_flax.text import documents, survey
 from gpt2_flax.text.corpus import CorpusOptions, corpus_units
 from gpt2_flax.text.tokenizer import load_tokenizer
 from gpt2_flax.text.train_tokenizer import train_wordpiece
@@ -70,6 +77,8 @@ class Unit:
 
 
 def die() -> None:
+    if multiprocessing.parent_process() is None:
+        return  # the survey before the work
     os._exit(1)  # as when the system kills a process for memory
 
 
@@ -200,13 +209,201 @@ def refused(corpus: Path, tokenizer, output: Path, **options) -> UserError:
     return error.value
 
 
-def test_an_empty_split_is_an_error_that_says_which_way_to_turn(corpus, tokenizer, tmp_path):
-    error = refused(corpus, tokenizer, tmp_path / "dataset", validation_fraction=0.0)
-    assert (error.exit_code, error.where) == (ExitCode.DATA, str(corpus))
-    assert error.fix.startswith("raise --validation-fraction")
-    error = refused(corpus, tokenizer, tmp_path / "dataset", validation_fraction=1.0)
-    assert error.fix.startswith("lower --validation-fraction")
-    assert not list(tmp_path.glob(".*"))  # other options would not go on with it
+ONE = "".join(DRAW.choices("天地玄黄宇宙洪荒", k=3000))
+
+
+def expected_tail(documents: list[list[int]], fraction: float) -> list[list[list[int]]]:
+    """The documents of both splits when the last tokens of all are cut off, the plain way."""
+    total = sum(map(len, documents))
+    position = total - max(2, math.ceil(total * fraction))
+    train, held, start = [], [], 0
+    for ids in documents:
+        cut = min(max(0, position - start), len(ids))
+        train += [ids[:cut]] if cut else []
+        held += [ids[cut:]] if cut < len(ids) else []
+        start += len(ids)
+    return [train, held]
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.5])
+@pytest.mark.parametrize("side", SPLITS)
+@pytest.mark.parametrize("count", [1, 3])
+def test_of_documents_in_one_split_the_last_tokens_are_for_validation(
+    tokenizer, tmp_path, monkeypatch, capsys, fraction, side, count
+):
+    """The cut is the same with any number of workers, and wherever units and reading blocks end."""
+    monkeypatch.setattr(flat_files, "_CHUNK", 700)
+    texts = [text for text in (ONE[number * 20 :] for number in range(10**3)) if split_of(text, fraction) == side]
+    texts = texts[:count]
+    (tmp_path / "corpus.txt").write_text("\n".join(texts), encoding="utf-8")
+    framed = [[tokenizer.bos_id, *row.tolist(), tokenizer.eos_id] for row in tokenizer.encode_batch(texts)]
+    found = []
+    for workers, unit_bytes in ((1, None), (2, 2000), (1, 10**4)):
+        output = tmp_path / f"{workers}-{unit_bytes}"
+        options = {"validation_fraction": fraction, "workers": workers, "unit_bytes": unit_bytes}
+        info = prepare([str(tmp_path / "corpus.txt")], tokenizer, output, **options)
+        TokenDataset(output).verify()
+        assert {path.split("/")[0] for path in files_of(output)} == {"dataset.json", "tokenizer", *SPLITS}
+        found.append([stream(output, split) for split in SPLITS])
+        assert found[-1] == expected_tail(framed, fraction)
+        characters = [sum(shard.characters for shard in info.shards[split]) for split in SPLITS]
+        assert sum(characters) == sum(map(len, texts))
+        assert characters[1] == sum(map(len, found[-1][1])) - sum(
+            ids.count(tokenizer.bos_id) + ids.count(tokenizer.eos_id) for ids in found[-1][1]
+        )  # each of these characters is a token
+    held, total = sum(map(len, found[0][1])), sum(map(len, framed))
+    assert f"the last {held:,} of {total:,} tokens are for validation" in capsys.readouterr().out
+
+
+def test_a_call_that_was_killed_while_it_cut_the_end_off_gives_the_same_bytes(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "corpus.txt").write_text(ONE, encoding="utf-8")
+    for output in ("whole", "killed"):
+        with monkeypatch.context() as patch:
+            if output == "killed":
+                patch.setattr(module, "_finish", lambda *parts: interrupted())
+                with pytest.raises(ZeroDivisionError):
+                    prepare([str(tmp_path / "corpus.txt")], tokenizer, tmp_path / output)
+        prepare([str(tmp_path / "corpus.txt")], tokenizer, tmp_path / output)
+    assert files_of(tmp_path / "whole") == files_of(tmp_path / "killed")
+
+
+def interrupted() -> None:
+    raise ZeroDivisionError
+
+
+def test_too_few_tokens_for_two_splits_are_an_error(tokenizer, tmp_path):
+    (tmp_path / "corpus.txt").write_text("天", encoding="utf-8")
+    error = refused(tmp_path / "corpus.txt", tokenizer, tmp_path / "dataset")
+    assert (error.exit_code, error.what) == (ExitCode.DATA, "3 tokens are too few for two splits")
+
+
+def test_of_a_fraction_of_nought_nothing_is_for_validation(corpus, tokenizer, tmp_path):
+    info = prepare([str(corpus)], tokenizer, tmp_path / "dataset", validation_fraction=0.0)
+    assert sum(shard.documents for shard in info.shards["validation"]) == 0
+    assert len(stream(tmp_path / "dataset", "train")) == sum(bool(text.strip()) for text in DOCUMENTS)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
+def test_what_is_no_share_is_an_error_of_usage(corpus, tokenizer, tmp_path, fraction):
+    error = refused(corpus, tokenizer, tmp_path / "dataset", validation_fraction=fraction)
+    assert (error.exit_code, error.where) == (ExitCode.USAGE, "--validation-fraction")
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_the_same_text_in_any_encoding_gives_the_same_tokens(corpus, tokenizer, tmp_path, encoding, capsys):
+    texts = [text for text in SIMPLIFIED for _ in range(20)]
+    sums = {}
+    for name in ("utf-8", encoding):
+        path = tmp_path / f"{name}.txt"
+        path.write_bytes(marked("\n".join(texts), name))
+        options = {"validation_fraction": 0.0, "unit_bytes": 3000, "allow_unknown": True}
+        info = prepare([str(path)], tokenizer, tmp_path / name, workers=2, **options)
+        tokens = np.concatenate([np.array(ids) for ids in TokenDataset(tmp_path / name).train.documents()])
+        sums[name] = hashlib.sha256(tokens.tobytes()).hexdigest()
+    assert len(set(sums.values())) == 1
+    shown = {"utf-8-sig": None, "utf-16": "utf-16-le", "utf-32": "utf-32-le"}.get(encoding, encoding)
+    assert info.encodings == ({str(path): shown} if shown else {})
+    assert TokenDataset(tmp_path / encoding).info == info
+    assert (f"read 1 file as {shown}".lower() in capsys.readouterr().out.lower()) == bool(shown)
+
+
+def test_a_vocabulary_that_does_not_fit_stops_before_the_work_begins(corpus, tmp_path, monkeypatch, capsys):
+    other = train_wordpiece(["天地玄黄" * 3, "一二三四" * 3], 50)
+    texts = DOCUMENTS * 5
+    corpus.write_text("\n".join(texts), encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_records", lambda *parts: pytest.fail("it began"))
+        error = refused(corpus, other, tmp_path / "dataset")
+    assert error.exit_code == ExitCode.DATA
+    assert "--allow-unknown" in error.fix
+    # The share and the characters, counted the plain way.
+    known, texts = set("天地玄黄"), [text for text in texts if text.strip()]
+    words = list(itertools.chain.from_iterable(re.findall(r"[a-z]+|[^a-z\s]", text) for text in texts))
+    unknown = [word for word in words if not known.issuperset(word)]
+    assert error.what.startswith(f"{len(unknown) / len(words):.1%} of the tokens")
+    counts = Counter("".join(texts))
+    shown = error.what.rpartition("most often ")[2].split(" ")
+    assert shown == [one for one, _ in counts.most_common() if one not in known and one.strip()][:10]
+    for workers in (1, 2):
+        capsys.readouterr()
+        options = {"workers": workers, "unit_bytes": 30_000, "allow_unknown": True}
+        info = prepare([str(corpus)], other, tmp_path / str(workers), **options)
+        out = capsys.readouterr().out
+        assert f"warning: {error.what}\n" in out
+        assert info.unknown_share == len(unknown) / len(words)
+        assert f"warning: unknown tokens: {len(unknown):,} " in "\n".join(summary_lines(info))
+
+
+def test_what_the_sample_does_not_show_stops_at_the_end_and_is_kept(tokenizer, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(survey, "_CHARACTERS", 100)
+    (tmp_path / "corpus.txt").write_text("\n".join(DOCUMENTS[:50] + ["一二三四五六七八九十"] * 400), encoding="utf-8")
+    error = refused(tmp_path / "corpus.txt", tokenizer, tmp_path / "dataset")
+    assert (error.exit_code, error.what.partition("% of")[2]) == (ExitCode.DATA, " the tokens are unknown")
+    prepare([str(tmp_path / "corpus.txt")], tokenizer, tmp_path / "dataset", allow_unknown=True)
+    assert "going on: 1 of 1 parts" in capfd.readouterr().err
+
+
+def test_few_unknown_tokens_are_no_warning(corpus, tokenizer, tmp_path, capsys):
+    info = prepare([str(corpus)], tokenizer, tmp_path / "dataset")
+    assert "warning" not in capsys.readouterr().out
+    assert "unknown tokens: 0 (0.00%)" in list(summary_lines(info))
+
+
+def test_files_that_are_read_and_passed_over_are_named(corpus, tokenizer, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    for name in ("a.pdf", ".git/config", "made/dataset.json", "empty.txt", "b.txt", "c.MD"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("" if name == "empty.txt" else corpus.read_text(encoding="utf-8"), encoding="utf-8")
+    prepare([str(folder)], tokenizer, tmp_path / "dataset", validation_fraction=0.1)
+    first, second, *_ = capsys.readouterr().out.split("\n")
+    assert first == "reading 2 files"
+    start, _, listed = second.partition(": ")
+    assert start == "passed over 4"
+    assert sorted(listed.split(", ")) == sorted(
+        f"{folder}/{name}"
+        for name in (
+            "a.pdf (of no known kind)",
+            ".git (hidden)",
+            "made (of a prepared dataset or a tokenizer)",
+            "empty.txt (empty)",
+        )
+    )
+    for number in range(50):
+        (folder / f"{number}.doc").touch()
+    prepare([str(folder)], tokenizer, tmp_path / "again", validation_fraction=0.1)
+    _, second, *_ = capsys.readouterr().out.split("\n")
+    assert second.startswith("passed over 54: ")
+    assert second.endswith("), ...")
+    assert second.count("(") == 10
+
+
+def test_files_whose_lines_look_like_paragraphs_are_noted(tokenizer, tmp_path, capsys):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.txt").write_text("\n\n".join(DOCUMENTS[number * 50 : number * 50 + 50]), encoding="utf-8")
+    for output, separator in (("line", "line"), ("file", "file"), ("blank", "blank-line")):
+        options = CorpusOptions(separator=separator)
+        info = prepare([str(folder)], tokenizer, tmp_path / output, options=options, validation_fraction=0.2)
+        out = capsys.readouterr().out
+        assert ("--separator file" in out) == (separator == "line")
+        if separator == "file":
+            assert sum(shard.documents for split in SPLITS for shard in info.shards[split]) in (4, 5)  # one may be cut
+    prepare([str(folder / "0.txt")], tokenizer, tmp_path / "one", validation_fraction=0.2)
+    assert "--separator" not in capsys.readouterr().out
+
+
+def test_few_validation_tokens_are_a_warning(corpus, tokenizer, tmp_path):
+    info = prepare([str(corpus)], tokenizer, tmp_path / "dataset", validation_fraction=0.1)
+    held = sum(shard.tokens for shard in info.shards["validation"])
+    assert f"warning: the validation split has {held:,} tokens, below 20,000: its figures will be noisy" in list(
+        summary_lines(info)
+    )
+    (shard, *_), shards = info.shards["validation"], info.shards
+    enough = shard.model_copy(update={"tokens": 20_000})
+    assert "noisy" not in "".join(summary_lines(info.model_copy(update={"shards": shards | {"validation": [enough]}})))
+    none = info.model_copy(update={"shards": shards | {"validation": []}})
+    assert list(summary_lines(none))[-1].startswith("no validation split")
 
 
 def test_a_corpus_of_blank_lines_is_empty(tokenizer, tmp_path):
@@ -322,7 +519,6 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tokenizer, tmp_path):
 
 def test_the_death_of_a_worker_is_an_error_and_not_a_hang(corpus, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "corpus_units", lambda *options: [Unit(die), Unit(die)])
-    monkeypatch.setattr(module, "sample_texts", lambda units: [])  # which this process reads
     error = refused(corpus, tokenizer, tmp_path / "dataset", workers=2)
     assert (error.exit_code, error.what) == (ExitCode.IO, "a worker process died")
 
@@ -335,7 +531,6 @@ def test_two_calls_do_not_work_on_one_dataset(corpus, tokenizer, tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "corpus_units", lambda *options: [Unit(second)])
-        patch.setattr(module, "sample_texts", lambda units: [])
         with pytest.raises(UserError, match="reading or writing failed"):
             prepare([str(corpus)], tokenizer, tmp_path / "dataset")
     prepare([str(corpus)], tokenizer, tmp_path / "dataset")

@@ -4,6 +4,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.text import json_lines
+from gpt2_flax.text import json_lines, json_values
 from gpt2_flax.text.corpus import CorpusOptions, corpus_units
 
 
@@ -65,8 +66,8 @@ BROKEN = {
     '{"text": {"x": "y"}}': "field 'text' is an object, not a string",
     '{"text": true}': "field 'text' is true or false, not a string",
     '{"text": 1.5}': "field 'text' is a number, not a string",
+    '{"text": ' + "1" * 5000 + "}": "field 'text' is a number, not a string",
     '{"text": ' + "[" * 100_000: "not JSON (nested too deeply)",
-    '{"n": ' + "1" * 5000 + "}": "Exceeds the limit (4300 digits)",
     '{"text": "a\\ud800b"}': "half a surrogate pair (character 2 is U+D800)",
     "\ufeff{}": "not JSON (Expecting value at character 1)",
     '{"text": "x\0"}': "not JSON (Invalid control character at at character 12)",
@@ -121,6 +122,88 @@ def test_a_truncated_stream_of_records_keeps_those_before(write):
     texts, problems = read(path, on_error="skip")
     assert texts == [f"line {index}" for index in range(len(texts))]
     assert problems == [(str(path), len(texts) + 1, "truncated .gz data", True)]
+
+
+def test_numbers_of_thousands_of_digits_in_other_fields_are_read(write):
+    number = "9" * 5000
+    assert read_texts(write(f'{{"text": "a", "n": {number}}}\n{{"n": [-{number}.5e9], "text": "b"}}')) == ["a", "b"]
+    assert read_texts(write(f'[{{"text": "a", "n": {number}}}]', "a.json")) == ["a"]
+
+
+LIST = ["一\n\n二", {"text": " \u3000"}, {"id": 1, "text": '三[]{},"😀\\'}, "四"]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("ascii_only", [False, True])
+@pytest.mark.parametrize("suffix", ["", *PACK])
+@pytest.mark.parametrize("block", [1, 7, 2**19])
+def test_a_list_of_strings_or_objects_is_read_value_by_value(write, indent, ascii_only, suffix, block):
+    content = f"\ufeff \n{json.dumps(LIST, ensure_ascii=ascii_only, indent=indent)}\r\n".encode()
+    path = write(PACK[suffix](content) if suffix else content, f"a.json{suffix}")
+    with sizes(block=block):
+        assert read_texts(path, unit_bytes=10) == ["一\n\n二", '三[]{},"😀\\', "四"]
+
+
+@pytest.mark.parametrize("block", [1, 7, 2**19])
+def test_values_that_span_lines_are_read_one_after_the_other(write, block):
+    objects = [{"text": "一", "n": {"m": [1, 2]}}, {"text": "二\n三"}]
+    path = write("\n".join(json.dumps(one, indent=4, ensure_ascii=False) for one in objects), "a.jsonl")
+    with sizes(block=block):
+        assert read_texts(path, unit_bytes=10) == ["一", "二\n三"]
+    assert read_texts(write('["一"]\n["二", {"doc": {"body": "三"}}]\n[]\n'), field="doc.body") == ["一", "二", "三"]
+
+
+BROKEN_LISTS = {  # what comes after '["before",\n'
+    '"a"\n': (3, "not JSON (the list has no end)", True),
+    '"a" "b"]': (2, "not JSON (Expecting ',' delimiter)", True),
+    '"a",\n\n{"text": \n"b" "c"}]': (5, "not JSON (Expecting ',' delimiter)", True),
+    '"a", "b\n"]': (2, "not JSON (Invalid control character at)", True),
+    '"a", ' + "[" * 100_000: (2, "not JSON (nested too deeply)", True),
+    '"a",\n"\xff", "after"]': (3, "not UTF-8 (byte 2 of the line is 0xFF)", True),
+    '"a",\n[1], "after"]': (3, "neither a JSON object nor a string but a list", False),
+    '"a",\n1234567, "after"]': (3, "neither a JSON object nor a string but a number", False),
+    '"a",\nnull, "after"]': (3, "neither a JSON object nor a string but null", False),
+    '"a",\n{"Text": "b"}, "after"]': (3, "no field 'text'", False),
+    '"a",\n"\\ud800", "after"]': (3, "half a surrogate pair (character 1 is U+D800)", False),
+}
+
+
+@pytest.mark.parametrize("rest", BROKEN_LISTS)
+def test_broken_lists(write, rest):
+    line, reason, ends = BROKEN_LISTS[rest]
+    path = write(b'["before",\n' + rest.encode("utf-8" if rest.isascii() else "latin-1"), "a.json")
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert (error.value.exit_code, error.value.where, error.value.what) == (ExitCode.DATA, f"{path}:{line}", reason)
+    for block in (1, 5, 2**19):
+        with sizes(block=block):
+            texts, problems = read(path, on_error="skip")
+        assert texts == ["before", "a"] + ["after"] * (not ends)
+        expected = f"{reason}; the rest of this file is left out" if ends else reason
+        assert problems == [(str(path), line, expected, True)]
+
+
+def test_a_value_that_is_too_long_ends_the_file(write, monkeypatch):
+    monkeypatch.setattr(json_values, "LONGEST_RECORD", 2**20)
+    fits = "中" * 349_524
+    path = write(json.dumps(["a", fits, "b", fits + "中" * 3, "c"], ensure_ascii=False, indent=0), "a.json")
+    with sizes(block=1000):
+        texts, problems = read(path, on_error="skip")
+    assert texts == ["a", fits, "b"]
+    assert problems == [(str(path), 5, "record longer than 64 MiB; the rest of this file is left out", True)]
+
+
+def test_an_unended_value_does_not_fill_the_memory(write, monkeypatch):
+    monkeypatch.setattr(json_values, "LONGEST_RECORD", 2**16)
+    tried = []
+    decode = json_values.DECODER.raw_decode
+    stand_in = SimpleNamespace(raw_decode=lambda text, at: tried.append(len(text)) or decode(text, at))
+    monkeypatch.setattr(json_values, "DECODER", stand_in)
+    with sizes(block=100):
+        texts, problems = read(write('["' + "x" * 10**6, "a.json"), on_error="skip")
+    assert (texts, len(problems)) == ([], 1)
+    assert max(tried) <= 2**16 + 200
+    assert sum(tried) < 8 * 2**16  # it is not parsed again for every block
 
 
 JSON_LINES = st.lists(

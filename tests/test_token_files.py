@@ -1,5 +1,6 @@
 import hashlib
 import itertools
+import math
 import os
 from unittest import mock
 
@@ -79,7 +80,7 @@ def test_documents_of_plain_files_are_told_by_their_special_token(tmp_path_facto
 @given(
     files=st.lists(st.lists(text, min_size=1, max_size=5), min_size=1, max_size=3),
     kind=st.sampled_from(["megatron", "nanogpt", "llm.c"]),
-    fraction=st.sampled_from([0.125, 0.25, 0.5, 0.75, 1.0]),
+    fraction=st.sampled_from([0.125, 0.25, 0.5, 0.75]),
     chunk=small_chunks,
 )
 def test_without_validation_files_the_end_of_the_others_is_for_it(tmp_path_factory, files, kind, fraction, chunk):
@@ -96,19 +97,24 @@ def test_without_validation_files_the_end_of_the_others_is_for_it(tmp_path_facto
     documents = flatten(framed)
     starts = list(itertools.accumulate(map(len, documents), initial=0))
     total = starts.pop()
-    kept = [number for number, start in enumerate(starts) if start >= max(1, int(total * (1 - fraction)))]
+    position = total - max(2, math.ceil(total * fraction))
+    kept = [number for number, start in enumerate(starts) if start >= position]
     tokenizer = Letters(100, bos_id=EOS)
     with mock.patch.object(flat_files, "_CHUNK", chunk):
-        if not kept:
-            assert "no document begins in the last" in str(
-                refused(folder, names, (), tokenizer, validation_fraction=fraction)
-            )
+        if position < 2:
+            assert "too few" in str(refused(folder, names, (), tokenizer, validation_fraction=fraction))
             return
         dataset = imported(folder, names, (), tokenizer, validation_fraction=fraction)
+    assert None not in shares(dataset, "train") + shares(dataset, "validation")
+    if not kept:  # the end of the last document
+        cut = position - starts[-1]
+        assert contents(dataset.train) == [*documents[:-1], documents[-1][:cut]]
+        assert contents(dataset.validation) == [documents[-1][cut:]]
+        assert dataset.validation.n_characters == len(documents[-1][cut:]) - documents[-1][cut:].count(EOS)
+        return
     assert contents(dataset.train) == documents[: kept[0]]
     assert contents(dataset.validation) == documents[kept[0] :]
     assert dataset.validation.n_characters == sum(len(document) - 1 for document in documents[kept[0] :])
-    assert None not in shares(dataset, "train") + shares(dataset, "validation")
 
 
 def test_a_shard_that_was_cut_inside_a_document_is_read_like_the_others(tmp_path):
@@ -205,6 +211,52 @@ def test_an_output_is_replaced_only_when_asked_and_never_when_it_holds_a_source(
     assert imported(tmp_path, [name], [held], overwrite=True).train.n_documents == 2
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "int64"])
+@pytest.mark.parametrize("head", ["<", ">"])
+def test_big_endian_files_of_megatron_are_copied_in_our_order(tmp_path, dtype, head):
+    documents = [[[5, 6, 7], [8]], [[9] * 90], [[3, 99]]]
+    plain = write_megatron(tmp_path / "plain", documents, dtype)
+    swapped = write_megatron(tmp_path / "swapped", documents, dtype, head, ">")
+    held = write_megatron(tmp_path / "held", [[[4, 5]]], dtype, head, ">")
+    dataset = imported(tmp_path, [swapped], [held])
+    assert contents(dataset.train) == list(map(flatten, documents))
+    assert contents(dataset.validation) == [[4, 5]]
+    assert shares(dataset, "train") == [None]
+    assert contents(imported(tmp_path, [plain], [held], overwrite=True).train) == list(map(flatten, documents))
+
+
+@pytest.mark.parametrize(("magic", "version", "big"), [(20240520, 1, 99), (20240801, 7, 70_000)])
+def test_big_endian_files_of_llm_c_are_copied_in_our_order(tmp_path, magic, version, big):
+    ids = [EOS, 5, big, 7, EOS, 8, 9]
+    name = write_llm_c(tmp_path / "a.bin", ids, magic, version, ">")
+    dataset = imported(tmp_path, [name], [], Letters(100_000, bos_id=EOS), validation_fraction=0.3)
+    assert (contents(dataset.train), contents(dataset.validation)) == ([ids[:4]], [ids[4:]])
+    assert shares(dataset, "train") == [None]
+    assert "of another kind" in str(refused(tmp_path / "new", [write_llm_c(tmp_path / "b.bin", ids, magic, 3, ">")]))
+
+
+def test_tokens_without_ends_are_one_document_whose_end_is_for_validation(tmp_path, capsys):
+    ids = [3 + number % 90 for number in range(5000)]
+    dataset = imported(tmp_path, [write_ids(tmp_path / "novel.bin", ids)], [])
+    assert contents(dataset.train) == [ids[:4950]]
+    assert contents(dataset.validation) == [ids[4950:]]
+    assert capsys.readouterr().out.startswith("no document begins in the last 50 of 5,000 tokens: they are for valid")
+
+
+def test_of_a_fraction_of_nought_nothing_is_for_validation(tmp_path):
+    name = write_ids(tmp_path / "a.bin", [5, 6, EOS] * 2)
+    dataset = imported(tmp_path, [name], [], validation_fraction=0.0)
+    assert contents(dataset.train) == [[5, 6, EOS]] * 2
+    assert dataset.info.shards["validation"] == []
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5, float("nan"), float("inf")])
+def test_what_is_no_share_is_an_error_of_usage(tmp_path, fraction):
+    name = write_ids(tmp_path / "a.bin", [5, 6, EOS] * 2)
+    error = refused(tmp_path, [name], [], code=ExitCode.USAGE, validation_fraction=fraction)
+    assert error.where == "--validation-fraction"
+
+
 # What is refused.
 
 
@@ -270,7 +322,7 @@ def test_splits_without_anything_to_predict_are_refused(tmp_path):
     good = write_ids(tmp_path / "good.bin", [5, 6, EOS])
     assert "for the validation split" in str(refused(tmp_path, [good], [one]))
     assert "for the train split" in str(refused(tmp_path, [one], [good]))
-    assert "no document begins" in str(refused(tmp_path, [good]))
+    assert "3 tokens are too few for two splits" in str(refused(tmp_path, [good]))
     assert "given twice" in str(refused(tmp_path, [good], [good], code=ExitCode.USAGE))
 
 

@@ -1,5 +1,6 @@
 """Every kind of tokenizer behind one interface; WordPiece and `tokenizer.json` against their references."""
 
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -15,6 +16,7 @@ from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.text.fast import tokenizer_spec
 from gpt2_flax.text.tokenizer import load_tokenizer
 from gpt2_flax.text.train_tokenizer import train_sentencepiece, train_wordpiece
+from gpt2_flax.text.wordpiece import WordPieceTokenizer
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -212,6 +214,30 @@ def test_a_vocabulary_is_split_on_line_feeds_only_and_copied_byte_for_byte(tmp_p
     assert (tmp_path / "vocab.txt").read_bytes() == content
 
 
+def test_blanks_behind_tokens_are_cut_off_as_transformers_does(tmp_path):
+    tokens = [*SPECIAL, "今", "天", "##气", "a", "\tb", "\u2028", "\u3000"]
+    behind = itertools.cycle([" ", "\t", "\u3000", " \t ", "\xa0", "\u2028", ""])
+    lines = [token + (blank if token.strip() else "") for token, blank in zip(tokens, behind, strict=False)]
+    content = "\n".join(lines) + "\n"
+    (tmp_path / "vocab.txt").write_text(content, encoding="utf-8", newline="\n")
+    ours, plain = load_tokenizer(tmp_path / "vocab.txt"), WordPieceTokenizer("\n".join(tokens).encode(), "plain")
+    texts = ["今天 a", "b 今", "今 天 天气 aa"]
+    ids = [row.tolist() for row in ours.encode_batch(texts)]
+    assert ids == [row.tolist() for row in plain.encode_batch(texts)]
+    assert not any(ours.unk_id in row for row in ids[:1])
+    transformers = pytest.importorskip("transformers", "5.0")
+    reference = transformers.BertTokenizer.from_pretrained(str(tmp_path))
+    assert reference(texts, add_special_tokens=False)["input_ids"] == ids
+    ours.save(tmp_path)
+    assert (tmp_path / "vocab.txt").read_text(encoding="utf-8") == "\n".join(tokens) + "\n"
+    again = load_tokenizer(tmp_path / "vocab.txt")
+    assert again.fingerprint == ours.fingerprint
+    for saved in (again, load_tokenizer(tmp_path / "tokenizer.json")):
+        assert [row.tolist() for row in saved.encode_batch(texts)] == ids
+    auto = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    assert auto(texts, add_special_tokens=False)["input_ids"] == ids
+
+
 @needs_data
 def test_the_published_chinese_vocabulary_has_its_known_ids():
     tokenizer = load_tokenizer(DATA / "google_zh_vocab.txt")
@@ -224,6 +250,7 @@ def test_the_published_chinese_vocabulary_has_its_known_ids():
     [
         (b"\xef\xbb\xbf[PAD]\n[UNK]\n[CLS]\n[SEP]\n", "byte order mark", ":1"),
         (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\na\nb\na\n", "'a' twice in the vocabulary, first in line 5", ":7"),
+        (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\na\nb\na \n", "'a' twice in the vocabulary, first in line 5", ":7"),
         (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n\xff\n", "0xFF", ":5"),
         (b"[PAD]\r\n[UNK]\r\n[CLS]\r\n[SEP]\r\n", "carriage return", ":1"),
         (b"[PAD]\n[UNK]\n[SEP]\n\n\n", "twice", ":5"),

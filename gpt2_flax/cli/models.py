@@ -116,7 +116,7 @@ def evaluate(
     format: Format = "auto",
     separator: Between = "line",
     field: TextField = "text",
-    encoding: Encoding = "utf-8",
+    encoding: Encoding = "auto",
     on_error: OnBad = "stop",
     step: Step = None,
 ) -> None:

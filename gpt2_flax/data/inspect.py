@@ -12,12 +12,14 @@ import numpy as np
 from gpt2_flax.data.dataset_info import MARKER, DatasetInfo
 from gpt2_flax.data.token_dataset import TokenDataset, TokenSplit
 from gpt2_flax.errors import ExitCode, UserError, printable
+from gpt2_flax.text.survey import MUCH_UNKNOWN, encoding_lines
 from gpt2_flax.text.tokenizer import Tokenizer, load_tokenizer
 
 PERCENTS = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 SHOWN_CHARACTERS = 200
 SHOWN_TOKENS = 1024  # decoded for that, however long the document
 SHOWN_NAMES = 10
+FEW_TOKENS = 20_000  # of the validation split: its loss is then off by some hundredths by chance
 
 _QUANTILES = {0: "least", 50: "median", 100: "most"}
 _SHORT = 2**16  # lengths below are counted in a table
@@ -72,6 +74,8 @@ def inspection_lines(dataset: TokenDataset, samples: int = 3, lengths: Sequence[
     yield f"vocabulary    {info.vocab_size:,}; " + ", ".join(f"{name} {_or_none(id_)}" for name, id_ in special.items())
     yield f"ids           {info.dtype}"
     yield f"on disk       {_size(dataset)}"
+    if info.encodings:
+        yield f"encodings     {', '.join(encoding_lines(info.encodings))}"
     yield from left_out_lines(info)
     yield ""
     yield from _table([(split.name, split_figures(split, lengths)) for split in splits])
@@ -107,6 +111,22 @@ def split_line(info: DatasetInfo, split: str) -> str:
     known = [shard.characters for shard in shards if shard.characters is not None]
     characters = f"{sum(known):,} characters, " if len(known) == len(shards) else ""
     return f"{split}: {documents:,} documents, {characters}{tokens:,} tokens"
+
+
+def summary_lines(info: DatasetInfo) -> Iterator[str]:
+    """Yields what became of the sources, and warnings of what may surprise."""
+    for split in info.shards:
+        yield split_line(info, split)
+    if info.unknown_share is not None:
+        unknown = sum(shard.unknown for shards in info.shards.values() for shard in shards)
+        warning = "warning: " if info.unknown_share > MUCH_UNKNOWN else ""
+        yield f"{warning}unknown tokens: {unknown:,} ({info.unknown_share:.2%})"
+    yield from left_out_lines(info)
+    held = sum(shard.tokens for shard in info.shards["validation"])
+    if not held:
+        yield "no validation split: training on this dataset has no validation loss"
+    elif held < FEW_TOKENS:
+        yield f"warning: the validation split has {held:,} tokens, below {FEW_TOKENS:,}: its figures will be noisy"
 
 
 def left_out_lines(info: DatasetInfo) -> Iterator[str]:

@@ -9,7 +9,8 @@
     int64 S    where each sequence starts in the .bin, in bytes
     int64 B    the first sequence of each document, and S at the end
 
-All little-endian. Dimension key: S sequences, B documents and one more.
+All little-endian. Big-endian machines write the arrays and the .bin in their own order, some programs the head too.
+Dimension key: S sequences, B documents and one more.
 """
 
 import struct
@@ -24,7 +25,8 @@ MAGIC = b"MMIDIDX\0\0"
 TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 FLOATS = (6, 7)
 
-_HEAD = struct.Struct("<9sQBQQ")
+_HEAD = "9sQBQQ"
+_HEAD_BYTES = struct.calcsize(f"<{_HEAD}")
 _CHUNK = 2**20  # entries checked at once
 
 
@@ -39,28 +41,32 @@ class MegatronIndex:
         try:
             size, bin_size = path.stat().st_size, bin_path.stat().st_size
             with open(path, "rb") as file:
-                head = file.read(_HEAD.size)
+                head, first = file.read(_HEAD_BYTES), file.read(4)
         except OSError as error:
             raise io_error(error, path) from None
-        if len(head) < _HEAD.size or not head.startswith(MAGIC):
+        if len(head) < _HEAD_BYTES or not head.startswith(MAGIC):
             raise self._damage("not a Megatron-LM index", "give the .idx that was written with the .bin")
-        _, version, code, sequences, documents = _HEAD.unpack(head)
+        order = ">" if head[len(MAGIC) : len(MAGIC) + 8] == bytes(7) + b"\x01" else "<"
+        _, version, code, sequences, documents = struct.unpack(order + _HEAD, head)
         if version != 1:
             raise self._damage(f"index has version {version}, not 1", "write it again with a current Megatron-LM")
         if code in FLOATS:
             raise self._damage("file of floating-point numbers, not of token ids", "give a file of token ids")
         if code not in TYPES:
             raise self._damage(f"index has an unknown type of ids, code {code}")
-        expected = _HEAD.size + 12 * sequences + 8 * documents
+        expected = _HEAD_BYTES + 12 * sequences + 8 * documents
         if size != expected:
             what = f"index has {size} bytes where its head says {expected}"
             raise self._damage(what, "bring it whole; an index with modes, for images, cannot be read")
         if not sequences or documents < 2:
             raise self._damage("index without documents")
-        self.dtype = np.dtype(TYPES[code])
-        self._lengths_S = np.memmap(path, "<i4", "r", _HEAD.size, (sequences,))
-        self._pointers_S = np.memmap(path, "<i8", "r", _HEAD.size + 4 * sequences, (sequences,))
-        self._documents_B = np.memmap(path, "<i8", "r", _HEAD.size + 12 * sequences, (documents,))
+        size_of = np.dtype(TYPES[code]).itemsize
+        if int.from_bytes(first, "little") * size_of > bin_size >= int.from_bytes(first, "big") * size_of:
+            order = ">"
+        self.dtype = np.dtype(TYPES[code]).newbyteorder(order)
+        self._lengths_S = np.memmap(path, f"{order}i4", "r", _HEAD_BYTES, (sequences,))
+        self._pointers_S = np.memmap(path, f"{order}i8", "r", _HEAD_BYTES + 4 * sequences, (sequences,))
+        self._documents_B = np.memmap(path, f"{order}i8", "r", _HEAD_BYTES + 12 * sequences, (documents,))
         self._check_sequences(bin_path, bin_size)
         self._check_documents()
         self.count = bin_size // self.dtype.itemsize

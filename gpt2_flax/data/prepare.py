@@ -20,6 +20,7 @@ import gpt2_flax
 from gpt2_flax.data.dataset_info import MARKER, SPLITS, DatasetInfo, Duplicates, LeftOut, write_info
 from gpt2_flax.data.deduplicate import find_duplicates, hash_units
 from gpt2_flax.data.engines import Engine, run
+from gpt2_flax.data.held_out import check_fraction, hold_out_tail
 from gpt2_flax.data.shards import shard_paths
 from gpt2_flax.data.storage import LocalFolder, Storage, unfinished
 from gpt2_flax.data.token_dataset import TokenSplit
@@ -30,7 +31,16 @@ from gpt2_flax.progress import progress_bar
 from gpt2_flax.text.corpus import STANDARD_INPUT, Unit, corpus_units, empty_corpus, standard_input_as_file
 from gpt2_flax.text.documents import DEFAULT_OPTIONS, CorpusOptions
 from gpt2_flax.text.encoded import token_dtype
-from gpt2_flax.text.exported import check_exported, sample_texts
+from gpt2_flax.text.exported import check_exported, spread
+from gpt2_flax.text.survey import (
+    MOST_UNKNOWN,
+    PassedOver,
+    encoding_lines,
+    encodings,
+    sample,
+    survey_lines,
+    too_much_unknown,
+)
 from gpt2_flax.text.tokenizer import Tokenizer
 
 SETTINGS = "settings.json"
@@ -47,6 +57,7 @@ def prepare(
     options: CorpusOptions = DEFAULT_OPTIONS,
     validation_fraction: float = 0.01,
     deduplicate: bool = False,
+    allow_unknown: bool = False,
     workers: int | None = 1,
     engine: Engine = "local",
     overwrite: bool = False,
@@ -54,9 +65,12 @@ def prepare(
 ) -> DatasetInfo:
     """Writes the dataset `output`, a folder or a URL that `fsspec` knows, and returns what its dataset.json says.
 
-    Raises `UserError`: what `corpus_units`, `unfinished` and `run` raise, DATA when a split would be empty, and what
-    `check_exported` raises.
+    Prints what there is to say of the corpus. When all documents fall into one split, the last tokens are for
+    validation; with a `validation_fraction` of 0 nothing is.
+    Raises `UserError`: what `corpus_units`, `check_exported`, `unfinished` and `run` raise; USAGE for a fraction that
+    is none, DATA when too many tokens are unknown, or too few are there for two splits.
     """
+    check_fraction(validation_fraction)
     with unfinished(str(output), MARKER, overwrite) as storage:
         settings = {
             "gpt2_flax": gpt2_flax.__version__,
@@ -68,13 +82,19 @@ def prepare(
         } | {name: value for name, value in dataclasses.asdict(options).items() if name != "on_error"}
         _check_settings(storage, settings, overwrite)
         with _kept_if_useful(storage):
-            units = corpus_units(_without_standard_input(storage, sources), options, unit_bytes)
-            check_exported(tokenizer, sample_texts(units), storage.where)
+            passed_over, where = PassedOver(), ", ".join(sources)
+            units = corpus_units(_without_standard_input(storage, sources), options, unit_bytes, passed_over)
+            documents = sample(units)
+            for line in survey_lines(units, documents, options, passed_over, tokenizer, allow_unknown, where):
+                print(line, flush=True)
+            check_exported(tokenizer, spread(documents.texts), storage.where)
             dropped = _duplicates(storage, units, workers, engine) if deduplicate else [NOTHING_DROPPED] * len(units)
             tasks = [UnitTask(index, *pair) for index, pair in enumerate(zip(units, dropped, strict=True))]
             work = UnitWork(storage, tokenizer, validation_fraction, options.on_error)
-            info = _info(sources, tokenizer, _records(work, tasks, workers, engine), deduplicate)
-        _check_splits(storage, info, validation_fraction)
+            info = _info(sources, units, tokenizer, _records(work, tasks, workers, engine), deduplicate)
+        if not allow_unknown:
+            _check_unknown(info)
+        info = _with_both_splits(storage, tokenizer, info, validation_fraction)
         _finish(storage, tokenizer, info)
     return info
 
@@ -84,9 +104,12 @@ def prepare_text(sources: Sequence[str], tokenizer: Tokenizer, folder: Path, opt
 
     Raises `UserError` as `corpus_units`.
     """
-    tasks = [UnitTask(index, unit, NOTHING_DROPPED) for index, unit in enumerate(corpus_units(sources, options))]
+    units = corpus_units(sources, options)
+    for line in encoding_lines(encodings(units)):
+        print(line, flush=True)
+    tasks = [UnitTask(index, unit, NOTHING_DROPPED) for index, unit in enumerate(units)]
     work = UnitWork(LocalFolder(folder), tokenizer, validation_fraction=1.0, on_error=options.on_error)
-    info = _info(sources, tokenizer, _records(work, tasks, workers=1, engine="local"), deduplicate=False)
+    info = _info(sources, units, tokenizer, _records(work, tasks, workers=1, engine="local"), deduplicate=False)
     split = TokenSplit(folder, "validation", info)
     if not split.n_documents:
         raise empty_corpus(sources)
@@ -158,7 +181,11 @@ def _records(work: UnitWork, tasks: Sequence[UnitTask], workers: int | None, eng
 
 
 def _info(
-    sources: Sequence[str], tokenizer: Tokenizer, records: Sequence[UnitRecord], deduplicate: bool
+    sources: Sequence[str],
+    units: Sequence[Unit],
+    tokenizer: Tokenizer,
+    records: Sequence[UnitRecord],
+    deduplicate: bool,
 ) -> DatasetInfo:
     dropped = Duplicates(
         documents=sum(record.duplicates.documents for record in records),
@@ -176,24 +203,39 @@ def _info(
         eos_id=tokenizer.eos_id,
         unk_id=tokenizer.unk_id,
         tokenizer_fingerprint=tokenizer.fingerprint,
-        sources=[os.fsencode(source).decode("utf-8", "backslashreplace") for source in sources],
+        sources=list(map(_utf8, sources)),
+        encodings={_utf8(path): encoding for path, encoding in encodings(units).items()},
         left_out=left_out,
         duplicates=dropped if deduplicate else None,
         shards={split: [record.shards[split] for record in records] for split in SPLITS},
     )
 
 
-def _check_splits(storage: Storage, info: DatasetInfo, validation_fraction: float) -> None:
+def _utf8(name: str) -> str:
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _check_unknown(info: DatasetInfo) -> None:
+    """Raises `UserError` (DATA) for what the sample did not show. What is finished stays, for a call that allows it."""
+    share = info.unknown_share
+    if share is not None and share > MOST_UNKNOWN:
+        raise too_much_unknown(f"{share:.1%} of the tokens are unknown", ", ".join(info.sources))
+
+
+def _with_both_splits(
+    storage: Storage, tokenizer: Tokenizer, info: DatasetInfo, validation_fraction: float
+) -> DatasetInfo:
     documents = {split: sum(shard.documents for shard in info.shards[split]) for split in SPLITS}
-    if not all(documents.values()):
-        _remove_scaffold(storage, ())  # a call that does better has other settings
     if not any(documents.values()):
+        _remove_scaffold(storage, ())  # a call that does better has other settings
         raise empty_corpus(info.sources)
-    for split, change in zip(SPLITS, ("lower", "raise"), strict=True):
-        if not documents[split]:
-            what = f"no document for the {split} split among {sum(documents.values())}"
-            fix = f"{change} --validation-fraction, now {validation_fraction:g}, or bring more text"
-            raise UserError(ExitCode.DATA, what, ", ".join(info.sources), fix)
+    if all(documents.values()) or not validation_fraction:
+        return info
+    info = hold_out_tail(storage, tokenizer, info, validation_fraction)
+    tokens = {split: sum(shard.tokens for shard in info.shards[split]) for split in SPLITS}
+    held, total = tokens["validation"], sum(tokens.values())
+    print(f"all documents fell into one split: the last {held:,} of {total:,} tokens are for validation", flush=True)
+    return info
 
 
 def _finish(storage: Storage, tokenizer: Tokenizer, info: DatasetInfo) -> None:

@@ -39,6 +39,10 @@ class Storage(Protocol):
         """Raises FileNotFoundError."""
         ...
 
+    def fetched(self, name: str) -> contextlib.AbstractContextManager[Path]:
+        """The file, on this machine as long as the block lasts."""
+        ...
+
     def remove(self, name: str) -> None: ...
 
 
@@ -66,6 +70,10 @@ class LocalFolder:
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
+
+    @contextlib.contextmanager
+    def fetched(self, name: str) -> Iterator[Path]:
+        yield self.path / name
 
     def remove(self, name: str) -> None:
         path = self.path / name
@@ -108,6 +116,14 @@ class RemoteFolder:
     def read(self, name: str) -> bytes:
         files, root = file_system(self.url)
         return files.cat_file(f"{root}/{name}")
+
+    @contextlib.contextmanager
+    def fetched(self, name: str) -> Iterator[Path]:
+        files, root = file_system(self.url)
+        with tempfile.TemporaryDirectory(prefix="gpt2-flax-") as folder:
+            path = Path(folder, "file")
+            files.get_file(f"{root}/{name}", str(path))
+            yield path
 
     def remove(self, name: str) -> None:
         files, root = file_system(self.url)

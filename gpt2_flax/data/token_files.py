@@ -5,10 +5,10 @@
 * nanoGPT: `.bin` of ids and nothing else.
 
 In the latter two a special token stands before every document, or after it. uint16, uint32 and int32 (of which no id is
-negative) stay in their files; ids of other types are copied. Dimension key: B documents, T tokens.
+negative) stay in their files; ids of other types, and big-endian ones, are copied.
+Dimension key: B documents, T tokens.
 """
 
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +20,7 @@ import numpy as np
 
 from gpt2_flax.data.dataset_info import MARKER, SPLITS, DatasetInfo, Shard, TokenType, write_info
 from gpt2_flax.data.flat_files import FlatFile
+from gpt2_flax.data.held_out import check_fraction, tail_tokens
 from gpt2_flax.data.megatron import MegatronIndex
 from gpt2_flax.data.shards import ShardWriter
 from gpt2_flax.data.token_dataset import TokenSplit
@@ -113,17 +114,18 @@ def import_tokens(
 
     Files are named by `.bin`, `.idx` or the part before that; `dtype`, by default uint16, is that of files without
     header and index. Without `validation` that split gets the last `validation_fraction` of all tokens, from the next
-    beginning of a document on.
+    beginning of a document on, or the end of the last document if none begins there; of a fraction of 0, nothing.
     Raises `UserError`: NO_INPUT for a missing file, DATA for one that is damaged or has ids outside the vocabulary or
-    for a split without tokens to predict, CANT_CREATE as `new_folder` does.
+    for a split without tokens to predict, USAGE for a fraction that is none, CANT_CREATE as `new_folder` does.
     """
+    check_fraction(validation_fraction)
     given = dict(zip(SPLITS, (train, validation), strict=True))
     files = {split: [_open(name, dtype) for name in names] for split, names in given.items()}
     opened = [file for split in SPLITS for file in files[split]]
     _check_places([file.ids.path for file in opened], output)
     mark, bos_id = _framing(files, tokenizer)
     parts = {split: [Part(file, 0, file.ids.count) for file in files[split]] for split in SPLITS}
-    if not validation:
+    if not validation and validation_fraction:
         parts = _cut(files["train"], validation_fraction, mark)
     with new_folder(output, MARKER, overwrite) as folder:
         (folder / "tokenizer").mkdir()
@@ -172,13 +174,14 @@ def _with_index(path: Path, index_path: Path) -> TokenFile:
 def _without_index(path: Path, dtype: TokenType | None) -> TokenFile:
     if path.suffix == ".npy":
         raise UserError(ExitCode.DATA, "not a plain file of ids", path, "write its array with numpy's tofile")
-    size, head = path.stat().st_size, np.fromfile(path, "<i4", 3).tolist()
-    if len(head) == 3 and head[0] in {_LLM_C_EVALUATION, *(magic for magic, _ in LLM_C)}:
-        magic, version, count = head
+    size, heads = path.stat().st_size, {order: np.fromfile(path, f"{order}i4", 3).tolist() for order in "<>"}
+    magics = {_LLM_C_EVALUATION, *(magic for magic, _ in LLM_C)}
+    for order in (order for order, head in heads.items() if len(head) == 3 and head[0] in magics):
+        magic, version, count = heads[order]
         if (magic, version) not in LLM_C:
             what = f"llm.c file of another kind: magic number {magic}, version {version}"
             raise UserError(ExitCode.DATA, what, path, "give a file of training or validation tokens")
-        kind = np.dtype(LLM_C[magic, version])
+        kind = np.dtype(LLM_C[magic, version]).newbyteorder(order)
         if size != (expected := _LLM_C_HEADER + count * kind.itemsize):
             what = f"token file has {size} bytes where its header says {expected}"
             raise UserError(ExitCode.DATA, what, path, "bring the file whole")
@@ -225,10 +228,17 @@ def _framing(files: Mapping[str, Sequence[TokenFile]], tokenizer: Tokenizer) -> 
 def _cut(files: Sequence[TokenFile], fraction: float, mark: Mark) -> dict[str, list[Part]]:
     """Gives the end of the files to the validation split."""
     total = sum(file.ids.count for file in files)
-    position = max(1, total - math.ceil(total * fraction))
+    if (held := tail_tokens(total, fraction)) is None:
+        fix = "give more files, or take --validation-fraction 0"
+        raise UserError(ExitCode.DATA, f"{total} tokens are too few for two splits", files[-1].ids.path, fix)
+    position = total - held
     for number, file in enumerate(files):
         if position < file.ids.count:
             start = file.next_start(position, mark) if position else 0
+            if start is None and number == len(files) - 1:
+                what = f"no document begins in the last {held:,} of {total:,} tokens"
+                print(f"{what}: they are for validation all the same", flush=True)
+                start = position
             if start is not None:
                 before = [Part(file, 0, file.ids.count) for file in files[:number]]
                 after = [Part(file, 0, file.ids.count) for file in files[number + 1 :]]
@@ -236,9 +246,7 @@ def _cut(files: Sequence[TokenFile], fraction: float, mark: Mark) -> dict[str, l
                 return {"train": before + ours, "validation": [Part(file, start, file.ids.count), *after]}
             position = file.ids.count
         position -= file.ids.count
-    what = f"no document begins in the last {fraction:g} of {total} tokens"
-    fix = "raise --validation-fraction, give --validation files, or the tokenizer that made these"
-    raise UserError(ExitCode.DATA, what, files[-1].ids.path, fix)
+    raise AssertionError(position)
 
 
 def _common_type(files: Sequence[TokenFile], vocab_size: int) -> TokenType:
@@ -277,7 +285,7 @@ def _check_ids(ids_T: np.ndarray, vocab_size: int, path: Path) -> None:
 
 def _check_splits(info: DatasetInfo) -> None:
     for split, shards in info.shards.items():
-        if sum(shard.tokens - shard.documents for shard in shards) == 0:
+        if shards and sum(shard.tokens - shard.documents for shard in shards) == 0:
             what, fix = f"no document of two tokens for the {split} split", "give more files"
             raise UserError(ExitCode.DATA, what, ", ".join(info.sources), fix)
 

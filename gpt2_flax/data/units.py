@@ -29,6 +29,11 @@ MOST_EXAMPLES = 100  # of what was left out
 DROPPED = len(SPLITS)  # the place among the splits of a document that goes into none
 
 
+def record_name(index: int) -> str:
+    """Returns the name of a unit's record in the dataset that is being made."""
+    return f"{RECORDS}{index:05d}.json"
+
+
 class UnitRecord(Record):
     """What was made of a unit, in a file that is written last; `fingerprint` is of what it was made from."""
 
@@ -54,7 +59,7 @@ class UnitTask:
 
     @property
     def record_name(self) -> str:
-        return f"{RECORDS}{self.index:05d}.json"
+        return record_name(self.index)
 
 
 @dataclass(frozen=True)

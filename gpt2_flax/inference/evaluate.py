@@ -130,12 +130,16 @@ def _prepared(data: str, part: Split | None, tokenizer: Tokenizer, folder: Path,
 
 
 def _splits(source: Source, data: str | None, part: Split, tokenizer: Tokenizer) -> dict[str, TokenSplit]:
-    """Returns that split of each dataset, by folder."""
+    """Returns that split of each dataset that has it, by folder; raises `UserError` (DATA) when none has."""
     mixture = Mixture(source.config.data.datasets if data is None else {data: 1.0})
     if mixture.tokenizer_fingerprint != tokenizer.fingerprint:
         what = f"the dataset was prepared with another tokenizer than that of {source.origin}"
         raise UserError(ExitCode.CONFIG, what, mixture.name, "prepare it with the model's, or give a text file")
-    return {name: getattr(dataset, part) for name, dataset in mixture.datasets.items()}
+    splits = {name: getattr(dataset, part) for name, dataset in mixture.datasets.items()}
+    filled = {name: split for name, split in splits.items() if split.n_documents}
+    if not filled:
+        raise UserError(ExitCode.DATA, f"no {part} split", mixture.name, "add --data FILE or --split")
+    return filled
 
 
 def _each_document(

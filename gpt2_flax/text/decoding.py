@@ -1,7 +1,7 @@
 """Bytes to text: pieces of a file, decoded strictly, with line ends made LF, in memory that long lines do not fill.
 
 Only LF and CRLF end a line. Everything here works for encodings in which the byte 0x0A is LF and nothing else, so that
-lines can be found before they are decoded, and each decoded alone.
+lines can be found before they are decoded, and each decoded alone; `charset.AsUtf8` makes UTF-8 of two others.
 """
 
 import codecs
@@ -12,6 +12,8 @@ from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.text.compression import Damaged
 
 BLOCK_BYTES = 2**19  # read at once
+AUTO = "auto"  # stands for an encoding that is to be found out
+WIDE = ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be")
 
 # In an encoding that changes its meaning half-way (ISO-2022, HZ, UTF-7) or is no ASCII at all, this is another text.
 _PROBE = (
@@ -29,16 +31,20 @@ class Bad(NamedTuple):
 
 
 def text_encoding(name: str) -> str:
-    """Returns the canonical name of an encoding.
+    """Returns the canonical name of an encoding, or `AUTO`.
 
-    Raises `UserError` (USAGE) for one that is unknown, or that cannot be read line by line.
+    Raises `UserError` (USAGE) for one that is unknown, or that can be read neither line by line nor as `WIDE`.
     """
+    if name == AUTO:
+        return name
     try:
         canonical = codecs.lookup(name).name
     except (LookupError, ValueError):
         fix = "give one that Python knows, as utf-8, gb18030 or big5"
         raise UserError(ExitCode.USAGE, "unknown text encoding", quote(name), fix) from None
     canonical = "utf-8" if canonical == "utf-8-sig" else canonical  # a byte order mark is always taken off
+    if canonical in WIDE:
+        return canonical
     try:
         plain = _PROBE.decode("ascii")
         usable = _PROBE.decode(canonical) == plain and plain.encode(canonical) == _PROBE
@@ -75,12 +81,19 @@ class TextPieces:
 
     Where a line cannot be decoded there is a `Bad` instead of its rest; with `mend`, a function that is told of the
     first such place of each line, there is U+FFFD. A stream that turns out to be `Damaged` ends with a `Bad`.
+    `original` is the encoding that the blocks had before they were made UTF-8, if they were.
     """
 
     def __init__(
-        self, blocks: Iterator[bytes], encoding: str, at_start: bool, mend: Callable[[Bad], None] | None = None
+        self,
+        blocks: Iterator[bytes],
+        encoding: str,
+        at_start: bool,
+        mend: Callable[[Bad], None] | None = None,
+        original: str | None = None,
     ):
         self._blocks, self._encoding, self._at_start, self._mend = blocks, encoding, at_start, mend
+        self._original = original
         self._new_decoder = codecs.getincrementaldecoder(encoding)
         self._lines = 0  # that have ended
         self._decoder: codecs.IncrementalDecoder | None = None  # of a line that has not ended
@@ -158,8 +171,9 @@ class TextPieces:
         try:
             return decoder.decode(data, final), None
         except UnicodeDecodeError as error:
-            place = f"byte {start + error.start + 1} of the line is 0x{error.object[error.start]:02X}"
-            bad = Bad(self._lines, f"not {self._encoding.upper()} ({place})")
+            place = f" (byte {start + error.start + 1} of the line is 0x{error.object[error.start]:02X})"
+            reason = f"not {self._original.upper()}" if self._original else f"not {self._encoding.upper()}{place}"
+            bad = Bad(self._lines, reason)
             if self._mend is None:
                 self._bad = True
                 return error.object[: error.start].decode(self._encoding), bad

@@ -12,7 +12,7 @@ PART_CHARACTERS = 2**18  # the longest text handed to a tokenizer at once
 BATCH_CHARACTERS = 2**18  # at least, but for the last batch and before the rest of a long document
 
 CorpusFormat = Literal["auto", "text", "jsonl", "parquet"]
-Separator = Literal["line", "blank-line"]
+Separator = Literal["line", "blank-line", "file"]
 OnError = Literal["stop", "skip", "replace"]
 Texts = tuple[list[str], bool]  # some texts, and whether the last goes on in the next ones
 
@@ -62,8 +62,8 @@ class CorpusOptions:
     """What stands between two documents of a text file."""
     field: str = "text"
     """Where a JSON record or Parquet row has its text; dots go into nested ones."""
-    encoding: str = "utf-8"
-    """Of text and JSON files."""
+    encoding: str = "auto"
+    """Of text and JSON files; `auto` decides for each file."""
     on_error: OnError = "stop"
     """Whether what cannot be read is an error, is left out, or has its undecodable bytes replaced by U+FFFD."""
 
@@ -81,13 +81,14 @@ class Faults:
     def mending(self) -> bool:
         return self._options.on_error == "replace"
 
-    def leave_out(self, bad: Bad) -> None:
-        """Reports, or raises `UserError` (DATA) when the corpus is to be without fault."""
+    def leave_out(self, bad: Bad, rest: str = "") -> None:
+        """Reports, or raises `UserError` (DATA) when the corpus is to be without fault; `rest` is left out with it."""
         line = self._lines_before() + bad.line + 1
         if self._options.on_error == "stop":
             fix = "mend it, say how to read it with --encoding or --field, or choose --on-error skip or replace"
             raise UserError(ExitCode.DATA, bad.reason, f"{self._file}:{line}", fix)
-        self._report(Problem(self._file, line, bad.reason, skipped=True))
+        reason = f"{bad.reason}; the rest of this {rest} is left out" if rest else bad.reason
+        self._report(Problem(self._file, line, reason, skipped=True))
 
     def mend(self, bad: Bad) -> None:
         self._report(Problem(self._file, self._lines_before() + bad.line + 1, bad.reason, skipped=False))
@@ -111,7 +112,8 @@ def in_parts(texts: list[str]) -> Iterator[Texts]:
 
 def text_documents(pieces: Iterable[str | Bad], separator: Separator, faults: Faults) -> Iterator[Texts]:
     """Yields the documents of a text; see `decoding.TextPieces` for the pieces."""
-    reader = _Lines(_Document(faults)) if separator == "line" else _Paragraphs(_Document(faults))
+    kinds = {"line": _Lines, "blank-line": _Paragraphs, "file": _WholeFile}
+    reader = kinds[separator](_Document(faults))
     for piece in pieces:
         if isinstance(piece, Bad):
             yield from reader.leave_out(piece)
@@ -168,8 +170,7 @@ class _Document:
         if not self._left_out:
             if self._handed_on:
                 yield ["".join(self._pieces)], False
-                bad = bad._replace(reason=f"{bad.reason}; the rest of this long document is left out")
-            self._faults.leave_out(bad)
+            self._faults.leave_out(bad, "long document" if self._handed_on else "")
             self._left_out = True
 
     def end(self) -> Iterator[Texts]:
@@ -257,6 +258,40 @@ class _Paragraphs(_Lines):
             self.inside_line, self._blank = False, True
             self._held.clear()
             self._known.clear()
+
+
+class _WholeFile(_Lines):
+    """All lines are one document, without the blank ones at both ends."""
+
+    def __init__(self, document: _Document):
+        super().__init__(document)
+        self._gap: list[str] = []  # what follows the last line that is not blank
+
+    def whole_lines(self, text: str) -> Iterator[Texts]:
+        filled = text.strip()
+        if not filled:
+            self._gap.append(self._known.setdefault(text, text))
+            return
+        yield from self._begin_line()
+        start = 0 if self._document.begun else text.rfind("\n", 0, text.index(filled)) + 1
+        stop = text.index("\n", len(text.rstrip()))
+        self._gap = [text[stop:]]
+        yield from self._document.add(text[start:stop])
+
+    def _begin_line(self) -> Iterator[Texts]:
+        gap, self._gap = self._gap, []
+        if self._document.begun:
+            for blank in gap:
+                yield from self._document.add(blank)
+
+    def _end_line(self) -> Iterator[Texts]:
+        if not self._blank:
+            self._gap.clear()
+        self._gap += [*self._held, "\n"]
+        self.inside_line, self._blank = False, True
+        self._held.clear()
+        self._known.clear()
+        yield from ()
 
 
 def _parts(text: str) -> Iterator[str]:

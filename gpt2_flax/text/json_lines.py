@@ -10,9 +10,10 @@ from gpt2_flax.text.documents import Faults, Texts, in_parts
 
 LONGEST_RECORD = 2**26  # bytes of UTF-8
 
-_JSON_NAMES = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
+DECODER = json.JSONDecoder(parse_int=float)  # no text is a number, and `int` refuses those of thousands of digits
+
+_JSON_NAMES = {dict: "an object", list: "a list", bool: "true or false", float: "a number"}
 _SURROGATES = re.compile("[\ud800-\udfff]")
-_decode = json.JSONDecoder().decode
 
 
 def json_documents(pieces: Iterable[str | Bad], field: str, faults: Faults) -> Iterator[Texts]:
@@ -21,6 +22,28 @@ def json_documents(pieces: Iterable[str | Bad], field: str, faults: Faults) -> I
     for piece in pieces:
         yield from in_parts(reader.read(piece))
     yield from in_parts(reader.end())
+
+
+def holds_lines(beginning: str) -> bool:
+    """Returns whether a file that begins so is one of JSON lines, not a list or a value of several lines."""
+    first, _, others = beginning.lstrip().partition("\n")
+    if first.startswith("["):
+        return False
+    if not others.strip() or _is_json(first):
+        return True
+    return first.strip() != "{" and not _is_json(beginning.strip())
+
+
+def text_of(value: object, raw: str, field: str, line: int, faults: Faults) -> str | None:
+    """Returns what the field of a record, parsed from `raw`, holds; nothing when that is blank or the record broken."""
+    try:
+        text = _field(value, field)
+        if "\\u" in raw:
+            text = _valid(text, line, faults)
+    except ValueError as error:
+        faults.leave_out(Bad(line, str(error)))
+        return None
+    return text if text.strip() else None
 
 
 class _Records:
@@ -76,36 +99,45 @@ class _Records:
         if not record or record.isspace():
             return None
         try:
-            text = _field(_decode(record), self._field)
-            if "\\u" in record:
-                text = self._valid(text)
+            value = DECODER.decode(record)
         except json.JSONDecodeError as error:
             reason = f"not JSON ({error.msg} at character {error.pos + 1})"
         except RecursionError:
             reason = "not JSON (nested too deeply)"
-        except ValueError as error:  # a number of too many digits, or one of ours
-            reason = str(error)
         else:
-            return text if text.strip() else None
+            if isinstance(value, dict):
+                return text_of(value, record, self._field, self._line, self._faults)
+            reason = f"not a JSON object but {json_name(value)}: one object a line is needed"
         self._faults.leave_out(Bad(self._line, reason))
         return None
 
-    def _valid(self, text: str) -> str:
-        """A lone surrogate can be written in JSON, but is not Unicode text."""
-        first = _SURROGATES.search(text)
-        if not first:
-            return text
-        reason = f"half a surrogate pair (character {first.start() + 1} is U+{ord(first[0]):04X})"
-        if not self._faults.mending:
-            raise ValueError(reason)
-        self._faults.mend(Bad(self._line, reason))
-        return _SURROGATES.sub("\ufffd", text)
+
+def _is_json(text: str) -> bool:
+    try:
+        DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _valid(text: str, line: int, faults: Faults) -> str:
+    """A lone surrogate can be written in JSON, but is not Unicode text."""
+    first = _SURROGATES.search(text)
+    if not first:
+        return text
+    reason = f"half a surrogate pair (character {first.start() + 1} is U+{ord(first[0]):04X})"
+    if not faults.mending:
+        raise ValueError(reason)
+    faults.mend(Bad(line, reason))
+    return _SURROGATES.sub("\ufffd", text)
 
 
 def _field(record: object, field: str) -> str:
-    """Raises ValueError with the reason when there is no text."""
+    """Raises ValueError with the reason when there is no text; a string is its own."""
+    if isinstance(record, str):
+        return record
     if not isinstance(record, dict):
-        raise ValueError(f"not a JSON object but {_json_name(record)}: one object a line is needed")
+        raise ValueError(f"neither a JSON object nor a string but {json_name(record)}")
     value, rest = record, field
     while True:
         if isinstance(value, dict) and rest in value:
@@ -116,9 +148,10 @@ def _field(record: object, field: str) -> str:
             raise ValueError(f"no field {quote(field)}")
         value = value[key]
     if not isinstance(value, str):
-        raise ValueError(f"field {quote(field)} is {_json_name(value)}, not a string")
+        raise ValueError(f"field {quote(field)} is {json_name(value)}, not a string")
     return value
 
 
-def _json_name(value: object) -> str:
+def json_name(value: object) -> str:
+    """Returns what a value is, in the words of JSON."""
     return _JSON_NAMES.get(type(value), "null" if value is None else "a string")

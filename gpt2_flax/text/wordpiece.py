@@ -43,6 +43,9 @@ class WordPieceTokenizer(FastTokenizer):
         self._vocabulary, self._where, self._lowercase = vocabulary, str(where), lowercase
         self._encoded_characters = 0
         ids = read_vocabulary(vocabulary, where)
+        trimmed = "\n".join(ids).encode()
+        if vocabulary.removesuffix(b"\n") != trimmed:
+            self._vocabulary = trimmed + b"\n"  # so that every program that reads the saved file finds the same tokens
         special_tokens = SPECIAL_TOKENS | ({"mask_token": MASK} if MASK in ids else {})
         given = {"bos_token": ends.bos, "eos_token": ends.eos}
         special_tokens |= {name: token for name, token in given.items() if token is not None}
@@ -98,6 +101,7 @@ def read_vocabulary(content: bytes, where: object) -> dict[str, int]:
     """Returns token -> id of a `vocab.txt`: one token a line, its id the number of the line.
 
     Only LF ends a line: some published vocabularies hold U+2028 as a token, which `str.splitlines` takes for an end.
+    Blanks behind a token are no part of it, as for `transformers.BertTokenizer` 5; lines of blanks alone stay.
     Raises `UserError` (DATA) naming the line of a byte order mark, bad UTF-8, a carriage return or a second occurrence,
     and for missing special tokens.
     """
@@ -113,6 +117,7 @@ def read_vocabulary(content: bytes, where: object) -> dict[str, int]:
             raise _vocabulary_error(what, where, number, "restore the original file") from None
         if "\r" in token:
             raise _vocabulary_error("carriage return in the vocabulary", where, number, "save it with LF line ends")
+        token = token.rstrip() or token
         if token in ids:
             what = f"token {quote(token)} twice in the vocabulary, first in line {ids[token] + 1}"
             raise _vocabulary_error(what, where, number, "ids would be ambiguous: restore the original file")

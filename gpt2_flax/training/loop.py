@@ -175,7 +175,10 @@ def _run(
     held_out = {
         folder: Loader(dataset.validation, config.data.seq_length, 0, packing, across)
         for folder, dataset in mixture.datasets.items()
+        if dataset.validation.n_documents
     }
+    if without := ", ".join(folder for folder in mixture.datasets if folder not in held_out):
+        log.say(f"no validation split, so no validation loss: {without}")
     train_step = make_train_step(config, state_layout(config, mesh), mesh)
     hardware = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     meta = {"model": config.model.model_dump(), "hardware": hardware, **mixture.fingerprints()}

@@ -119,7 +119,16 @@ class StepReport:
             self._start_interval(step)
 
     def evaluated(self, step: int, evaluations: Mapping[str, Evaluation], texts: Sequence[str] = ()) -> None:
-        """Writes what all datasets give together and, of several, the loss of each; the time counts for no step."""
+        """Writes what all datasets give together and, of several, the loss of each; the time counts for no step.
+
+        Of none there are only the texts.
+        """
+        if evaluations:
+            self._write_evaluations(step, evaluations)
+        self._log.write_texts(step, texts)
+        self._start_interval(step)
+
+    def _write_evaluations(self, step: int, evaluations: Mapping[str, Evaluation]) -> None:
         whole = sum(evaluations.values(), Evaluation())
         values = {
             "validation/loss": whole.loss,
@@ -131,8 +140,6 @@ class StepReport:
         if len(evaluations) > 1:
             values |= {f"validation/loss/{folder}": part.loss for folder, part in evaluations.items()}
         self._log.write(step, values, f"step {step:>7}  validation {whole}")
-        self._log.write_texts(step, texts)
-        self._start_interval(step)
 
     def _count_skipped(self, step: int, metrics: StepMetrics) -> None:
         self.skipped = int(metrics.skipped)
