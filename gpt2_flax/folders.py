@@ -2,13 +2,16 @@
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from gpt2_flax.errors import ExitCode, UserError, io_error
 
@@ -64,13 +67,14 @@ def check_output(output: Path, marker: str, overwrite: bool) -> None:
 def new_folder(output: Path, marker: str, overwrite: bool = False) -> Iterator[Path]:
     """Yields an empty folder beside `output` that takes its name when the block ends without an exception.
 
-    Nothing is left behind when the block fails. Raises `UserError` as `check_output` does, or when the place
-    cannot be written.
+    Nothing is left behind when the block fails; what a killed process left, the next call for `output` removes. Raises
+    `UserError` as `check_output` does, or when the place cannot be written.
     """
     check_output(output, marker, overwrite)
-    temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        claim = _claim(output)
+        temporary = Path(claim.name).with_suffix("")
         temporary.mkdir()
     except OSError as error:
         what = "output folder cannot be made"
@@ -88,6 +92,26 @@ def new_folder(output: Path, marker: str, overwrite: bool = False) -> Iterator[P
         raise io_error(error, output) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        claim.close()
+
+
+def _claim(output: Path) -> IO[bytes]:
+    """Opens and locks a file NAME.lock beside `output`, removed when it is closed, for a temporary folder NAME.
+
+    Folders whose lock nobody holds are removed first: the kernel unlocks the file however its process dies, and on
+    another host the process may have any id.
+    """
+    prefix = f".{output.name}.tmp-"
+    for left in output.parent.glob(f"{glob.escape(prefix)}*.lock"):
+        with contextlib.suppress(OSError), open(left, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (folder := left.with_suffix("")).exists():
+                shutil.rmtree(folder)
+            left.unlink()
+    claim = tempfile.NamedTemporaryFile(prefix=prefix, suffix=".lock", dir=output.parent)  # noqa: SIM115
+    with contextlib.suppress(OSError):  # a file system without locks: what is left there stays
+        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return claim
 
 
 @contextlib.contextmanager

@@ -1,0 +1,78 @@
+"""What a killed process left beside its output is removed by the next one, and nothing that is in use."""
+
+import errno
+import fcntl
+import subprocess
+import sys
+
+import pytest
+
+from gpt2_flax.errors import UserError
+from gpt2_flax.folders import new_folder
+
+# Fills a folder, says so, and waits for a line before it ends the block.
+FILLING = """
+import sys
+from pathlib import Path
+from gpt2_flax.folders import new_folder
+with new_folder(Path(sys.argv[1]), "marker") as folder:
+    (folder / "deep").mkdir()
+    (folder / "deep" / "weights").write_bytes(b"x" * 100_000)
+    (folder / "marker").write_text("theirs")
+    print("filled", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def filling(output) -> subprocess.Popen:
+    command = [sys.executable, "-c", FILLING, str(output)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "filled\n"
+    return process
+
+
+def fill(output) -> None:
+    with new_folder(output, "marker") as folder:
+        (folder / "marker").write_text("ours")
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("name", ["out", "an [odd] *name.v1"])
+def test_the_folder_of_a_killed_process_is_removed_by_the_next_one(tmp_path, name):
+    (tmp_path / ".bystander.tmp-1").mkdir()
+    for _ in range(2):
+        with filling(tmp_path / name) as process:
+            process.kill()
+    assert "weights" in names(tmp_path), "kill -9 leaves it, or this test is worth nothing"
+    fill(tmp_path / name)
+    assert names(tmp_path) == sorted([".bystander.tmp-1", name, "marker"])
+
+
+def test_the_folder_of_a_living_process_is_left_alone(tmp_path):
+    with filling(tmp_path / "out") as process:
+        before = set(names(tmp_path))
+        fill(tmp_path / "out")
+        assert set(names(tmp_path)) == before | {"out"}
+        _, said = process.communicate("go on\n", timeout=60)
+    assert "UserError: output folder exists" in said
+    assert names(tmp_path) == ["marker", "out"]
+    assert (tmp_path / "out" / "marker").read_text() == "ours"
+
+
+def test_where_nothing_can_be_locked_folders_are_made_and_none_is_removed(tmp_path, monkeypatch):
+    with filling(tmp_path / "out") as process:
+        process.kill()
+    left = names(tmp_path)
+
+    def no_locks(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    fill(tmp_path / "out")
+    assert names(tmp_path) == sorted([*left, "out", "marker"])
+    with pytest.raises(UserError, match="output folder exists"):
+        fill(tmp_path / "out")
+    assert names(tmp_path) == sorted([*left, "out", "marker"])
