@@ -15,6 +15,7 @@ from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.text import exported as module
 from gpt2_flax.text.corpus import corpus_units
 from gpt2_flax.text.documents import CorpusOptions
+from gpt2_flax.text.encoded import Encoded
 from gpt2_flax.text.exported import ODD_TEXTS, SAMPLE_CHARACTERS, SAMPLES, check_exported, spread
 from gpt2_flax.text.spm import SentencePieceTokenizer
 from gpt2_flax.text.survey import sample
@@ -41,7 +42,8 @@ class Tied(SentencePieceTokenizer):
 
 
 def cut(texts, encoded):
-    return [ids[:-1] if "山" in text else ids for text, ids in zip(texts, encoded, strict=True)]
+    rows = [ids[:-1] if "山" in text else ids for text, ids in zip(texts, encoded, strict=True)]
+    return Encoded.from_arrays(rows, 2**16)
 
 
 @pytest.fixture(scope="module")
