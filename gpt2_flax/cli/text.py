@@ -136,8 +136,7 @@ def prepare(
         engine=engine,
         overwrite=overwrite,
     )
-    print(f"{output}:")
-    for line in summary_lines(info):
+    for line in summary_lines(output, info):
         print(line)
 
 
@@ -221,6 +220,5 @@ def import_tokens(
         validation_fraction=validation_fraction,
         overwrite=overwrite,
     )
-    print(f"{output}:")
-    for line in summary_lines(info):
+    for line in summary_lines(output, info):
         print(line)
