@@ -100,7 +100,7 @@ def test_a_panic_of_the_library_is_one_sentence(vocabulary, monkeypatch):
 
 
 def test_prepare_refuses_and_leaves_nothing(vocabulary, tmp_path):
-    (tmp_path / "corpus.txt").write_text("今天天气很好\n" * 400 + "一山河\n" + "好不好\n" * 5)
+    (tmp_path / "corpus.txt").write_text("今天天气很好\n一山河\n" * 200 + "好不好\n" * 5)
     with pytest.raises(UserError, match="other ids"):
         prepare([str(tmp_path / "corpus.txt")], Wrong(vocabulary, "test"), tmp_path / "out", unit_bytes=100)
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.txt"]

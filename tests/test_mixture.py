@@ -225,7 +225,7 @@ def test_fingerprints_are_of_tokens_order_and_shares(dataset_folder, second_fold
 
 
 def test_datasets_of_different_tokenizers_are_refused_by_name(dataset_folder, corpus, tmp_path):
-    prepare([str(corpus)], train_wordpiece(["这是很久"], 60), tmp_path / "other", validation_fraction=0.1)
+    prepare([str(corpus)], train_wordpiece(["这是很久"], 60), tmp_path / "other", allow_unknown=True)
     with pytest.raises(UserError, match="different tokenizers") as error:
         Mixture({str(dataset_folder): 1, str(tmp_path / "other"): 1})
     assert error.value.exit_code == ExitCode.CONFIG

@@ -1,8 +1,8 @@
 import errno
+import functools
 import hashlib
 import itertools
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -76,10 +76,9 @@ class Unit:
         yield documents.Documents(["天地"], 1)
 
 
-def die() -> None:
-    if multiprocessing.parent_process() is None:
-        return  # the survey before the work
-    os._exit(1)  # as when the system kills a process for memory
+def die(home: int = 0) -> None:
+    if os.getpid() != home:  # which looks at the corpus before the work begins
+        os._exit(1)  # as when the system kills a process for memory
 
 
 def test_every_document_stands_framed_in_the_split_of_its_hash(corpus, tokenizer, tmp_path):
@@ -331,7 +330,7 @@ def test_a_vocabulary_that_does_not_fit_stops_before_the_work_begins(corpus, tmp
         out = capsys.readouterr().out
         assert f"warning: {error.what}\n" in out
         assert info.unknown_share == len(unknown) / len(words)
-        assert f"warning: unknown tokens: {len(unknown):,} " in "\n".join(summary_lines(info))
+        assert f"warning: unknown tokens: {len(unknown):,} " in "\n".join(summary_lines("dataset", info))
 
 
 def test_what_the_sample_does_not_show_stops_at_the_end_and_is_kept(tokenizer, tmp_path, monkeypatch, capfd):
@@ -346,7 +345,7 @@ def test_what_the_sample_does_not_show_stops_at_the_end_and_is_kept(tokenizer, t
 def test_few_unknown_tokens_are_no_warning(corpus, tokenizer, tmp_path, capsys):
     info = prepare([str(corpus)], tokenizer, tmp_path / "dataset")
     assert "warning" not in capsys.readouterr().out
-    assert "unknown tokens: 0 (0.00%)" in list(summary_lines(info))
+    assert "unknown tokens: 0 (0.00%)" in list(summary_lines("dataset", info))
 
 
 def test_files_that_are_read_and_passed_over_are_named(corpus, tokenizer, tmp_path, capsys):
@@ -397,13 +396,15 @@ def test_few_validation_tokens_are_a_warning(corpus, tokenizer, tmp_path):
     info = prepare([str(corpus)], tokenizer, tmp_path / "dataset", validation_fraction=0.1)
     held = sum(shard.tokens for shard in info.shards["validation"])
     assert f"warning: the validation split has {held:,} tokens, below 20,000: its figures will be noisy" in list(
-        summary_lines(info)
+        summary_lines("dataset", info)
     )
     (shard, *_), shards = info.shards["validation"], info.shards
     enough = shard.model_copy(update={"tokens": 20_000})
-    assert "noisy" not in "".join(summary_lines(info.model_copy(update={"shards": shards | {"validation": [enough]}})))
+    assert "noisy" not in "".join(
+        summary_lines("dataset", info.model_copy(update={"shards": shards | {"validation": [enough]}}))
+    )
     none = info.model_copy(update={"shards": shards | {"validation": []}})
-    assert list(summary_lines(none))[-1].startswith("no validation split")
+    assert list(summary_lines("dataset", none))[-1].startswith("no validation split")
 
 
 def test_a_corpus_of_blank_lines_is_empty(tokenizer, tmp_path):
@@ -518,7 +519,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tokenizer, tmp_path):
 
 
 def test_the_death_of_a_worker_is_an_error_and_not_a_hang(corpus, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "corpus_units", lambda *options: [Unit(die), Unit(die)])
+    monkeypatch.setattr(module, "corpus_units", lambda *options: [Unit(functools.partial(die, os.getpid()))] * 2)
     error = refused(corpus, tokenizer, tmp_path / "dataset", workers=2)
     assert (error.exit_code, error.what) == (ExitCode.IO, "a worker process died")
 

@@ -1,5 +1,6 @@
 """Preparing a corpus on a Ray cluster; here one of two workers on this machine."""
 
+import functools
 import os
 import random
 import sys
@@ -83,7 +84,7 @@ def test_a_url_that_holds_something_else_is_left_alone(corpus, tokenizer, tmp_pa
 
 
 def test_the_death_of_a_worker_is_one_sentence(cluster, corpus, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "corpus_units", lambda *options: [Unit(die), Unit(die)])
+    monkeypatch.setattr(module, "corpus_units", lambda *options: [Unit(functools.partial(die, os.getpid()))] * 2)
     with pytest.raises(UserError) as error:
         prepare([corpus], tokenizer, tmp_path / "dataset", engine="ray", workers=2)
     assert (error.value.exit_code, error.value.what) == (ExitCode.IO, "a worker process died")

@@ -141,8 +141,7 @@ def prepare(
         engine=engine,
         overwrite=overwrite,
     )
-    print(f"{output}:")
-    for line in summary_lines(info):
+    for line in summary_lines(output, info):
         print(line)
 
 
@@ -230,6 +229,5 @@ def import_tokens(
         validation_fraction=validation_fraction,
         overwrite=overwrite,
     )
-    print(f"{output}:")
-    for line in summary_lines(info):
+    for line in summary_lines(output, info):
         print(line)

@@ -113,10 +113,10 @@ def split_line(info: DatasetInfo, split: str) -> str:
     return f"{split}: {documents:,} documents, {characters}{tokens:,} tokens"
 
 
-def summary_lines(info: DatasetInfo) -> Iterator[str]:
-    """Yields what became of the sources, and warnings of what may surprise."""
+def summary_lines(output: object, info: DatasetInfo) -> Iterator[str]:
+    """Yields what became of the sources in the dataset `output`, and warnings of what may surprise."""
     for split in info.shards:
-        yield split_line(info, split)
+        yield f"{output} {split_line(info, split)}"
     if info.unknown_share is not None:
         unknown = sum(shard.unknown for shards in info.shards.values() for shard in shards)
         warning = "warning: " if info.unknown_share > MUCH_UNKNOWN else ""
