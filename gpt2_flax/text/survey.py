@@ -14,7 +14,7 @@ MOST_UNKNOWN = 0.2
 MUCH_UNKNOWN = 0.01
 """Share of tokens above which there is a warning."""
 
-_UNITS, _CHARACTERS = 16, 2**20  # of the sample, at most
+_UNITS, _CHARACTERS = 16, 2**17  # of the sample, at most: encoding them takes a fraction of a second
 _ASKED = 5000  # the most frequent characters of the sample, which may be unknown
 _SHOWN, _SHOWN_CHARACTERS = 10, 20
 # From these on, documents look like the paragraphs of files.
@@ -65,9 +65,9 @@ def survey_lines(
         more = ", ..." if passed_over.count > len(passed_over.examples) else ""
         yield f"passed over {passed_over.count:,}: {', '.join(passed_over.examples)}{more}"
     yield from encoding_lines(encodings(units))
-    texts, share_read = _sample(units)
+    texts, documents = _sample(units)
     if options.separator == "line":
-        yield from _paragraph_lines(units, texts, share_read)
+        yield from _paragraph_lines(units, texts, documents)
     unknown = measure(tokenizer, texts).unknown_rate
     if unknown > MUCH_UNKNOWN:
         what = f"{unknown:.1%} of the tokens of a sample are unknown, most often {_unknown(tokenizer, texts)}"
@@ -83,35 +83,37 @@ def too_much_unknown(what: str, where: str) -> UserError:
 
 
 def _sample(units: Sequence[Unit]) -> tuple[list[str], float]:
-    """Returns documents, or their beginnings, and the share of the corpus that they are; equal for equal units."""
+    """Returns documents of some units, and about how many there are in all; equal for equal units."""
     step = -(-len(units) // _UNITS)
     chosen = units[::step]
-    limit, texts, n_bytes = _CHARACTERS // len(chosen), [], 0
+    limit, texts, documents, n_bytes = _CHARACTERS // len(chosen), [], 0, 0
     for unit in chosen:
         room = limit
         try:
             for batch in unit.batches(lambda problem: None):
                 n_bytes += batch.n_bytes
+                documents += len(batch.texts)
                 for text in batch.texts:
-                    texts.append(text[:room])
-                    room -= len(texts[-1])
-                if room <= 0:
+                    if room:
+                        texts.append(text[:room])
+                        room -= len(texts[-1])
+                if not room:
                     break
         except UserError:
             pass  # the pass over the whole corpus says it
-    return list(filter(None, texts)), n_bytes / max(1, sum(unit.size for unit in units))
+    return texts, documents * sum(unit.size for unit in units) / max(1, n_bytes)
 
 
-def _paragraph_lines(units: Sequence[Unit], texts: Sequence[str], share_read: float) -> Iterator[str]:
+def _paragraph_lines(units: Sequence[Unit], texts: Sequence[str], documents: float) -> Iterator[str]:
     parts = [part for unit in units if isinstance(unit, FileUnit) for part in unit.parts]
     files = {part.file.path for part in parts if part.format == "text"}
-    if len(files) < _SEVERAL_FILES or len(files) < len({part.file.path for part in parts}) or not share_read:
+    if len(files) < _SEVERAL_FILES or len(files) < len({part.file.path for part in parts}):
         return
-    lines, length = len(texts) / share_read, sum(map(len, texts)) / max(1, len(texts))
-    if lines >= _LINES_A_FILE * len(files) and length < _SHORT_LINE:
+    length = sum(map(len, texts)) / max(1, len(texts))
+    if documents >= _LINES_A_FILE * len(files) and length < _SHORT_LINE:
         yield (
-            f"note: each line is a document, about {lines:.0f} of {length:.0f} characters in {len(files):,} files; "
-            "if each file is one, add --separator file"
+            f"note: each line is a document, about {documents:,.0f} of {length:.0f} characters in "
+            f"{len(files):,} files; if each file is one, add --separator file"
         )
 
 
