@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -252,6 +253,14 @@ def test_of_documents_in_one_split_the_last_tokens_are_for_validation(
         )  # each of these characters is a token
     held, total = sum(map(len, found[0][1])), sum(map(len, framed))
     assert f"the last {held:,} of {total:,} tokens are for validation" in capsys.readouterr().out
+
+
+def test_the_end_is_cut_off_at_an_address_too(tokenizer, tmp_path):
+    (tmp_path / "corpus.txt").write_text(ONE, encoding="utf-8")
+    for output in (str(tmp_path / "here"), "memory://held-out/there"):
+        prepare([str(tmp_path / "corpus.txt")], tokenizer, output, validation_fraction=0.25)
+    fsspec.filesystem("memory").get("/held-out/there", str(tmp_path / "there"), recursive=True)
+    assert files_of(tmp_path / "there") == files_of(tmp_path / "here")
 
 
 def test_a_call_that_was_killed_while_it_cut_the_end_off_gives_the_same_bytes(tokenizer, tmp_path, monkeypatch):

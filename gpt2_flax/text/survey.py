@@ -15,7 +15,7 @@ MOST_UNKNOWN = 0.2
 MUCH_UNKNOWN = 0.01
 """Share of tokens above which there is a warning."""
 
-_UNITS, _CHARACTERS = 16, 2**20  # of the sample, at most
+_UNITS, _CHARACTERS = 16, 2**17  # of the sample, at most: encoding them takes a fraction of a second
 _ASKED = 5000  # the most frequent characters of the sample, which may be unknown
 _SHOWN, _SHOWN_CHARACTERS = 10, 20
 # From these on, documents look like the paragraphs of files.
@@ -51,28 +51,30 @@ class Sample(NamedTuple):
     """Documents of a corpus, or their beginnings."""
 
     texts: list[str]
-    share: float
-    """The part of the corpus that was read for them, 0 to 1."""
+    n_all: float
+    """About how many documents the corpus has."""
 
 
 def sample(units: Sequence[Unit]) -> Sample:
-    """Returns documents of units spread over the corpus, at most 2^20 characters; equal for equal units."""
+    """Returns documents of units spread over the corpus; equal for equal units."""
     step = -(-len(units) // _UNITS)
     chosen = units[::step]
-    limit, texts, n_bytes = _CHARACTERS // len(chosen), [], 0
+    limit, texts, n_read, n_bytes = _CHARACTERS // len(chosen), [], 0, 0
     for unit in chosen:
         room = limit
         try:
             for batch in unit.batches(lambda problem: None):
                 n_bytes += batch.n_bytes
+                n_read += len(batch.texts)
                 for text in batch.texts:
-                    texts.append(text[:room])
-                    room -= len(texts[-1])
-                if room <= 0:
+                    if room:
+                        texts.append(text[:room])
+                        room -= len(texts[-1])
+                if not room:
                     break
         except UserError:
             pass  # the pass over the whole corpus says it
-    return Sample(list(filter(None, texts)), n_bytes / max(1, sum(unit.size for unit in units)))
+    return Sample(texts, n_read * sum(unit.size for unit in units) / max(1, n_bytes))
 
 
 def survey_lines(
@@ -113,16 +115,15 @@ def too_much_unknown(what: str, where: str) -> UserError:
 
 
 def _paragraph_lines(units: Sequence[Unit], documents: Sample) -> Iterator[str]:
-    texts = documents.texts
     parts = [part for unit in units if isinstance(unit, FileUnit) for part in unit.parts]
     files = {part.file.path for part in parts if part.format == "text"}
-    if len(files) < _SEVERAL_FILES or len(files) < len({part.file.path for part in parts}) or not documents.share:
+    if len(files) < _SEVERAL_FILES or len(files) < len({part.file.path for part in parts}):
         return
-    lines, length = len(texts) / documents.share, sum(map(len, texts)) / max(1, len(texts))
-    if lines >= _LINES_A_FILE * len(files) and length < _SHORT_LINE:
+    length = sum(map(len, documents.texts)) / max(1, len(documents.texts))
+    if documents.n_all >= _LINES_A_FILE * len(files) and length < _SHORT_LINE:
         yield (
-            f"note: each line is a document, about {lines:.0f} of {length:.0f} characters in {len(files):,} files; "
-            "if each file is one, add --separator file"
+            f"note: each line is a document, about {documents.n_all:,.0f} of {length:.0f} characters in "
+            f"{len(files):,} files; if each file is one, add --separator file"
         )
 
 
