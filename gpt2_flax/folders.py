@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, that one process works in, and whether a file is still what was written."""
+"""What a user's path means; folders that appear whole or not at all, and that one process works in."""
 
 import contextlib
 import fcntl
@@ -11,6 +11,33 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gpt2_flax.errors import ExitCode, UserError, io_error
+
+
+def is_address(path: str) -> bool:
+    """Returns whether `fsspec` is asked for it, and not this machine."""
+    return "://" in path
+
+
+def local_path(given: str) -> str:
+    """Returns a path as its user means it, with `~` and `~user` expanded, which a shell does not do after a `=`.
+
+    Raises `ValueError` for an address, which would become a path below a folder `s3:`, for an unknown home folder, and
+    for what is no path.
+    """
+    if is_address(given):
+        raise ValueError(f"{given} is an address, and only a path of this machine works here")
+    if "\0" in given:
+        raise ValueError(f"{given} is no path: it holds a NUL")
+    path = os.path.expanduser(given)  # noqa: PTH111 - Path.expanduser raises where there is no home folder
+    if path.startswith("~") and not os.path.lexists(path):
+        raise ValueError(f"{given} is in a home folder that is not known: write the whole path")
+    return path
+
+
+def cache_folder() -> Path | None:
+    """Returns where this program keeps what it can make again, None for a user without a home folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - as in `local_path`
+    return None if base.startswith("~") else Path(base, "gpt2_flax")
 
 
 def file_sha256(path: Path) -> str:

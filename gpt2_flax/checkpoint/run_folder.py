@@ -1,6 +1,6 @@
 """A run's folder, and every file name in it.
 
-config.toml                  the resolved config
+config.toml                  the resolved config, with absolute paths
 tokenizer/                   the dataset's, so that the run can be used without the dataset
 checkpoints/ sha256/ damaged/   see `store`
 metrics.jsonl tensorboard/   numbers over the run
@@ -14,6 +14,7 @@ import os
 import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from gpt2_flax.config import Config, dump_config
 from gpt2_flax.config_file import load_config
@@ -53,8 +54,8 @@ class RunFolder:
         return folder_lock(self.path, "another process trains in this folder")
 
     def write_config(self, config: Config, tokenizer: Path) -> None:
-        """Writes the resolved config, and copies the tokenizer the first time."""
-        write_whole(self.config, dump_config(config).encode())
+        """Writes the resolved config, of which paths are absolute, and copies the tokenizer the first time."""
+        write_whole(self.config, dump_config(_with_absolute_paths(config)).encode())
         if not self.tokenizer.exists():
             shutil.copytree(tokenizer, self.tokenizer)
 
@@ -82,3 +83,14 @@ class RunFolder:
                 with contextlib.suppress(ValueError, TypeError):  # a line cut short by a kill, or by the seek
                     return json.loads(line)["step"]
         return None
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Returns the config that means the same wherever it is read."""
+    folders = {str(Path(folder).absolute()): weight for folder, weight in config.data.datasets.items()}
+    dataset = next(iter(folders)) if isinstance(config.data.dataset, str) else folders
+    places: dict[str, Any] = {"data": config.data.model_copy(update={"dataset": dataset})}
+    for name in ("output", "init_from"):
+        if (place := getattr(config, name)) is not None:
+            places[name] = str(Path(place).absolute())
+    return config.model_copy(update=places)

@@ -1,12 +1,14 @@
 """The program's frame, and what all commands share."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import gpt2_flax
+from gpt2_flax.folders import is_address, local_path
 
 app = typer.Typer(
     name="gpt2-flax",
@@ -44,6 +46,24 @@ def utf8(value: str | list[str] | None) -> str | list[str] | None:
     return value
 
 
+def _local_path(given: str) -> str:
+    try:
+        return local_path(given)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _path(given: str) -> Path:
+    return Path(_local_path(given))
+
+
+def path_or_address(given: str) -> str:
+    """Takes what `fsspec` may reach as it is; a path is expanded as all others are."""
+    return given if is_address(given) else _local_path(given)
+
+
+PathArgument = partial(typer.Argument, parser=_path)
+PathOption = partial(typer.Option, parser=_path)
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that an earlier call made.")]
-Model = Annotated[Path, typer.Argument(help="A run folder, RUN/checkpoints/STEP, or a transformers folder.")]
+Model = Annotated[Path, PathArgument(help="A run folder, RUN/checkpoints/STEP, or a transformers folder.")]
 Step = Annotated[int | None, typer.Option(help="Which checkpoint of a run; the newest when left out.")]

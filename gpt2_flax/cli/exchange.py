@@ -6,22 +6,22 @@ from typing import Annotated, Literal
 
 import typer
 
-from gpt2_flax.cli.app import Model, Overwrite, Step, app, utf8
+from gpt2_flax.cli.app import Model, Overwrite, PathArgument, PathOption, Step, app, utf8
 
 CardText = partial(typer.Option, callback=utf8)
 CardArgument = partial(typer.Argument, callback=utf8)
 ItsTokenizer = Annotated[
-    Path | None, typer.Option("--tokenizer", help="vocab.txt or a tokenizer folder, for a model that comes without.")
+    Path | None, PathOption("--tokenizer", help="vocab.txt or a tokenizer folder, for a model that comes without.")
 ]
 UerConfig = Annotated[
-    Path | None, typer.Option(help="The config.json a UER-py model was trained with: heads, which shapes do not tell.")
+    Path | None, PathOption(help="The config.json a UER-py model was trained with: heads, which shapes do not tell.")
 ]
 
 
 @app.command()
 def export(
     model: Model,
-    output: Annotated[Path, typer.Argument(help="Folder to make, for transformers.")],
+    output: Annotated[Path, PathArgument(help="Folder to make, for transformers.")],
     step: Step = None,
     format: Annotated[
         Literal["safetensors", "bin", "gguf"],
@@ -43,9 +43,7 @@ def export(
     hardware: Annotated[
         str | None, CardText(help="What it was trained on, for the model card; what the run says when left out.")
     ] = None,
-    card_extra: Annotated[
-        Path | None, typer.Option(help="Markdown file whose text is added to the model card.")
-    ] = None,
+    card_extra: Annotated[Path | None, PathOption(help="Markdown file whose text is added to the model card.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a model as a transformers folder, and check that it computes the same there."""
@@ -78,8 +76,8 @@ def export(
 
 @app.command(name="import")
 def import_(
-    model: Annotated[Path, typer.Argument(help="A transformers folder that holds a GPT-2, or a .bin file of UER-py.")],
-    output: Annotated[Path, typer.Argument(help="Folder to make, usable wherever a run is: init_from, generate, ...")],
+    model: Annotated[Path, PathArgument(help="A transformers folder that holds a GPT-2, or a .bin file of UER-py.")],
+    output: Annotated[Path, PathArgument(help="Folder to make, usable wherever a run is: init_from, generate, ...")],
     tokenizer: ItsTokenizer = None,
     uer_config: UerConfig = None,
     overwrite: Overwrite = False,
@@ -98,9 +96,9 @@ def import_(
 def convert(
     model: Annotated[
         Path,
-        typer.Argument(help="A .bin file of UER-py, a transformers folder, a run, or RUN/checkpoints/STEP."),
+        PathArgument(help="A .bin file of UER-py, a transformers folder, a run, or RUN/checkpoints/STEP."),
     ],
-    output: Annotated[Path, typer.Argument(help="Folder to make: for transformers, or with --format uer for UER-py.")],
+    output: Annotated[Path, PathArgument(help="Folder to make: for transformers, or with --format uer for UER-py.")],
     format: Annotated[
         Literal["safetensors", "bin", "gguf", "uer"],
         typer.Option(help="bin and gguf write a file more beside model.safetensors; uer: model.bin for UER-py."),
@@ -135,7 +133,7 @@ def convert(
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="A folder that export has made, unchanged since.")],
+    folder: Annotated[Path, PathArgument(help="A folder that export has made, unchanged since.")],
     repo_id: Annotated[str, CardArgument(help="Name on the Hugging Face hub: OWNER/NAME, or NAME for your own.")],
     private: Annotated[bool, typer.Option("--private", help="Only you may see it.")] = False,
     revision: Annotated[str | None, CardText(help="Branch to put it on, made when missing; main if left out.")] = None,

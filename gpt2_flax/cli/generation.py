@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gpt2_flax.cli.app import Model, Step, app, utf8
+from gpt2_flax.cli.app import Model, PathOption, Step, app, utf8
 
 
 @app.command()
@@ -17,7 +17,7 @@ def generate(
     prompt: Annotated[
         list[str] | None, typer.Option(callback=utf8, help="Beginning of a text; repeat it for a batch.")
     ] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A file with a prompt on each line; - reads stdin.")] = None,
+    prompt_file: Annotated[Path | None, PathOption(help="A file with a prompt on each line; - reads stdin.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many texts to make of each prompt.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="Lower is safer; 0 takes the likeliest token.")] = 1.0,

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Protocol
 
 from gpt2_flax.errors import ExitCode, UserError, io_error
-from gpt2_flax.folders import check_output, folder_lock
-from gpt2_flax.text.files import file_system, is_address
+from gpt2_flax.folders import check_output, folder_lock, is_address
+from gpt2_flax.text.files import file_system
 
 
 class Storage(Protocol):

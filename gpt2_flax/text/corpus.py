@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal, Protocol
 
 from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.folders import is_address
 from gpt2_flax.text import compression, decoding, parquet
 from gpt2_flax.text.compression import Damaged, Decompressed
 from gpt2_flax.text.decoding import TextPieces, line_blocks, text_encoding
@@ -31,7 +32,7 @@ from gpt2_flax.text.documents import (
     text_documents,
 )
 from gpt2_flax.text.embedded_corpus import embedded_units
-from gpt2_flax.text.files import File, find_files, input_error, is_address, open_file, spool_standard_input
+from gpt2_flax.text.files import File, find_files, input_error, open_file, spool_standard_input
 from gpt2_flax.text.json_lines import json_documents
 
 UNITS_A_CORPUS = 100  # about; every unit becomes a pair of shards, and opening them all must stay cheap

@@ -1,6 +1,6 @@
 """Where the bytes of a corpus come from: files, folders and patterns here, or addresses that `fsspec` understands.
 
-Nothing outside this module knows which of them a path is. An address is anything with "://" in it.
+Nothing outside this module knows which of them a path is.
 """
 
 import functools
@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 from gpt2_flax.errors import ExitCode, UserError, io_error, quote
+from gpt2_flax.folders import is_address
 
 BUFFER_BYTES = 2**19
 _OUTPUTS = frozenset({"dataset.json", "tokenizer_config.json"})  # a folder with one of them is ours, or a tokenizer
@@ -31,10 +32,6 @@ class File(NamedTuple):
     """Bytes."""
     stamp: str
     """Its time of modification in nanoseconds, or an address's ETag or the like: another one means other content."""
-
-
-def is_address(path: str) -> bool:
-    return "://" in path
 
 
 def find_files(source: str, wanted: Callable[[str], bool]) -> list[File]:
