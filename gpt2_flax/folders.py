@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import socket
 import time
@@ -47,7 +48,8 @@ def file_sha256(path: Path) -> str:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all, also after a power failure; makes its folder."""
+    """Writes a file that is there whole or not at all, also after a power failure; makes its folder, keeps links."""
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
@@ -67,37 +69,54 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def check_link(output: Path) -> None:
+    """Raises `UserError` (CANT_CREATE) for a link that leads nowhere; of others, what they lead to is written."""
+    if output.is_symlink() and not output.exists():
+        fix = f"make the folder {os.path.realpath(output)}, or remove the link"
+        raise UserError(ExitCode.CANT_CREATE, "output is a link that leads nowhere", output, fix)
+
+
 def check_output(output: Path, marker: str, overwrite: bool) -> None:
-    """Raises `UserError` when `output` may not be written: it exists and overwriting was not asked, or is not ours.
+    """Raises `UserError` when `output` cannot be written, or may not: it exists and overwriting was not asked, or it is
+    not ours.
 
     `marker` is a file that every finished folder of this kind holds; a folder without it is never replaced.
     """
     if not output.name:
         raise UserError(ExitCode.CANT_CREATE, "output has no name", output.absolute(), "give the name of a new folder")
-    if not os.path.lexists(output):
-        return
-    if not output.is_dir():
-        raise UserError(ExitCode.CANT_CREATE, "output exists and is not a folder", output, "choose another name")
-    if not any(output.iterdir()):
-        return
-    if not (output / marker).is_file():
-        fix = f"it holds no {marker}, so it is not ours to replace: choose another name"
-        raise UserError(ExitCode.CANT_CREATE, "output folder exists", output, fix)
-    if not overwrite:
-        raise UserError(ExitCode.CANT_CREATE, "output folder exists", output, "choose another name or add --overwrite")
+    check_link(output)
+    place = Path(os.path.realpath(output))
+    if os.path.lexists(place):
+        if not place.is_dir():
+            raise UserError(ExitCode.CANT_CREATE, "output exists and is not a folder", output, "choose another name")
+        if any(place.iterdir()):
+            what = "output folder exists"
+            if not (place / marker).is_file():
+                fix = f"it holds no {marker}, so it is not ours to replace: choose another name"
+                raise UserError(ExitCode.CANT_CREATE, what, output, fix)
+            if not overwrite:
+                raise UserError(ExitCode.CANT_CREATE, what, output, "choose another name or add --overwrite")
+        if _is_mount_point(place):
+            fix = f"give a folder inside it, such as {output / 'new'}"
+            raise UserError(ExitCode.CANT_CREATE, "output is a mount point, which cannot be replaced", output, fix)
+    above = next(folder for folder in place.parents if folder.exists())
+    if not os.access(above, os.W_OK | os.X_OK):
+        fix = f"check who owns {above} and its mode"
+        raise UserError(ExitCode.CANT_CREATE, "output folder cannot be made", output, fix)
 
 
 @contextlib.contextmanager
 def new_folder(output: Path, marker: str, overwrite: bool = False) -> Iterator[Path]:
     """Yields an empty folder beside `output` that takes its name when the block ends without an exception.
 
-    Nothing is left behind when the block fails. Raises `UserError` as `check_output` does, or when the place
-    cannot be written.
+    If `output` is a link to a folder, that folder is replaced and the link stays. Nothing is left behind when the
+    block fails. Raises `UserError` as `check_output` does, or when the place cannot be written.
     """
     check_output(output, marker, overwrite)
-    temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+    place = Path(os.path.realpath(output))
+    temporary = place.with_name(f".{place.name}.tmp-{os.getpid()}")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
     except OSError as error:
         what = "output folder cannot be made"
@@ -108,13 +127,24 @@ def new_folder(output: Path, marker: str, overwrite: bool = False) -> Iterator[P
         if not (temporary / marker).is_file():
             raise RuntimeError(f"{temporary} was finished without {marker}")
         check_output(output, marker, overwrite)  # again: the work may have taken hours
-        if output.is_dir():
-            shutil.rmtree(output)
-        temporary.rename(output)
+        if place.is_dir():
+            shutil.rmtree(place)
+        temporary.rename(place)
     except OSError as error:
         raise io_error(error, output) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_mount_point(folder: Path) -> bool:
+    """Returns whether a volume, which may be part of the same file system, is mounted at an absolute path."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return folder.is_mount()
+    # The fifth field is the place; in it blanks, line ends and backslashes are octal.
+    name = re.sub(rb"[\\ \t\n]", lambda found: b"\\%03o" % found[0][0], os.fsencode(folder))
+    return any(mount.split()[4] == name for mount in mounts)
 
 
 @contextlib.contextmanager

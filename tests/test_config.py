@@ -195,13 +195,13 @@ def home(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("key", ["output", "init_from", "data.dataset"])
 def test_paths_are_expanded_and_addresses_refused(least, home, key):
-    for given, meant in (("~/x", f"{home}/x"), ("~", home), ("x/~", "x/~"), ("../x", "../x")):
-        config = load_config(least, [f"{key}={given}"])
+    for text, meant in (("~/x", f"{home}/x"), ("~", home), ("x/~", "x/~"), ("../x", "../x")):
+        config = load_config(least, [f"{key}={text}"])
         assert (config.data.dataset if key == "data.dataset" else getattr(config, key)) == meant
     refused = [f"{scheme}://bucket/x" for scheme in ("s3", "gs", "hdfs", "file", "https")]
-    for given in [*refused, "~nobody-of-this-name/x"]:
-        with pytest.raises(UserError, match=rf"bad value of {key}: .*; {given} is (an address|in a home)") as error:
-            load_config(least, [f"{key}={given}"])
+    for text in [*refused, "~nobody-of-this-name/x"]:
+        with pytest.raises(UserError, match=rf"bad value of {key}: .*; {text} is (an address|in a home)") as error:
+            load_config(least, [f"{key}={text}"])
         assert error.value.exit_code == ExitCode.CONFIG
 
 

@@ -1,13 +1,16 @@
 """What a path means wherever one may be given: home folders, addresses, links."""
 
 import inspect
+import os
 import shutil
+import subprocess
 import typing
 from pathlib import Path
 
 import pytest
 import typer
 from conftest import changed
+from weight_folders import CONFIG, write_folder
 
 from gpt2_flax import __main__ as cli
 from gpt2_flax.config import dump_config
@@ -75,16 +78,12 @@ def test_the_places_that_take_addresses_expand_home_folders_too(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     shutil.copy(corpus, tmp_path / "corpus.txt")
-    prepare = ["prepare", "~/corpus.txt", "--tokenizer", str(tokenizer_folder), "--validation-fraction", "0.1"]
-    assert cli._exit_code([*prepare, "--output", "~/dataset"]) == 0
+    options = ["--tokenizer", str(tokenizer_folder), "--validation-fraction", "0.1"]
+    assert cli._exit_code(["prepare", "~/corpus.txt", *options, "--output", "~/dataset"]) == 0
     assert (
-        cli._exit_code(
-            [*prepare[:1], "file://" + prepare[1].replace("~", str(tmp_path)), *prepare[2:]]
-            + ["--output", f"file://{tmp_path}/remote"]
-        )
-        == 0
+        cli._exit_code(["prepare", f"file://{tmp_path}/corpus.txt", *options, "--output", f"file://{tmp_path}/r"]) == 0
     )
-    here, there = read_info(tmp_path / "dataset"), read_info(tmp_path / "remote")
+    here, there = read_info(tmp_path / "dataset"), read_info(tmp_path / "r")
     assert here.shards == there.shards
     assert here.sources == [str(tmp_path / "corpus.txt")]
     assert not (tmp_path / "~").exists()
@@ -131,3 +130,130 @@ def test_a_run_is_evaluated_exported_and_resumed_from_any_folder(config, dataset
     resume = ["train", "c.toml", "training.total_steps=4", "--allow-change", "training.total_steps"]
     assert cli._exit_code(resume) == 0
     assert "resumed from step 2 of run" in capsys.readouterr().out
+
+
+# Links and mounts.
+
+MAKERS = {
+    "tokenizer": "tokenizer {corpus} --vocab-size 100 --output {output}",
+    "prepare": "prepare {corpus} --tokenizer {tokenizer} --validation-fraction 0.1 --output {output}",
+    "import-tokens": "import-tokens {dataset}/train/tokens-00000.bin --validation "
+    "{dataset}/validation/tokens-00000.bin --tokenizer {tokenizer} --output {output}",
+    "train": "train {config} output={output}",
+    "import": "import {model} {output} --tokenizer {tokenizer}",
+    "export": "export {run} {output}",
+    "convert": "convert {run} {output} --format uer",
+}
+
+
+@pytest.fixture(scope="module")
+def given(corpus, tokenizer_folder, dataset_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("given")
+    n_tokens = read_info(dataset_folder).vocab_size
+    model = write_folder(folder / "model", CONFIG.model_copy(update={"vocab_size": n_tokens, "n_positions": 32}))
+    (folder / "run.toml").write_text(
+        f"""
+        output = "run"
+        model = {{n_positions = 32, n_layer = 1, n_head = 2, n_embd = 16, dtype = "float32"}}
+        data = {{dataset = "{dataset_folder}", seq_length = 16, global_batch_size = 8}}
+        training = {{total_steps = 1, evaluation_batches = 1}}
+        """,
+        encoding="utf-8",
+    )
+    made = {"corpus": corpus, "tokenizer": tokenizer_folder, "dataset": dataset_folder, "model": model}
+    made |= {"config": folder / "run.toml", "run": folder / "run"}
+    assert cli._exit_code(MAKERS["import"].format(**made, output=made["run"]).split()) == 0
+    return made
+
+
+def make(command, given, output, *more):
+    return cli._exit_code([*MAKERS[command].format(**given, output=output).split(), *more])
+
+
+@pytest.mark.parametrize("command", MAKERS)
+def test_an_output_that_is_a_link_is_written_through(given, tmp_path, capsys, command):
+    disk, work = tmp_path / "disk", tmp_path / "work"
+    (disk / "target").mkdir(parents=True)
+    work.mkdir()
+    (work / "parent").symlink_to(disk, target_is_directory=True)
+    (work / "link").symlink_to("parent/target")
+    (work / "out").symlink_to("link")
+    assert make(command, given, work / "out") == 0, capsys.readouterr().err
+    assert [path.name for path in disk.iterdir()] == ["target"]
+    assert {path.name: str(path.readlink()) for path in work.iterdir()} == {
+        "parent": str(disk),
+        "link": "parent/target",
+        "out": "link",
+    }
+    names = {path.name for path in (disk / "target").iterdir()}
+    assert names
+    if command != "train":
+        (disk / "target/old").touch()
+        assert make(command, given, work / "out") == 73
+        assert make(command, given, work / "out", "--overwrite") == 0, capsys.readouterr().err
+        assert {path.name for path in (disk / "target").iterdir()} == names
+    assert (work / "out").is_symlink()
+    assert make(command, given, work / "parent/new") == 0, capsys.readouterr().err
+    assert {path.name for path in (disk / "new").iterdir()} == names
+    assert sorted(path.name for path in disk.iterdir()) == ["new", "target"]
+
+
+@pytest.mark.parametrize("command", MAKERS)
+def test_a_link_that_leads_nowhere_is_refused_before_the_work(given, tmp_path, capsys, monkeypatch, command):
+    for name in ("text.train_tokenizer.sample_documents", "data.prepare.corpus_units", "checkpoint.source.read_folder"):
+        monkeypatch.setattr(f"gpt2_flax.{name}", None)  # a bug, 70, if it is called
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    for name, target, what in (
+        ("dangling", "nothing/there", "output is a link that leads nowhere"),
+        ("loop", "loop", "output is a link that leads nowhere"),
+        ("to-file", "file", "folder cannot be made" if command == "train" else "exists and is not a folder"),
+    ):
+        (tmp_path / name).symlink_to(target)
+        assert make(command, given, tmp_path / name) == 73
+        (line,) = capsys.readouterr().err.splitlines()
+        assert what in line
+        assert str(tmp_path / name) in line
+        assert str((tmp_path / name).readlink()) == target
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file", "loop", "to-file"]
+
+
+def test_a_file_that_is_a_link_is_written_through(given, tmp_path):
+    (tmp_path / "lines").symlink_to("elsewhere/lines.jsonl")
+    evaluate = [
+        "evaluate",
+        str(given["run"]),
+        "--data",
+        str(given["corpus"]),
+        "--per-document",
+        str(tmp_path / "lines"),
+    ]
+    assert cli._exit_code(evaluate) == 0
+    assert str((tmp_path / "lines").readlink()) == "elsewhere/lines.jsonl"
+    assert len((tmp_path / "elsewhere/lines.jsonl").read_text(encoding="utf-8").splitlines()) == 400
+
+
+def test_a_mount_point_is_refused_before_the_work_and_a_folder_inside_is_not(given, tmp_path, capsys, monkeypatch):
+    volume = tmp_path / "a volume"
+    volume.mkdir()
+    if subprocess.run(["mount", "--bind", volume, volume], capture_output=True, check=False).returncode:
+        pytest.skip("may not mount")
+    try:
+        assert not os.path.ismount(volume)  # of the same file system: device numbers do not tell
+        with monkeypatch.context() as patch:
+            patch.setattr("gpt2_flax.text.train_tokenizer.sample_documents", None)
+            command = ["tokenizer", str(given["corpus"]), "--vocab-size", "100", "--output"]
+            assert cli._exit_code([*command, str(volume)]) == 73
+            err = capsys.readouterr().err
+            assert f"mount point, which cannot be replaced: {volume}; give a folder inside it" in err
+        assert cli._exit_code([*command, str(volume / "new")]) == 0
+        assert cli._exit_code(["train", str(given["config"]), f"output={volume / 'run'}"]) == 0
+    finally:
+        subprocess.run(["umount", volume], check=True)
+
+
+def test_a_place_without_permission_is_refused_before_the_work(given, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("gpt2_flax.text.train_tokenizer.sample_documents", None)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
+    assert make("tokenizer", given, tmp_path / "deep/new") == 73
+    assert f"output folder cannot be made: {tmp_path}/deep/new; check who owns {tmp_path}" in capsys.readouterr().err

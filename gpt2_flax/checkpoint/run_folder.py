@@ -19,7 +19,7 @@ from typing import Any
 from gpt2_flax.config import Config, dump_config
 from gpt2_flax.config_file import load_config
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.folders import folder_lock, write_whole
+from gpt2_flax.folders import check_link, folder_lock, write_whole
 
 
 class RunFolder:
@@ -36,6 +36,7 @@ class RunFolder:
 
     def create(self) -> None:
         """Makes the folder. Raises `UserError` (CANT_CREATE) when that fails or it holds something that is no run."""
+        check_link(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             foreign = any(self.path.iterdir()) and not (self.config.exists() or (self.path / "lock").exists())

@@ -83,9 +83,11 @@ def import_(
     overwrite: Overwrite = False,
 ) -> None:
     """Take in a GPT-2 from transformers, UER-py or TencentPretrain, to train it on or to use it."""
-    from gpt2_flax.checkpoint.source import load_source, save_as_run
+    from gpt2_flax.checkpoint.source import IMPORTED, load_source, save_as_run
     from gpt2_flax.export.uer_file import compare_with_uer
+    from gpt2_flax.folders import check_output
 
+    check_output(output, IMPORTED, overwrite)
     source = load_source(model, tokenizer=tokenizer, uer_config=uer_config)
     compared = f", {compare_with_uer(model, source)}" if model.is_file() else ""
     save_as_run(source, output, overwrite)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -94,7 +95,7 @@ def serve(
     from gpt2_flax.serve.server import listen
     from gpt2_flax.serve.server import serve as run
 
-    path = model.resolve()
+    path = Path(os.path.realpath(model))
     name = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
     limits = Limits(max_tokens=max_tokens, max_concurrent=max_concurrent)
     with listen(host, port) as listener:  # first, because it is what fails most and takes no time

@@ -193,10 +193,11 @@ def _without_index(path: Path, dtype: TokenType | None) -> TokenFile:
 
 
 def _check_places(paths: Sequence[Path], output: Path) -> None:
+    place = os.path.realpath(output)
     for path, count in Counter(paths).items():
         if count > 1:
             raise UserError(ExitCode.USAGE, "token file given twice", path, "leave one out")
-        if path.is_relative_to(output.resolve()):
+        if path.is_relative_to(place):
             what, fix = "the output would replace a token file", "choose another output"
             raise UserError(ExitCode.CANT_CREATE, what, path, fix)
         try:
