@@ -193,6 +193,22 @@ def home(monkeypatch, tmp_path):
     return str(tmp_path)
 
 
+def test_a_config_may_begin_with_a_byte_order_mark(least):
+    before = load_config(least)
+    least.write_bytes(b"\xef\xbb\xbf" + least.read_bytes())
+    assert load_config(least) == before
+    assert before.output == "r"
+
+
+@pytest.mark.parametrize(("encoding", "line"), [("utf-16", 1), ("utf-16-be", 2), ("gb18030", 2)])
+def test_a_config_in_another_encoding_is_one_clear_sentence(least, encoding, line):
+    text = "\n# 模型\n" + least.read_text(encoding="utf-8")
+    least.write_bytes(text.encode(encoding))
+    with pytest.raises(UserError, match=rf"config is not UTF-8: .*c\.toml:{line}; save the file as UTF-8") as error:
+        load_config(least)
+    assert error.value.exit_code == ExitCode.CONFIG
+
+
 @pytest.mark.parametrize("key", ["output", "init_from", "data.dataset"])
 def test_paths_are_expanded_and_addresses_refused(least, home, key):
     for text, meant in (("~/x", f"{home}/x"), ("~", home), ("x/~", "x/~"), ("../x", "../x")):

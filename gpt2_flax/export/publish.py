@@ -74,7 +74,7 @@ def publish(
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(ExitCode.DATA, "not UTF-8", path, "give a Markdown file in UTF-8") from None
     except OSError as error:
