@@ -1,17 +1,39 @@
-"""What a user's path means; folders that appear whole or not at all, and that one process works in."""
+"""What a user's path means, in UTF-8; folders that appear whole or not at all, and that one process works in."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import re
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from gpt2_flax.errors import ExitCode, UserError, io_error
+
+
+def speak_utf8() -> None:
+    """Starts this program anew in Python's UTF-8 mode if the locale has another encoding.
+
+    Else paths and prompts would be read by the locale, and libraries in C++ would write other names than Python does.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def is_utf8(text: str) -> bool:
+    """Returns whether it came as UTF-8; of other bytes Python makes lone surrogates, which few libraries can name."""
+    return text == text.encode(errors="replace").decode()
+
+
+def utf8_name(path: str) -> str:
+    """Returns what can be written of a file's name."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def is_address(path: str) -> bool:
@@ -27,8 +49,8 @@ def local_path(given: str) -> str:
     """
     if is_address(given):
         raise ValueError(f"{given} is an address, and only a path of this machine works here")
-    if "\0" in given:
-        raise ValueError(f"{given} is no path: it holds a NUL")
+    if "\0" in given or not is_utf8(given):
+        raise ValueError(f"{given} is not a name in UTF-8: rename it")
     path = os.path.expanduser(given)  # noqa: PTH111 - Path.expanduser raises where there is no home folder
     if path.startswith("~") and not os.path.lexists(path):
         raise ValueError(f"{given} is in a home folder that is not known: write the whole path")
@@ -151,7 +173,8 @@ def _is_mount_point(folder: Path) -> bool:
 def folder_lock(folder: Path, in_use: str) -> Iterator[None]:
     """Keeps other processes out of `folder` until the block ends; the kernel lets go however this process dies.
 
-    Raises `UserError` (CANT_CREATE) that says `in_use`, and by whom, when another process holds the file `lock`.
+    Raises `UserError` (CANT_CREATE) that says `in_use`, and by whom, when another process holds the file `lock`, and
+    where the file system has no locks.
     """
     with open(folder / "lock", "a+", encoding="utf-8") as file:
         try:
@@ -160,6 +183,11 @@ def folder_lock(folder: Path, in_use: str) -> Iterator[None]:
             file.seek(0)
             fix = f"wait for {file.read().strip() or 'it'}, stop it, or choose another output"
             raise UserError(ExitCode.CANT_CREATE, in_use, folder, fix) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            fix = f"choose an output on another disk, or mount this one with locks ({error.strerror})"
+            raise UserError(ExitCode.CANT_CREATE, "file system without file locks", folder, fix) from None
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")

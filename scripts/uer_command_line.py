@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gpt2_flax.errors import ExitCode, UserError, printable
-from gpt2_flax.folders import local_path
+from gpt2_flax.folders import local_path, speak_utf8
 
 _STEP = re.compile(r"(?P<name>.+)\.bin-(?P<step>\d+)")
 
@@ -87,6 +87,7 @@ def run_instead(*arguments: str, **environment: str) -> NoReturn:
 
 def exit_code(main: Callable[[], None]) -> int:
     """Runs a script; a failure that its reader can mend is one line."""
+    speak_utf8()
     try:
         main()
     except UserError as error:

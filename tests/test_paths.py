@@ -1,9 +1,12 @@
 """What a path means wherever one may be given: home folders, addresses, links."""
 
+import errno
 import inspect
+import json
 import os
 import shutil
 import subprocess
+import sys
 import typing
 from pathlib import Path
 
@@ -257,3 +260,80 @@ def test_a_place_without_permission_is_refused_before_the_work(given, tmp_path, 
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
     assert make("tokenizer", given, tmp_path / "deep/new") == 73
     assert f"output folder cannot be made: {tmp_path}/deep/new; check who owns {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_file_system_without_locks_is_named(given, tmp_path, capsys, monkeypatch):
+    numbers = []
+
+    def flock(file, operation):
+        raise OSError(numbers[-1], os.strerror(numbers[-1]))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    for command, place in (("train", tmp_path / "run"), ("prepare", tmp_path / ".data.partial")):
+        for number in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            numbers.append(number)
+            assert make(command, given, tmp_path / ("run" if command == "train" else "data")) == 73
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"error: file system without file locks: {place}; choose an output on another disk")
+            assert not (tmp_path / "data").exists()
+
+
+# Users without a home folder, and locales of other encodings.
+
+
+def real(*arguments, prefix=(), **environment):
+    """Runs a command in a process of its own."""
+    ours = {"XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "PYTHONUTF8", *(k for k, v in environment.items() if v is None)}
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    added = {name: value for name, value in environment.items() if value is not None}
+    command = [*prefix, sys.executable, "-m", "gpt2_flax", *map(str, arguments)]
+    everything = kept | {"PYTHONPATH": str(Path(__file__).parents[1])} | added
+    return subprocess.run(command, env=everything, capture_output=True, check=False)
+
+
+def test_a_user_without_a_home_folder_can_use_the_commands(given, tmp_path):
+    prefix = ("unshare", "--user", "--map-user=12345", "--map-group=12345")
+    if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("may not make a user")
+    nobody = {"prefix": prefix, "HOME": None, "XDG_CACHE_HOME": None}
+    for command in ("prepare", "train", "export"):
+        done = real(*MAKERS[command].format(**given, output=tmp_path / command).split(), **nobody)
+        assert done.returncode == 0, done.stderr.decode()
+        assert done.stderr == b""
+    refused = real("evaluate", "~/run", **nobody)
+    assert refused.returncode == 64
+    assert b"~/run is in a home folder that is not known" in refused.stderr
+
+
+def test_chinese_paths_and_prompts_work_in_any_locale(given, tmp_path):
+    ascii_locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    data, run = tmp_path / "数据", tmp_path / "模型"
+    shutil.copy(given["corpus"], tmp_path / "语料.txt")
+    chinese = given | {"corpus": tmp_path / "语料.txt"}
+    for command in (
+        MAKERS["prepare"].format(**chinese, output=data),
+        f"train {given['config']} output={run} data.dataset={data} training.prompts=['是']",
+        f"generate {run} --prompt 是的 --max-new-tokens 2 --allow-unknown",
+        f"export {run} {tmp_path}/出口 --language zh",
+    ):
+        done = real(*command.split(), **ascii_locale)
+        assert done.returncode == 0, done.stderr.decode()
+        if command.startswith("generate"):
+            assert done.stdout.decode().startswith("是的")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["数据", "模型", "语料.txt", "出口"])
+    assert load_config(run / "config.toml").training.prompts == ["是"]
+
+
+def test_names_that_are_not_utf8_are_read_and_never_made(given, tmp_path, capsys):
+    odd = tmp_path / os.fsdecode("语料.txt".encode("gb18030"))
+    shutil.copy(given["corpus"], odd)
+    assert make("prepare", given | {"corpus": odd}, tmp_path / "data") == 0
+    lines = tmp_path / "lines.jsonl"
+    assert cli._exit_code(["evaluate", str(given["run"]), "--data", str(odd), "--per-document", str(lines)]) == 0
+    name = json.loads(lines.read_text(encoding="utf-8").splitlines()[0])["data"]
+    assert [name] == read_info(tmp_path / "data").sources == [f"{tmp_path}/\\xd3\\xef\\xc1\\xcf"]
+    capsys.readouterr()
+    for command in ("prepare", "tokenizer", "import", "export"):
+        assert make(command, given, odd.with_name(f"2{odd.name}")) == 64
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "is not a name in UTF-8" in line

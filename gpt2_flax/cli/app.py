@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import gpt2_flax
-from gpt2_flax.folders import is_address, local_path
+from gpt2_flax.folders import is_address, is_utf8, local_path
 
 app = typer.Typer(
     name="gpt2-flax",
@@ -39,10 +39,8 @@ def everywhere(
 
 def utf8(value: str | list[str] | None) -> str | list[str] | None:
     """Refuses what a terminal of another encoding typed: Python hands it over as lone surrogates."""
-    try:
-        "".join(value or "").encode()
-    except UnicodeEncodeError:
-        raise typer.BadParameter("it is not UTF-8") from None
+    if not is_utf8("".join(value or "")):
+        raise typer.BadParameter("it is not UTF-8")
     return value
 
 
@@ -60,6 +58,11 @@ def _path(given: str) -> Path:
 def path_or_address(given: str) -> str:
     """Takes what `fsspec` may reach as it is; a path is expanded as all others are."""
     return given if is_address(given) else _local_path(given)
+
+
+def corpus_source(given: str) -> str:
+    """Takes files of any name, as they are only read; otherwise as `path_or_address`."""
+    return path_or_address(given) if is_utf8(given) else given
 
 
 PathArgument = partial(typer.Argument, parser=_path)

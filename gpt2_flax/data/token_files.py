@@ -24,7 +24,7 @@ from gpt2_flax.data.megatron import MegatronIndex
 from gpt2_flax.data.shards import ShardWriter
 from gpt2_flax.data.token_dataset import TokenSplit
 from gpt2_flax.errors import ExitCode, UserError, io_error
-from gpt2_flax.folders import new_folder
+from gpt2_flax.folders import new_folder, utf8_name
 from gpt2_flax.progress import progress_bar
 from gpt2_flax.text.encoded import token_dtype
 from gpt2_flax.text.tokenizer import Tokenizer
@@ -136,7 +136,7 @@ def import_tokens(
             eos_id=tokenizer.eos_id,
             unk_id=tokenizer.unk_id,
             tokenizer_fingerprint=tokenizer.fingerprint,
-            sources=[os.fsencode(name).decode("utf-8", "backslashreplace") for name in (*train, *validation)],
+            sources=[utf8_name(name) for name in (*train, *validation)],
             shards=_write_shards(folder, parts, kind, tokenizer, mark),
         )
         _check_splits(info)
