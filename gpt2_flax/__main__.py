@@ -13,13 +13,18 @@ import typer
 from gpt2_flax.cli import DEBUG, app
 from gpt2_flax.compilation_cache import keep_compiled_programs
 from gpt2_flax.errors import ExitCode, UserError, io_error, printable
+from gpt2_flax.folders import speak_utf8
+from gpt2_flax.tpu import silence_libtpu_without_tpu
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs a command and exits with a code of `ExitCode`; every failure is one line on stderr."""
+    if arguments is None:
+        speak_utf8()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     keep_compiled_programs()
+    silence_libtpu_without_tpu()
     sys.exit(_exit_code(arguments))
 
 

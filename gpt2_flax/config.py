@@ -4,15 +4,19 @@ The resolved config is written into the run folder and is itself a valid input.
 """
 
 import difflib
+import os
 import sys
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.folders import local_path
+
+LocalPath = Annotated[str, AfterValidator(local_path)]
 
 Packing = Literal["stream", "best_fit", "document"]
 
@@ -101,14 +105,16 @@ class DataConfig(Section):
     @classmethod
     def _folder_or_weights(cls, value: Any) -> Any:
         if isinstance(value, str):
-            return value
+            return local_path(value)
         weights = list(value.values()) if isinstance(value, dict) else []
         if not weights or not all(type(w) in (int, float) and 0 < w <= sys.float_info.max for w in weights):
             example = '{"data/zh" = 3, "data/en" = 1}'
             raise ValueError(f"give a folder, or folders and their weights above 0: {example}, not {quote(value)}")
         if min(weights) < sum(map(Fraction, weights)) / 10**6:  # the order of samples is exact down to there
             raise ValueError(f"leave out what weighs less than a millionth of all together in {quote(value)}")
-        return value
+        if len({os.path.realpath(local_path(folder)) for folder in value}) < len(value):
+            raise ValueError(f"name each folder once, with all of its weight, not {quote(value)}")
+        return {local_path(folder): weight for folder, weight in value.items()}
 
     @property
     def datasets(self) -> dict[str, float]:
@@ -217,8 +223,8 @@ class MeshConfig(Section):
 class Config(Section):
     """One training run."""
 
-    output: str = Field(description="run folder: checkpoints, metrics, resolved config")
-    init_from: str | None = Field(None, description="run, checkpoint or transformers folder to take weights from")
+    output: LocalPath = Field(description="run folder: checkpoints, metrics, resolved config")
+    init_from: LocalPath | None = Field(None, description="run, checkpoint or transformers folder to take weights from")
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)

@@ -60,7 +60,7 @@ def load_stages(path: Path, overrides: Sequence[str] = ()) -> list[Config]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         fix = "give the path of a TOML file, such as configs/quickstart.toml"
         raise UserError(ExitCode.NO_INPUT, "config not found", path, fix) from None
@@ -68,7 +68,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(
             ExitCode.NO_INPUT, "config cannot be read", path, f"the system says: {error.strerror}"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        where = f"{path}:{error.object.count(10, 0, error.start) + 1}"
+        raise UserError(ExitCode.CONFIG, "config is not UTF-8", where, "save the file as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
         raise UserError(ExitCode.CONFIG, "not a TOML file", path, f"mend it: {error}") from None
 
 

@@ -15,7 +15,7 @@ import io
 import json
 from pathlib import Path
 
-from uer_command_line import Flags, exit_code, named_model
+from uer_command_line import Flags, exit_code, named_model, user_path
 
 from gpt2_flax.checkpoint.huggingface import CONFIG, to_hf_config, to_state_dict
 from gpt2_flax.checkpoint.source import Source, load_source
@@ -32,11 +32,11 @@ PUBLISHED_IDS = (101, 102, 0)  # its [CLS], [SEP] and [PAD]
 
 def main() -> None:
     flags = Flags(__doc__, {})
-    flags.add_argument("--input_model_path", type=Path, default=Path("models/input_model.bin"))
-    flags.add_argument("--output_model_path", type=Path, default=Path("models/output_model.bin"))
+    flags.add_argument("--input_model_path", type=user_path, default=Path("models/input_model.bin"))
+    flags.add_argument("--output_model_path", type=user_path, default=Path("models/output_model.bin"))
     flags.add_argument("--layers_num", type=int, help="compared with what the file holds")
-    flags.add_argument("--uer_config", type=Path, help="the model's UER-py config.json: heads, which files do not tell")
-    flags.add_argument("--vocab_path", type=Path, help="vocab.txt, for the ids in config.json; google_zh_vocab.txt's")
+    flags.add_argument("--uer_config", type=user_path, help="its UER-py config.json: heads, which files do not tell")
+    flags.add_argument("--vocab_path", type=user_path, help="vocab.txt, for ids in config.json; google_zh_vocab.txt's")
     options = flags.parse(None)
     convert(
         named_model(options.input_model_path),

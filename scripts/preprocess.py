@@ -10,7 +10,7 @@ pretrain.py. docs/from_uer.md says what differs.
 import json
 from pathlib import Path
 
-from uer_command_line import Flags, exit_code, run_before
+from uer_command_line import Flags, exit_code, run_before, user_path
 
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import write_whole
@@ -36,7 +36,7 @@ def main() -> None:
     flags.add_argument("--spm_model_path", help="SentencePiece model, in place of --vocab_path")
     flags.add_argument("--tokenizer", choices=["bert", "xlmroberta"], default="bert")
     flags.add_argument("--do_lower_case", choices=["true", "false"], default="true")
-    flags.add_argument("--dataset_path", default="dataset.pt", help="folder to make")
+    flags.add_argument("--dataset_path", type=user_path, default=Path("dataset.pt"), help="folder to make")
     flags.add_argument("--seq_length", type=int, default=128)
     flags.add_argument("--processes_num", type=int, default=1)
     flags.add_argument("--data_processor", "--target", choices=["lm"], required=True)
@@ -52,13 +52,13 @@ def main() -> None:
     if min(options.seq_length, options.processes_num) < 1:
         what = "--seq_length and --processes_num must be above 0"
         raise UserError(ExitCode.USAGE, what, "preprocess.py", "correct the command")
-    prepare = ["prepare", options.corpus_path, "--tokenizer", tokenizer, "--output", options.dataset_path]
+    prepare = ["prepare", options.corpus_path, "--tokenizer", tokenizer, "--output", str(options.dataset_path)]
     prepare += ["--format", "text", "--workers", str(options.processes_num)]
     prepare += ["--cased"] if options.do_lower_case == "false" else []
     prepare += ["--overwrite"] if options.overwrite else []
     run_before(*prepare)
     note = {"seq_length": options.seq_length}
-    write_whole(Path(options.dataset_path, SEQ_LENGTH), (json.dumps(note) + "\n").encode())
+    write_whole(options.dataset_path / SEQ_LENGTH, (json.dumps(note) + "\n").encode())
     print(f"{options.dataset_path}: serves every length; pretrain.py will train on rows of {options.seq_length} tokens")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import tomli_w
 from preprocess import SEQ_LENGTH
-from uer_command_line import Flags, exit_code, named_model, run_before, run_folder, run_instead, shown
+from uer_command_line import Flags, exit_code, named_model, run_before, run_folder, run_instead, shown, user_path
 
 from gpt2_flax.checkpoint.huggingface import CONFIG, from_hf_config
 from gpt2_flax.checkpoint.run_folder import RunFolder
@@ -72,9 +72,9 @@ _MODEL_SWITCHES = ("remove_embedding_layernorm", "tie_weights")
 
 def main() -> None:
     options = _flags().parse(None)
-    output = run_folder(Path(options.output_model_path))
+    output = run_folder(options.output_model_path)
     hosts, environment = _hosts(options), _visible_devices(options)
-    init_from = named_model(Path(options.pretrained_model_path)) if options.pretrained_model_path else None
+    init_from = named_model(options.pretrained_model_path) if options.pretrained_model_path else None
     epsilon = LAYER_NORM_EPSILON
     if init_from is not None and init_from.is_file():
         init_from = _taken_in(init_from, output, options, hosts)
@@ -93,17 +93,24 @@ def main() -> None:
 
 def _flags() -> Flags:
     flags = Flags(__doc__, _INSTEAD)
-    flags.add_argument("--dataset_path", default="dataset.pt", help="folder made by preprocess.py or gpt2-flax prepare")
+    flags.add_argument(
+        "--dataset_path",
+        type=user_path,
+        default=Path("dataset.pt"),
+        help="folder made by preprocess.py or gpt2-flax prepare",
+    )
     flags.add_argument("--seq_length", type=int, help="tokens a row; what preprocess.py was told when left out")
-    flags.add_argument("--vocab_path", help="compared with the vocabulary of the dataset")
-    flags.add_argument("--spm_model_path", help="as --vocab_path")
+    flags.add_argument("--vocab_path", type=user_path, help="compared with the vocabulary of the dataset")
+    flags.add_argument("--spm_model_path", type=user_path, help="as --vocab_path")
     flags.add_argument("--tokenizer", choices=["bert", "xlmroberta"], help="the dataset's is taken")
     flags.add_argument("--do_lower_case", choices=["true", "false"], default="true")
-    flags.add_argument("--config_path", type=Path, required=True, help="config.json of a GPT-2 of UER-py")
+    flags.add_argument("--config_path", type=user_path, required=True, help="config.json of a GPT-2 of UER-py")
     flags.add_argument(
-        "--pretrained_model_path", help="a run, NAME.bin-STEP of one, a UER-py .bin file, a transformers folder"
+        "--pretrained_model_path",
+        type=user_path,
+        help="a run, NAME.bin-STEP of one, a UER-py .bin file, a transformers folder",
     )
-    flags.add_argument("--output_model_path", required=True, help="the run's folder, with or without .bin")
+    flags.add_argument("--output_model_path", type=user_path, required=True, help="run folder, with or without .bin")
     flags.add_argument("--world_size", type=int, default=1, help="GPUs in all: the batch is that of so many")
     flags.add_argument("--gpu_ranks", type=int, nargs="+", default=[], help="those of this host")
     flags.add_argument("--master_ip", default="tcp://localhost:12345", help="of the first of several hosts")
@@ -153,7 +160,7 @@ def _config(options: argparse.Namespace, output: Path, init_from: Path | None, e
             "dtype": "bfloat16" if options.fp16 else "float32",
         },
         "data": {
-            "dataset": options.dataset_path,
+            "dataset": str(options.dataset_path),
             "seq_length": _seq_length(options),
             "global_batch_size": options.batch_size * options.world_size * parts,
         },
@@ -194,11 +201,11 @@ def _model(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _seq_length(options: argparse.Namespace) -> int:
-    folder = Path(options.dataset_path)
+    folder = options.dataset_path
     vocabulary = options.spm_model_path or options.vocab_path
     info = read_info(folder)
     lowercase = False if options.do_lower_case == "false" else None
-    if vocabulary and load_tokenizer(Path(vocabulary), lowercase=lowercase).fingerprint != info.tokenizer_fingerprint:
+    if vocabulary and load_tokenizer(vocabulary, lowercase=lowercase).fingerprint != info.tokenizer_fingerprint:
         fix = "give the vocabulary that preprocess.py was given, or leave it out"
         raise UserError(ExitCode.DATA, f"dataset {folder} was made with another vocabulary", vocabulary, fix)
     if options.seq_length is not None:
@@ -212,7 +219,7 @@ def _seq_length(options: argparse.Namespace) -> int:
 def _taken_in(file: Path, output: Path, options: argparse.Namespace, hosts: list[str]) -> Path:
     """Imports a file of UER-py beside the run, and returns the folder."""
     folder = output.with_name(output.name + "_pretrained")
-    vocabulary = options.vocab_path or str(Path(options.dataset_path, "tokenizer"))
+    vocabulary = str(options.vocab_path or options.dataset_path / "tokenizer")
     command = ["import", str(file), str(folder), "--tokenizer", vocabulary, "--uer-config", str(options.config_path)]
     if hosts:
         fix = f"take it in before, once, and name the folder: {shown(command)}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gpt2_flax.errors import ExitCode, UserError, printable
+from gpt2_flax.folders import local_path, speak_utf8
 
 _STEP = re.compile(r"(?P<name>.+)\.bin-(?P<step>\d+)")
 
@@ -37,6 +38,14 @@ class Flags(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(ExitCode.USAGE, message, self.prog, f"see: python {self.prog} --help")
+
+
+def user_path(given: str) -> Path:
+    """Returns a path as gpt2-flax commands take it: expanded, and no address."""
+    try:
+        return Path(local_path(given))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def run_folder(output_model_path: Path) -> Path:
@@ -78,6 +87,7 @@ def run_instead(*arguments: str, **environment: str) -> NoReturn:
 
 def exit_code(main: Callable[[], None]) -> int:
     """Runs a script; a failure that its reader can mend is one line."""
+    speak_utf8()
     try:
         main()
     except UserError as error:

@@ -1,5 +1,6 @@
 """Compiled programs are found again by the next call."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -34,6 +35,24 @@ def test_programs_go_to_the_cache_folder_of_the_user_by_processor(environment, t
     environment.delenv(NAMES[0])
     keep_compiled_programs()
     assert Path(os.environ[NAMES[0]]).parent == Path.home() / ".cache/gpt2_flax/compiled"
+
+
+@pytest.mark.parametrize("problem", ["no home", "home that cannot be written", "no locks"])
+def test_without_a_place_for_them_programs_are_not_kept(environment, tmp_path, problem):
+    if problem == "no locks":
+
+        def flock(file, operation):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        environment.setattr("fcntl.flock", flock)
+    else:
+        environment.delenv("XDG_CACHE_HOME")
+        environment.setenv("HOME", "/proc")
+    if problem == "no home":
+        environment.delenv("HOME")
+        environment.setattr("os.getuid", lambda: 2**31 - 9)  # of nobody in /etc/passwd
+    keep_compiled_programs()
+    assert os.environ[NAMES[0]] == ""
 
 
 def test_what_the_user_says_counts(environment):

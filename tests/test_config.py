@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,61 @@ def test_datasets_are_a_folder_or_folders_and_weights(tmp_path):
     assert error.value.exit_code == ExitCode.USAGE
 
 
+@pytest.fixture
+def least(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('output = "r"\ndata.dataset = "d"\ntraining.total_steps = 10\n', encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return str(tmp_path)
+
+
+def test_a_config_may_begin_with_a_byte_order_mark(least):
+    before = load_config(least)
+    least.write_bytes(b"\xef\xbb\xbf" + least.read_bytes())
+    assert load_config(least) == before
+    assert before.output == "r"
+
+
+@pytest.mark.parametrize(("encoding", "line"), [("utf-16", 1), ("utf-16-be", 2), ("gb18030", 2)])
+def test_a_config_in_another_encoding_is_one_clear_sentence(least, encoding, line):
+    text = "\n# 模型\n" + least.read_text(encoding="utf-8")
+    least.write_bytes(text.encode(encoding))
+    with pytest.raises(UserError, match=rf"config is not UTF-8: .*c\.toml:{line}; save the file as UTF-8") as error:
+        load_config(least)
+    assert error.value.exit_code == ExitCode.CONFIG
+
+
+@pytest.mark.parametrize("key", ["output", "init_from", "data.dataset"])
+def test_paths_are_expanded_and_addresses_refused(least, home, key):
+    for text, meant in (("~/x", f"{home}/x"), ("~", home), ("x/~", "x/~"), ("../x", "../x")):
+        config = load_config(least, [f"{key}={text}"])
+        assert (config.data.dataset if key == "data.dataset" else getattr(config, key)) == meant
+    refused = [f"{scheme}://bucket/x" for scheme in ("s3", "gs", "hdfs", "file", "https")]
+    for text in [*refused, "~nobody-of-this-name/x"]:
+        with pytest.raises(UserError, match=rf"bad value of {key}: .*; {text} is (an address|in a home)") as error:
+            load_config(least, [f"{key}={text}"])
+        assert error.value.exit_code == ExitCode.CONFIG
+
+
+def test_datasets_of_a_mixture_are_paths_too(least, home):
+    both = load_config(least, ['data.dataset={"~/a" = 3, "b" = 1}'])
+    assert both.data.datasets == {f"{home}/a": 3, "b": 1}
+    assert list(both.data.datasets) == [f"{home}/a", "b"]
+    for weights, what in (
+        ('{"a" = 1, "s3://bucket/b" = 2}', "s3://bucket/b is an address"),
+        ('{"a" = 1, "./a" = 2}', "name each folder once"),
+        (f'{{"~/a" = 1, "{home}/a" = 2}}', "name each folder once"),
+    ):
+        with pytest.raises(UserError, match=f"bad value of data.dataset: .*{what}") as error:
+            load_config(least, [f"data.dataset={weights}"])
+        assert error.value.exit_code == ExitCode.CONFIG
+
+
 def test_warmup_counts_steps_or_a_share_of_them():
     assert parse_config(with_section("optimizer", warmup=3), "").warmup_steps == 3
     assert parse_config(with_section("optimizer", warmup=0.2), "").warmup_steps == 2
@@ -186,10 +242,15 @@ def test_warmup_counts_steps_or_a_share_of_them():
     assert parse_config(with_section("optimizer", warmup=1.0), "").warmup_steps == 10
 
 
+def paths(**sizes):
+    """Texts that are paths as they stand."""
+    return st.text(**sizes).filter(lambda text: not text.startswith("~") and "://" not in text and "\0" not in text)
+
+
 @given(
     st.builds(
         dict,
-        output=st.text(min_size=1),
+        output=paths(min_size=1),
         model=st.fixed_dictionaries(
             {},
             optional={
@@ -201,7 +262,10 @@ def test_warmup_counts_steps_or_a_share_of_them():
         data=st.fixed_dictionaries(
             {
                 "dataset": st.one_of(
-                    st.text(), st.dictionaries(st.text(), st.floats(1e-3, 100), min_size=1, max_size=9)
+                    paths(),
+                    st.dictionaries(paths(), st.floats(1e-3, 100), min_size=1, max_size=9).filter(
+                        lambda weights: len(set(map(os.path.realpath, weights))) == len(weights)
+                    ),
                 ),
                 "seq_length": st.integers(1, 1024),
             }

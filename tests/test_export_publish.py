@@ -127,6 +127,14 @@ def test_a_model_of_few_positions_is_published_too(source, tmp_path, n_positions
     assert verification.new_tokens == 2 * (n_positions // 2)
 
 
+def test_a_byte_order_mark_of_the_section_is_no_part_of_it(source, tmp_path):
+    (tmp_path / "more.md").write_bytes(b"\xef\xbb\xbf## More")
+    publish(source, tmp_path / "out", card_extra=tmp_path / "more.md", name="A model")
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert "\n## More" in card
+    assert "\ufeff" not in card
+
+
 @pytest.mark.parametrize(
     ("content", "code"), [(None, ExitCode.NO_INPUT), (b"\xff\xfe", ExitCode.DATA)], ids=["missing", "not UTF-8"]
 )

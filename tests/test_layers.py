@@ -13,10 +13,11 @@ PACKAGE = ROOT / "gpt2_flax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     "cpu",
-    "compilation_cache",
+    "tpu",
     "errors",
     "progress",
     "folders",
+    "compilation_cache",
     "config",
     "config_file",
     "text",
@@ -34,6 +35,7 @@ LAYERS = [
 ]
 JAX_FREE = (
     "cpu",
+    "tpu",
     "compilation_cache",
     "errors",
     "progress",
@@ -92,6 +94,20 @@ def test_nothing_is_unpickled_or_run_from_a_file():
     for path in FILES:
         found = unsafe.search(path.read_text(encoding="utf-8"))
         assert found is None, f"{path}: {found}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_text_is_utf8_whatever_the_locale(path):
+    """Whoever opens a file says its encoding or that it is bytes."""
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        name = isinstance(call, ast.Call) and getattr(call.func, "id", getattr(call.func, "attr", None))
+        if name not in ("open", "read_text", "write_text", "fdopen", "TemporaryFile", "NamedTemporaryFile"):
+            continue
+        modes = [word.value for word in call.args if isinstance(word, ast.Constant)]
+        is_bytes = any(isinstance(mode, str) and "b" in mode for mode in modes)
+        says = any(keyword.arg in ("encoding", None) for keyword in call.keywords)
+        is_system = isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", None) in ("os", "system")
+        assert is_bytes or says or is_system, f"{path.name}:{call.lineno}"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """A run's folder, and every file name in it.
 
-config.toml                  the resolved config
+config.toml                  the resolved config, with absolute paths
 tokenizer/                   the dataset's, so that the run can be used without the dataset
 checkpoints/ sha256/ damaged/   see `store`
 metrics.jsonl tensorboard/   numbers over the run
@@ -18,11 +18,12 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from gpt2_flax.config import Config, dump_config
 from gpt2_flax.config_file import load_config
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.folders import folder_lock, write_whole
+from gpt2_flax.folders import check_link, folder_lock, write_whole
 
 SIGHT = 15.0  # seconds in which other hosts see a new file; NFS keeps what it knows of a folder for some
 
@@ -42,6 +43,7 @@ class RunFolder:
 
     def create(self) -> None:
         """Makes the folder. Raises `UserError` (CANT_CREATE) when that fails or it holds something that is no run."""
+        check_link(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             foreign = any(self.path.iterdir()) and not (self.config.exists() or (self.path / "lock").exists())
@@ -89,8 +91,8 @@ class RunFolder:
             return None
 
     def write_config(self, config: Config, tokenizer: Path) -> None:
-        """Writes the resolved config, and copies the tokenizer the first time."""
-        write_whole(self.config, dump_config(config).encode())
+        """Writes the resolved config, of which paths are absolute, and copies the tokenizer the first time."""
+        write_whole(self.config, dump_config(_with_absolute_paths(config)).encode())
         if not self.tokenizer.exists():
             shutil.copytree(tokenizer, self.tokenizer)
 
@@ -118,3 +120,14 @@ class RunFolder:
                 with contextlib.suppress(ValueError, TypeError):  # a line cut short by a kill, or by the seek
                     return json.loads(line)["step"]
         return None
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Returns the config that means the same wherever it is read."""
+    folders = {str(Path(folder).absolute()): weight for folder, weight in config.data.datasets.items()}
+    dataset = next(iter(folders)) if isinstance(config.data.dataset, str) else folders
+    places: dict[str, Any] = {"data": config.data.model_copy(update={"dataset": dataset})}
+    for name in ("output", "init_from"):
+        if (place := getattr(config, name)) is not None:
+            places[name] = str(Path(place).absolute())
+    return config.model_copy(update=places)

@@ -25,6 +25,8 @@ from gpt2_flax.folders import new_folder
 from gpt2_flax.text.special_tokens import FROM_FILES, Ends
 from gpt2_flax.text.tokenizer import Tokenizer, load_tokenizer
 
+IMPORTED = "checkpoints/0/_CHECKPOINT_METADATA"  # in a run that `save_as_run` made
+
 
 @dataclass(frozen=True)
 class Source:
@@ -85,7 +87,7 @@ def save_as_run(source: Source, output: Path, overwrite: bool = False) -> None:
     if tokenizer.vocab_size > source.model.vocab_size:
         what = f"tokenizer has {tokenizer.vocab_size} tokens, the model {source.model.vocab_size}"
         raise UserError(ExitCode.DATA, what, source.tokenizer_folder, "use the tokenizer that the model came with")
-    with new_folder(output, "checkpoints/0/_CHECKPOINT_METADATA", overwrite) as folder:
+    with new_folder(output, IMPORTED, overwrite) as folder:
         run = RunFolder(folder)
         run.tokenizer.mkdir()
         tokenizer.save(run.tokenizer, model_max_length=source.model.n_positions)

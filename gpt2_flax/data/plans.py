@@ -23,6 +23,7 @@ from gpt2_flax.config import Packing
 from gpt2_flax.data.best_fit import best_fit_decreasing
 from gpt2_flax.data.token_dataset import TokenSplit, ranges
 from gpt2_flax.errors import ExitCode, UserError, io_error
+from gpt2_flax.folders import cache_folder
 from gpt2_flax.progress import progress_bar
 
 _VERSION = 1  # of plans: one more when the same documents would come in other rows, which changes resumed runs
@@ -78,8 +79,8 @@ def read_or_make_plan(split: TokenSplit, seq_length: int, packing: Packing) -> P
     """
     overlap = int(packing == "best_fit")
     name = f"{split.name}-{packing}-{seq_length}-{_checksum(split)}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "gpt2_flax" / "packing"
-    folders = (split.folder / "packing", cache)
+    cache = cache_folder()
+    folders = [split.folder / "packing", *([cache / "packing"] if cache else [])]
     for folder in folders:
         with contextlib.suppress(OSError, ValueError):
             return Plan(folder / name, split, seq_length, overlap)
@@ -89,9 +90,9 @@ def read_or_make_plan(split: TokenSplit, seq_length: int, packing: Packing) -> P
         except OSError as error:
             failure = io_error(error, folder)
             continue
-        if folder == cache:
+        if folder != folders[0]:
             print(
-                f"{folders[0]} cannot be written: which document goes in which row is kept in {cache}", file=sys.stderr
+                f"{folders[0]} cannot be written: which document goes in which row is kept in {folder}", file=sys.stderr
             )
         return Plan(folder / name, split, seq_length, overlap)
     raise failure

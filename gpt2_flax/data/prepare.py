@@ -26,7 +26,7 @@ from gpt2_flax.data.storage import LocalFolder, Storage, unfinished
 from gpt2_flax.data.token_dataset import TokenSplit
 from gpt2_flax.data.units import MOST_EXAMPLES, RECORDS, UnitRecord, UnitTask, UnitWork
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.folders import file_sha256, write_whole
+from gpt2_flax.folders import file_sha256, utf8_name, write_whole
 from gpt2_flax.progress import progress_bar
 from gpt2_flax.text.corpus import STANDARD_INPUT, Unit, corpus_units, empty_corpus, standard_input_as_file
 from gpt2_flax.text.documents import DEFAULT_OPTIONS, CorpusOptions
@@ -74,7 +74,7 @@ def prepare(
     with unfinished(str(output), MARKER, overwrite) as storage:
         settings = {
             "gpt2_flax": gpt2_flax.__version__,
-            "sources": list(sources),
+            "sources": [utf8_name(source) for source in sources],
             "tokenizer": tokenizer.fingerprint,
             "validation_fraction": validation_fraction,
             "deduplicate": deduplicate,
@@ -203,16 +203,12 @@ def _info(
         eos_id=tokenizer.eos_id,
         unk_id=tokenizer.unk_id,
         tokenizer_fingerprint=tokenizer.fingerprint,
-        sources=list(map(_utf8, sources)),
-        encodings={_utf8(path): encoding for path, encoding in encodings(units).items()},
+        sources=list(map(utf8_name, sources)),
+        encodings={utf8_name(path): encoding for path, encoding in encodings(units).items()},
         left_out=left_out,
         duplicates=dropped if deduplicate else None,
         shards={split: [record.shards[split] for record in records] for split in SPLITS},
     )
-
-
-def _utf8(name: str) -> str:
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _check_unknown(info: DatasetInfo) -> None:

@@ -5,6 +5,7 @@ when its dataset.json is there.
 """
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import Protocol
 
 from gpt2_flax.errors import ExitCode, UserError, io_error
-from gpt2_flax.folders import check_output, folder_lock
-from gpt2_flax.text.files import file_system, is_address
+from gpt2_flax.folders import check_output, folder_lock, is_address
+from gpt2_flax.text.files import file_system
 
 
 class Storage(Protocol):
@@ -146,7 +147,8 @@ def unfinished(output: str, marker: str, overwrite: bool) -> Iterator[Storage]:
 
 def _unfinished_local(output: Path, marker: str, overwrite: bool) -> Iterator[Storage]:
     check_output(output, marker, overwrite)
-    partial = output.absolute().with_name(f".{output.name}.partial")
+    place = Path(os.path.realpath(output))  # a link stays, and what it leads to is replaced
+    partial = place.with_name(f".{place.name}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -157,9 +159,9 @@ def _unfinished_local(output: Path, marker: str, overwrite: bool) -> Iterator[St
             yield LocalFolder(partial)
             check_output(output, marker, overwrite)  # again: the work may have taken hours
             (partial / "lock").unlink()
-            if output.is_dir():
-                shutil.rmtree(output)
-            partial.rename(output)
+            if place.is_dir():
+                shutil.rmtree(place)
+            partial.rename(place)
         except OSError as error:
             raise io_error(error, output) from error
         finally:

@@ -25,7 +25,7 @@ from gpt2_flax.data.megatron import MegatronIndex
 from gpt2_flax.data.shards import ShardWriter
 from gpt2_flax.data.token_dataset import TokenSplit
 from gpt2_flax.errors import ExitCode, UserError, io_error
-from gpt2_flax.folders import new_folder
+from gpt2_flax.folders import new_folder, utf8_name
 from gpt2_flax.progress import progress_bar
 from gpt2_flax.text.encoded import token_dtype
 from gpt2_flax.text.tokenizer import Tokenizer
@@ -138,7 +138,7 @@ def import_tokens(
             eos_id=tokenizer.eos_id,
             unk_id=tokenizer.unk_id,
             tokenizer_fingerprint=tokenizer.fingerprint,
-            sources=[os.fsencode(name).decode("utf-8", "backslashreplace") for name in (*train, *validation)],
+            sources=[utf8_name(name) for name in (*train, *validation)],
             shards=_write_shards(folder, parts, kind, tokenizer, mark),
         )
         _check_splits(info)
@@ -196,10 +196,11 @@ def _without_index(path: Path, dtype: TokenType | None) -> TokenFile:
 
 
 def _check_places(paths: Sequence[Path], output: Path) -> None:
+    place = os.path.realpath(output)
     for path, count in Counter(paths).items():
         if count > 1:
             raise UserError(ExitCode.USAGE, "token file given twice", path, "leave one out")
-        if path.is_relative_to(output.resolve()):
+        if path.is_relative_to(place):
             what, fix = "the output would replace a token file", "choose another output"
             raise UserError(ExitCode.CANT_CREATE, what, path, fix)
         try:

@@ -84,7 +84,7 @@ def compare_with_original(path: Path, source: Source) -> UerComparison | NanoGPT
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(ExitCode.DATA, "not UTF-8", path, "give a Markdown file in UTF-8") from None
     except OSError as error:

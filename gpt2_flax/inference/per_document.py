@@ -15,6 +15,7 @@ from gpt2_flax.config import Packing
 from gpt2_flax.data.packing import IGNORE, Batch, Rows, across_documents, rows_of
 from gpt2_flax.data.token_dataset import TokenSplit
 from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.folders import utf8_name
 from gpt2_flax.inference.evaluation import Evaluation
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.model.loss import CHUNK_TOKENS, logits
@@ -72,7 +73,7 @@ def document_lines(name: str, documents: list[Evaluation]) -> Iterator[str]:
     for index, found in enumerate(documents):
         yield json.dumps(
             {
-                "data": name,
+                "data": utf8_name(name),
                 "index": index,
                 "tokens": found.tokens,
                 "characters": found.characters,

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
+from gpt2_flax import tpu
 from gpt2_flax.errors import ExitCode, UserError, quote
 
 KNOWN = (
@@ -23,7 +24,7 @@ KNOWN = (
 )
 _MOST_DEVICES = 10_000  # the largest TPU pod has 9,216
 _MOST_CPU_DEVICES = 256
-_DEVICE_FILES = ("nvidia[0-9]*", "dxg", "kfd", "accel*", "vfio/*")  # of GPUs and TPUs
+_DEVICE_FILES = ("nvidia[0-9]*", "dxg", "kfd", *tpu.DEVICE_FILES)
 _SIDES = {"v4": (3,), "v5e": (2,), "v5p": (3,), "v6e": (2,)}
 
 
@@ -97,16 +98,7 @@ def _cpu_devices(count: int) -> Sequence[jax.Device]:
 
 def _tpu_devices(kind: str, sizes: tuple[int, ...]) -> Sequence[jax.Device]:
     _need("libtpu", "tpu")
-    # It asks around for a TPU of its own otherwise, complains that there is none, logs to /tmp, and lets no second
-    # program load it, for one TPU cannot serve two; here none is used.
-    for variable, value in (
-        ("TPU_SKIP_MDS_QUERY", "1"),
-        ("TPU_WORKER_HOSTNAMES", "localhost"),
-        ("TPU_ACCELERATOR_TYPE", "v5litepod-8"),
-        ("TPU_LOG_DIR", "disabled"),
-        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
-    ):
-        os.environ.setdefault(variable, value)
+    tpu.silence_libtpu()  # here no TPU is used
     # Hosts of four chips; small machines have one.
     options = {"chips_per_host_bounds": (2, 2, 1) if all(size % 2 == 0 for size in sizes[:2]) else (1, 1, 1)}
     if kind == "v4":

@@ -9,12 +9,13 @@ from pathlib import PurePosixPath
 from typing import BinaryIO, Literal
 
 from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.folders import is_address
 from gpt2_flax.text import compression, decoding, parquet
 from gpt2_flax.text.charset import AsUtf8, read_sample
 from gpt2_flax.text.compression import Damaged, Decompressed
 from gpt2_flax.text.decoding import AUTO, WIDE, TextPieces, line_blocks
 from gpt2_flax.text.documents import CorpusOptions, Faults, Report, Separator, Texts, text_documents
-from gpt2_flax.text.files import File, PassOver, input_error, is_address, open_file
+from gpt2_flax.text.files import File, PassOver, input_error, open_file
 from gpt2_flax.text.json_lines import holds_lines, json_documents
 from gpt2_flax.text.json_values import json_values
 

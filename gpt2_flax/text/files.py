@@ -1,6 +1,6 @@
 """Where the bytes of a corpus come from: files, folders and patterns here, or addresses that `fsspec` understands.
 
-Nothing outside this module knows which of them a path is. An address is anything with "://" in it.
+Nothing outside this module knows which of them a path is.
 """
 
 import functools
@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 from gpt2_flax.errors import ExitCode, UserError, io_error, quote
+from gpt2_flax.folders import is_address
 
 BUFFER_BYTES = 2**19
 _OUTPUTS = frozenset({"dataset.json", "tokenizer_config.json"})  # a folder with one of them is ours, or a tokenizer
@@ -42,10 +43,6 @@ PassOver = Callable[[str, str], None]
 
 def ignore(path: str, why: str) -> None:
     """A `PassOver` for those who do not want to know."""
-
-
-def is_address(path: str) -> bool:
-    return "://" in path
 
 
 def find_files(source: str, wanted: Callable[[str], bool], pass_over: PassOver = ignore) -> list[File]:
