@@ -112,7 +112,7 @@ class DataConfig(Section):
             raise ValueError(f"give a folder, or folders and their weights above 0: {example}, not {quote(value)}")
         if min(weights) < sum(map(Fraction, weights)) / 10**6:  # the order of samples is exact down to there
             raise ValueError(f"leave out what weighs less than a millionth of all together in {quote(value)}")
-        if len({os.path.realpath(local_path(folder)) for folder in value}) < len(value):
+        if len(set(map(os.path.abspath, map(local_path, value)))) < len(value):
             raise ValueError(f"name each folder once, with all of its weight, not {quote(value)}")
         return {local_path(folder): weight for folder, weight in value.items()}
 

@@ -264,7 +264,7 @@ def paths(**sizes):
                 "dataset": st.one_of(
                     paths(),
                     st.dictionaries(paths(), st.floats(1e-3, 100), min_size=1, max_size=9).filter(
-                        lambda weights: len(set(map(os.path.realpath, weights))) == len(weights)
+                        lambda weights: len(set(map(os.path.abspath, weights))) == len(weights)
                     ),
                 ),
                 "seq_length": st.integers(1, 1024),

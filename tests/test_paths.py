@@ -331,7 +331,7 @@ def test_names_that_are_not_utf8_are_read_and_never_made(given, tmp_path, capsys
     lines = tmp_path / "lines.jsonl"
     assert cli._exit_code(["evaluate", str(given["run"]), "--data", str(odd), "--per-document", str(lines)]) == 0
     name = json.loads(lines.read_text(encoding="utf-8").splitlines()[0])["data"]
-    assert [name] == read_info(tmp_path / "data").sources == [f"{tmp_path}/\\xd3\\xef\\xc1\\xcf"]
+    assert [name] == read_info(tmp_path / "data").sources == [f"{tmp_path}/\\xd3\\xef\\xc1\\xcf.txt"]
     capsys.readouterr()
     for command in ("prepare", "tokenizer", "import", "export"):
         assert make(command, given, odd.with_name(f"2{odd.name}")) == 64

@@ -41,6 +41,15 @@ def refusal(folder: Path, code: ExitCode = ExitCode.DATA) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_config_may_begin_with_a_byte_order_mark(tmp_path, encoding):
+    config = write_folder(tmp_path) / "config.json"
+    plain, weights = read_folder(tmp_path)
+    config.write_text(config.read_text(encoding="utf-8"), encoding=encoding)
+    assert read_folder(tmp_path)[0] == plain
+    assert weights.keys() == random_weights(CONFIG).keys()
+
+
 def test_what_is_missing_is_named(tmp_path):
     assert "folder not found" in refusal(tmp_path / "none", ExitCode.NO_INPUT)
     assert "no config.json" in refusal(tmp_path, ExitCode.NO_INPUT)
