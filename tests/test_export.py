@@ -74,7 +74,7 @@ def exported_sentencepiece(tmp_path_factory, request):
 def test_the_card_names_the_optimizer_of_the_run(config, optimizer, words):
     config = parse_config(config.model_dump(exclude_none=True) | {"optimizer": optimizer}, "test")
     facts = _run_facts(SimpleNamespace(step=3, metrics={}, hardware=None), config, {})
-    assert words in model_card(CardFacts("a model", ModelConfig(vocab_size=300), False, **facts))
+    assert words in model_card(CardFacts("a model", ModelConfig(vocab_size=300), False, PROMPT, **facts))
 
 
 # What transformers makes of it
@@ -323,9 +323,9 @@ def test_a_card_says_what_is_known():
 
 
 def test_a_card_leaves_out_what_is_not_known():
-    card = model_card(CardFacts("a model", ModelConfig(vocab_size=300), wordpiece=False))
+    card = model_card(CardFacts("a model", ModelConfig(vocab_size=300), wordpiece=False, prompt=PROMPT))
     header = yaml.safe_load(card.split("---\n")[1])
-    assert header.keys() == {"library_name", "pipeline_tag", "tags"}
+    assert header.keys() == {"library_name", "pipeline_tag", "tags", "widget"}
     assert "None" not in card
     assert "BertTokenizer" not in card
     assert "Training data" not in card

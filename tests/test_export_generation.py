@@ -11,9 +11,11 @@ from gpt2_flax.export.transformers_folder import export_folder
 from gpt2_flax.text.tokenizer import load_tokenizer
 from gpt2_flax.text.train_tokenizer import train_sentencepiece, train_wordpiece
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
 
+import torch
+import transformers
 from transformers import AutoTokenizer, BertTokenizer, GPT2LMHeadModel, TextGenerationPipeline, pipeline
 
 PROMPT = "这是很久之前的事情了"

@@ -26,7 +26,9 @@ with new_folder(Path(sys.argv[1]), "marker") as folder:
 
 def filling(output) -> subprocess.Popen:
     command = [sys.executable, "-c", FILLING, str(output)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "filled\n"
     return process
 
