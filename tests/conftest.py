@@ -1,8 +1,10 @@
 """Eight simulated CPU devices, quick compilation, and one small corpus, tokenizer and dataset for all tests."""
 
+import logging
 import os
 import random
 import tempfile
+import warnings
 
 from gpt2_flax.compilation_cache import keep_compiled_programs
 
@@ -94,3 +96,18 @@ def changed(config, **keys):
             place = place[section]
         place[last] = value
     return parse_config(values, "test")
+
+
+@pytest.fixture
+def silence(caplog):
+    """Fails the test when transformers warns, in either way it has."""
+    transformers = pytest.importorskip("transformers")
+    transformers.set_seed(0)
+    transformers.utils.logging.enable_propagation()
+    logging.Logger.warning_once.cache_clear()  # what an earlier test was told, too
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        warnings.simplefilter("error")
+        yield
+    transformers.utils.logging.disable_propagation()
+    # Of the call: by now `caplog.records` has begun anew.
+    assert [one.message for one in caplog.get_records("call") if one.name.startswith("transformers")] == []

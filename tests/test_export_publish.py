@@ -185,7 +185,7 @@ def test_the_card_says_what_llama_cpp_does_otherwise(source, tmp_path):
     sizes = ((256, False), (1024, False), (100, True))
     for n_positions, warned in sizes:  # llama.cpp ends with an assertion at a last position that is no multiple of 256
         model = source.model.model_copy(update={"n_positions": n_positions})
-        card = model_card(CardFacts("a model", model, wordpiece=False, gguf=True))
+        card = model_card(CardFacts("a model", model, wordpiece=False, prompt=PROMPT, gguf=True))
         assert (f"The model has {n_positions} positions" in card) == warned
         assert f"-n {min(100, n_positions // 2)} " in card
 

@@ -211,7 +211,7 @@ def test_a_run_on_two_datasets_learns_and_goes_on_with_the_same_bits(config, wei
     datasets = Mixture(weights).datasets
     facts = _run_facts(source, source.config, datasets)
     assert facts["tokens"] == sum(dataset.train.n_tokens for dataset in datasets.values())
-    card = model_card(CardFacts("a model", source.model, wordpiece=True, **facts))
+    card = model_card(CardFacts("a model", source.model, wordpiece=True, prompt="这", **facts))
     assert "75.0% `dataset`, 25.0% `dataset`" in card
 
 
@@ -254,4 +254,5 @@ def test_evaluations_add_up_and_bits_are_left_out_when_characters_are_not_known(
 
 
 def test_a_card_without_a_mixture_names_no_shares():
-    assert "mixed" not in model_card(CardFacts("a model", ModelConfig(vocab_size=300), False, mixture=(("d", 1.0),)))
+    facts = CardFacts("a model", ModelConfig(vocab_size=300), False, "这", mixture=(("d", 1.0),))
+    assert "mixed" not in model_card(facts)

@@ -162,7 +162,7 @@ def to_hf_config(config: ModelConfig, bos_id: int, eos_id: int, pad_id: int | No
         # Left out, they would mean 50256, an id that most vocabularies lack: generation would never stop.
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
-        "pad_token_id": eos_id if pad_id is None else pad_id,
+        "pad_token_id": pad_id,  # no other: transformers 5 warns of each text that begins or ends with it
         "dtype": "float32",
         "torch_dtype": "float32",  # the name of `dtype` before transformers 4.56
     }

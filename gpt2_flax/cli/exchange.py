@@ -36,7 +36,10 @@ def export(
     language: Annotated[str | None, CardText(help="Language code for the model card, such as zh.")] = None,
     license: Annotated[str | None, CardText(help="License for the model card, such as apache-2.0.")] = None,
     prompt: Annotated[
-        str | None, CardText(help="Example prompt for the model card; by default the first of the run's prompts.")
+        str | None,
+        CardText(
+            help="Example prompt for the model card; the run's first, or words of a validation document, if not given."
+        ),
     ] = None,
     dataset: Annotated[
         list[str] | None, CardText(help="Name of a dataset on the Hugging Face hub, for the model card; repeatable.")

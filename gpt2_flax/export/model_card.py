@@ -9,6 +9,7 @@ import shlex
 from dataclasses import dataclass
 
 from gpt2_flax.config import ModelConfig
+from gpt2_flax.export.transformers_folder import takes_pipeline_default
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class CardFacts:
     name: str
     model: ModelConfig
     wordpiece: bool  # whether BertTokenizer reads the folder
-    prompt: str | None = None  # shown as an example, in the corpus' language
+    prompt: str  # shown as an example, in the corpus' language; not empty
     language: str | None = None  # ISO 639-1 code
     license: str | None = None  # identifier of the Hugging Face hub
     datasets: tuple[str, ...] = ()  # names on the Hugging Face hub
@@ -60,7 +61,7 @@ def _header(facts: CardFacts) -> str:
     lines += [f"license: {_yaml(facts.license)}"] if facts.license else []
     lines += ["datasets:", *(f"- {_yaml(name)}" for name in facts.datasets)] if facts.datasets else []
     lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gpt2"]
-    lines += ["widget:", f"- text: {_yaml(facts.prompt)}"] if facts.prompt else []
+    lines += ["widget:", f"- text: {_yaml(facts.prompt)}"]
     return "\n".join(("---", *lines, "---", ""))
 
 
@@ -76,9 +77,10 @@ def _summary(facts: CardFacts) -> str:
 
 
 def _usage(facts: CardFacts) -> str:
-    prompt = json.dumps(facts.prompt or "", ensure_ascii=False)
-    # Without `truncation` transformers 4.57 warns of `max_length`; of max_new_tokens, 5 does.
-    arguments = f"{prompt}, max_length={min(100, facts.model.n_positions)}, truncation=True, do_sample=True"
+    # Of `max_length` transformers 4.57 wants `truncation`; of `max_new_tokens` 5 warns where `max_length` is exported.
+    few = f"max_length={min(100, facts.model.n_positions)}, truncation=True"
+    length = "max_new_tokens=100" if takes_pipeline_default(facts.model) else few
+    arguments = f"{json.dumps(facts.prompt, ensure_ascii=False)}, {length}, do_sample=True"
     text = f"""## How to use it
 
 ```python
@@ -113,7 +115,7 @@ between Chinese characters. Prefer them.
 
 
 def _gguf_usage(facts: CardFacts) -> str:
-    prompt, positions = facts.prompt or "", facts.model.n_positions
+    prompt, positions = facts.prompt, facts.model.n_positions
     tokens = min(100, positions // 2)  # so that a prompt has room too
     if facts.wordpiece:
         request = json.dumps({"prompt": [facts.bos_id, prompt], "n_predict": tokens}, ensure_ascii=False)

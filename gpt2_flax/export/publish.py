@@ -10,6 +10,7 @@ from gpt2_flax.config import Config
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.token_dataset import TokenDataset
 from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.export.example import example_prompt
 from gpt2_flax.export.gguf import remarks
 from gpt2_flax.export.model_card import CardFacts, model_card
 from gpt2_flax.export.nanogpt_file import Comparison as NanoGPTComparison
@@ -49,7 +50,9 @@ def publish(
     extra = None if card_extra is None else _read_text(card_extra)
     tokenizer = source.tokenizer()
     datasets = _datasets(source.config)
+    samples = _sample_texts(datasets, tokenizer)
     run = _run_facts(source, source.config, datasets) if source.config else {}
+    prompts = (card.pop("prompt", None), *(source.config.training.prompts if source.config else ()))
     facts = CardFacts(
         model=source.model,
         wordpiece=isinstance(tokenizer, WordPieceTokenizer),
@@ -58,6 +61,7 @@ def publish(
         gguf=format == "gguf",
         gguf_remarks=remarks(tokenizer),
         bos_id=tokenizer.bos_id,
+        prompt=example_prompt(prompts, samples, tokenizer, source.model.n_positions),
         extra=extra,
         trained_here=source.config is not None,
         **(run | {field: value for field, value in card.items() if value is not None}),
@@ -72,7 +76,7 @@ def publish(
         dtype=dtype,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
-        samples=_sample_texts(datasets, tokenizer),
+        samples=samples,
     )
 
 
@@ -127,7 +131,6 @@ def _run_facts(source: Source, config: Config, datasets: Mapping[str, TokenDatas
             f"weight decay {optimizer.weight_decay:g}"
         ),
         "learning_rate": optimizer.learning_rate,
-        "prompt": next(iter(config.training.prompts), None),
         "schedule": f"{optimizer.schedule} after {config.warmup_steps:,} steps of warm-up",
         "training_loss": source.metrics.get("train/loss"),
         "validation_loss": source.metrics.get("validation/loss"),

@@ -65,8 +65,8 @@ def export_folder(
         import_gguf(output)
     with new_folder(output, MARKER, overwrite) as folder:
         hf_config = to_hf_config(config, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-        # Its name before transformers 4.56 was torch_dtype.
-        _write_json(folder / CONFIG, hf_config | {"dtype": dtype, "torch_dtype": dtype})
+        hf_config |= {"dtype": dtype, "torch_dtype": dtype}  # the latter is its name before transformers 4.56
+        _write_json(folder / CONFIG, hf_config | _task_defaults(config))
         _write_json(folder / "generation_config.json", _generation_config(config, tokenizer))
         tokenizer.save(folder, model_max_length=config.n_positions)
         state_dict = rounded(to_state_dict(weights), dtype, output)
@@ -85,11 +85,29 @@ def export_folder(
     return verification
 
 
+def takes_pipeline_default(config: ModelConfig) -> bool:
+    """Returns whether prompt and the 256 tokens that a pipeline adds by default fit, and no `max_length` is exported.
+
+    transformers 5 warns of a `max_length` in generation_config.json at every call with `max_new_tokens`. Without it a
+    pipeline called without a length fails at the last position, so a model of few positions keeps it.
+    """
+    return config.n_positions >= 2 * 256
+
+
 def _generation_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
-    # No max_new_tokens: transformers 4.57 would run past the last position and crash.
+    # No max_new_tokens: calls with `max_length` would be warned of it, and get this many.
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad_id}
-    return ids | {"max_length": config.n_positions}
+    return ids if takes_pipeline_default(config) else ids | {"max_length": config.n_positions}
+
+
+def _task_defaults(config: ModelConfig) -> dict[str, Any]:
+    """Lets `TextGenerationPipeline(model, tokenizer)` of 4.57, a task without a name, obey `max_length` in a call.
+
+    Its default of 256 new tokens would win otherwise. `pipeline("text-generation")` must keep it: these values win over
+    its arguments. transformers 5.23 reads none of this.
+    """
+    return {"task_specific_params": {"": {"max_new_tokens": None}}} if takes_pipeline_default(config) else {}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

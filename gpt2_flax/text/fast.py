@@ -91,6 +91,8 @@ class FastTokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 would add an embedding for token_type_ids
+            "padding_side": "left",  # on the right, a batch would be continued behind its padding
+            "pad_token": self.special_tokens["eos_token"],  # where there is no other, as in generation_config.json
             **self.special_tokens,
         }
 
