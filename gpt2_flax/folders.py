@@ -6,11 +6,13 @@ import hashlib
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpt2_flax.errors import ExitCode, UserError, io_error
+from gpt2_flax.errors import ExitCode, UserError, io_error, naming_file
+from gpt2_flax.interruption import cleaned_up
 
 
 def file_sha256(path: Path) -> str:
@@ -23,7 +25,7 @@ def write_whole(path: Path, content: bytes) -> None:
     """Writes a file that is there whole or not at all, also after a power failure; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with naming_file(path), open(temporary, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -77,7 +79,8 @@ def new_folder(output: Path, marker: str, overwrite: bool = False) -> Iterator[P
         fix = f"check the path and its permissions ({error.strerror})"
         raise UserError(ExitCode.CANT_CREATE, what, output, fix) from None
     try:
-        yield temporary
+        with cleaned_up(lambda: _remove(temporary)):
+            yield temporary
         if not (temporary / marker).is_file():
             raise RuntimeError(f"{temporary} was finished without {marker}")
         check_output(output, marker, overwrite)  # again: the work may have taken hours
@@ -88,6 +91,21 @@ def new_folder(output: Path, marker: str, overwrite: bool = False) -> Iterator[P
         raise io_error(error, output) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yields an empty folder in the system's place for temporary files, which is gone after the block."""
+    with tempfile.TemporaryDirectory(prefix="gpt2-flax-") as name, cleaned_up(lambda: _remove(Path(name))):
+        yield Path(name)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder in which another thread may still make files."""
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
 
 
 @contextlib.contextmanager
@@ -103,8 +121,9 @@ def folder_lock(folder: Path, in_use: str) -> Iterator[None]:
             file.seek(0)
             fix = f"wait for {file.read().strip() or 'it'}, stop it, or choose another output"
             raise UserError(ExitCode.CANT_CREATE, in_use, folder, fix) from None
-        file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
-        file.flush()
+        with naming_file(file.name):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+            file.flush()
         yield

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gpt2_flax.config import Config, dump_config
 from gpt2_flax.config_file import load_config
-from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.errors import ExitCode, UserError, naming_file
 from gpt2_flax.folders import folder_lock, write_whole
 
 
@@ -56,11 +56,22 @@ class RunFolder:
         """Writes the resolved config, and copies the tokenizer the first time."""
         write_whole(self.config, dump_config(config).encode())
         if not self.tokenizer.exists():
-            shutil.copytree(tokenizer, self.tokenizer)
+            # Under another name first: a tokenizer that was copied in part would stay.
+            temporary = self.path / "tokenizer.tmp"
+            temporary.mkdir(exist_ok=True)
+            for file in tokenizer.iterdir():
+                with naming_file(temporary / file.name):
+                    shutil.copyfile(file, temporary / file.name)
+            temporary.rename(self.tokenizer)
 
     def read_config(self) -> Config | None:
         """Returns the config of the run so far, None for a new one."""
         return load_config(self.config) if self.config.exists() else None
+
+    def last_checkpoint(self) -> int | None:
+        """Returns the newest step that was saved, None when there is none."""
+        names = [path.name for path in self.checkpoints.iterdir()] if self.checkpoints.is_dir() else []
+        return max((int(name) for name in names if name.isdecimal()), default=None)
 
     def metrics_at(self, step: int) -> dict[str, float]:
         """Returns the newest value of each metric up to `step`, {} when there are none."""
