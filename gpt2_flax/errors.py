@@ -1,8 +1,10 @@
 """What goes wrong for a user: one clear sentence and an exit code that scripts can trust."""
 
+import contextlib
 import enum
 import errno
 import os
+from collections.abc import Iterator
 
 
 class ExitCode(enum.IntEnum):
@@ -18,7 +20,8 @@ class ExitCode(enum.IntEnum):
     TRY_AGAIN = 75  # stopped and saved; the same command goes on
     DIVERGED = 76  # loss or gradient not finite
     CONFIG = 78  # the configuration
-    INTERRUPTED = 130  # a second Ctrl-C
+    INTERRUPTED = 130  # Ctrl-C, nothing was saved
+    TERMINATED = 143  # SIGTERM, likewise
 
 
 class UserError(Exception):
@@ -48,6 +51,17 @@ def printable(text: str) -> str:
     """Returns `text` with line ends, terminal sequences and the like escaped; file names may hold them too."""
     wide_blank = "\u3000"
     return "".join(one if one.isprintable() or one == wide_blank else ascii(one)[1:-1] for one in text)
+
+
+@contextlib.contextmanager
+def naming_file(name: object) -> Iterator[None]:
+    """Gives an OSError of the block a file name; those of write, flush and close have none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(name)
+        raise
 
 
 def io_error(error: OSError, where: object) -> UserError:

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from gpt2_flax.errors import ExitCode, UserError, io_error
+from gpt2_flax.errors import ExitCode, UserError, io_error, naming_file
+from gpt2_flax.interruption import cleaned_up
 
 
 def speak_utf8() -> None:
@@ -77,7 +78,7 @@ def write_whole(path: Path, content: bytes) -> None:
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with naming_file(path), open(temporary, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -150,7 +151,8 @@ def new_folder(output: Path, marker: str, overwrite: bool = False) -> Iterator[P
         fix = f"check the path and its permissions ({error.strerror})"
         raise UserError(ExitCode.CANT_CREATE, what, output, fix) from None
     try:
-        yield temporary
+        with cleaned_up(lambda: (_remove(temporary), Path(claim.name).unlink(missing_ok=True))):
+            yield temporary
         if not (temporary / marker).is_file():
             raise RuntimeError(f"{temporary} was finished without {marker}")
         check_output(output, marker, overwrite)  # again: the work may have taken hours
@@ -196,6 +198,21 @@ def _is_mount_point(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yields an empty folder in the system's place for temporary files, which is gone after the block."""
+    with tempfile.TemporaryDirectory(prefix="gpt2-flax-") as name, cleaned_up(lambda: _remove(Path(name))):
+        yield Path(name)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder in which another thread may still make files."""
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+
+
+@contextlib.contextmanager
 def folder_lock(folder: Path, in_use: str) -> Iterator[None]:
     """Keeps other processes out of `folder` until the block ends; the kernel lets go however this process dies.
 
@@ -214,8 +231,9 @@ def folder_lock(folder: Path, in_use: str) -> Iterator[None]:
                 raise
             fix = f"choose an output on another disk, or mount this one with locks ({error.strerror})"
             raise UserError(ExitCode.CANT_CREATE, "file system without file locks", folder, fix) from None
-        file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
-        file.flush()
+        with naming_file(file.name):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+            file.flush()
         yield

@@ -2,11 +2,13 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from gpt2_flax.interruption import cleaned_up
 
 
 class RateColumn(ProgressColumn):
@@ -39,8 +41,10 @@ class _Bar(AbstractContextManager):
         self.progress = Progress(*columns, *rates, TimeRemainingColumn(), console=Console(stderr=True))
         self.task = self.progress.add_task(description, total=total, output=0.0)
         self.output = 0.0
+        self.stack = ExitStack()
 
     def __enter__(self) -> Callable[..., None]:
+        self.stack.enter_context(cleaned_up(self.progress.stop))  # it has hidden the cursor
         self.progress.start()
         return self._advance
 
@@ -50,6 +54,7 @@ class _Bar(AbstractContextManager):
 
     def __exit__(self, *exception: object) -> None:
         self.progress.stop()
+        self.stack.close()
 
 
 def progress_bar(

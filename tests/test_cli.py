@@ -14,6 +14,7 @@ import pytest
 import typer
 
 from gpt2_flax import __main__ as cli
+from gpt2_flax.cli import DEBUG, app
 from gpt2_flax.config import dump_config
 
 ROOT = Path(__file__).parents[1]
@@ -459,11 +460,11 @@ def test_a_run_with_damaged_checkpoints_alone_never_starts_anew(inputs, capsys):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_names_every_option(capsys, command):
-    assert set(typer.main.get_command(cli.app).commands) == set(COMMANDS)
+    assert set(typer.main.get_command(app).commands) == set(COMMANDS)
     assert cli._exit_code([command, "--help"]) == 0
     out, err = capsys.readouterr()
     assert not err
-    parameters = typer.main.get_command(cli.app).commands[command].params
+    parameters = typer.main.get_command(app).commands[command].params
     for parameter in parameters:
         is_argument = parameter.param_type_name == "argument"
         shown = parameter.metavar or parameter.name if is_argument else max(parameter.opts, key=len)
@@ -503,7 +504,7 @@ def test_a_bug_leaves_its_traceback_in_a_file(inputs, capsys, monkeypatch):
     assert "Traceback" in log.read_text()
     assert "oh no" in log.read_text()
 
-    monkeypatch.setenv(cli.DEBUG, "1")
+    monkeypatch.setenv(DEBUG, "1")
     assert cli._exit_code(PREPARE.format(**inputs).split()) == 70
     assert "Traceback" in capsys.readouterr().err
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from gpt2_flax.config import Config, dump_config
 from gpt2_flax.config_file import load_config
-from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.errors import ExitCode, UserError, naming_file
 from gpt2_flax.folders import check_link, folder_lock, write_whole
 
 SIGHT = 15.0  # seconds in which other hosts see a new file; NFS keeps what it knows of a folder for some
@@ -94,11 +94,22 @@ class RunFolder:
         """Writes the resolved config, of which paths are absolute, and copies the tokenizer the first time."""
         write_whole(self.config, dump_config(_with_absolute_paths(config)).encode())
         if not self.tokenizer.exists():
-            shutil.copytree(tokenizer, self.tokenizer)
+            # Under another name first: a tokenizer that was copied in part would stay.
+            temporary = self.path / "tokenizer.tmp"
+            temporary.mkdir(exist_ok=True)
+            for file in tokenizer.iterdir():
+                with naming_file(temporary / file.name):
+                    shutil.copyfile(file, temporary / file.name)
+            temporary.rename(self.tokenizer)
 
     def read_config(self) -> Config | None:
         """Returns the config of the run so far, None for a new one."""
         return load_config(self.config) if self.config.exists() else None
+
+    def last_checkpoint(self) -> int | None:
+        """Returns the newest step that was saved, None when there is none."""
+        names = [path.name for path in self.checkpoints.iterdir()] if self.checkpoints.is_dir() else []
+        return max((int(name) for name in names if name.isdecimal()), default=None)
 
     def metrics_at(self, step: int) -> dict[str, float]:
         """Returns the newest value of each metric up to `step`, {} when there are none."""

@@ -5,10 +5,13 @@ Orbax commits a step by renaming its folder; `sha256/STEP.json` is added when th
 match it is moved to `damaged/` instead of being restored: one flipped bit would otherwise go unnoticed.
 """
 
+import contextlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Mapping
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from gpt2_flax.errors import ExitCode, UserError, io_error
 from gpt2_flax.folders import file_sha256, write_whole
 from gpt2_flax.parallel.rules import path_of
 
-logging.getLogger("absl").setLevel(logging.ERROR)
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax also raises what it logs as errors
 
 
 class CheckpointStore:
@@ -31,7 +34,7 @@ class CheckpointStore:
     """
 
     def __init__(self, folder: Path, keep: int | None = None):
-        self.folder, self._writes = folder, keep is not None
+        self.folder, self._writes, self._saving = folder, keep is not None, None
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, cleanup_tmp_directories=self._writes)
         if self._writes and jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -44,9 +47,13 @@ class CheckpointStore:
     def __enter__(self) -> "CheckpointStore":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._seal()
-        self._manager.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # What failed first is what the user is to read: on a full disk all of this fails too.
+        with contextlib.suppress(*((Exception,) if error else ())), self._naming_step():
+            try:
+                self.seal()
+            finally:
+                self._manager.close()
 
     def steps(self) -> list[int]:
         """Returns the committed steps, ascending."""
@@ -57,11 +64,24 @@ class CheckpointStore:
         items = {"model": ocp.args.StandardSave(_to_dict(model)), "meta": ocp.args.JsonSave(meta)}
         if opt_state is not None:
             items["opt_state"] = ocp.args.StandardSave(_to_dict(opt_state))
-        self._seal()
-        try:
+        self.seal()
+        self._saving = step
+        with self._naming_step():
             self._manager.save(step, args=ocp.args.Composite(**items))
-        except OSError as error:
-            raise io_error(error, self.folder / str(step)) from error
+
+    def seal(self) -> None:
+        """Waits for the save under way, then notes the sha256 of every new step. Raises `UserError` (IO)."""
+        with self._naming_step():
+            self._manager.wait_until_finished()
+        if jax.process_index() != 0 or not self._writes:
+            return
+        for step in self.steps():
+            path = self._sums(step)
+            if not path.exists():
+                write_whole(path, json.dumps(_sha256_of(self.folder / str(step)), indent=1).encode())
+        for path in self._sums(0).parent.glob("*.json"):
+            if not (self.folder / path.stem).exists():
+                path.unlink()
 
     def newest_whole(
         self, tell: Callable[[str], None], agree: Callable[[Mapping[str, str]], None] = lambda facts: None
@@ -144,21 +164,18 @@ class CheckpointStore:
             more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
             raise UserError(ExitCode.CONFIG, what, self.folder / str(step), "; ".join(differences[:5]) + more)
 
-    def _seal(self) -> None:
-        """Waits for the save under way, then notes the sha256 of every new step."""
+    @contextlib.contextmanager
+    def _naming_step(self) -> Iterator[None]:
+        """Turns errors of a disk into `UserError` that names the step last saved."""
         try:
-            self._manager.wait_until_finished()
-        except OSError as error:
-            raise io_error(error, self.folder) from error
-        if jax.process_index() != 0 or not self._writes:
-            return
-        for step in self.steps():
-            path = self._sums(step)
-            if not path.exists():
-                write_whole(path, json.dumps(_sha256_of(self.folder / str(step)), indent=1).encode())
-        for path in self._sums(0).parent.glob("*.json"):
-            if not (self.folder / path.stem).exists():
-                path.unlink()
+            yield
+        except (OSError, ValueError) as error:
+            number = re.search(r"os_error_code='(\d+)'", str(error))  # as tensorstore says it, in a ValueError
+            if number:
+                error = OSError(int(number[1]), os.strerror(int(number[1])))
+            if not isinstance(error, OSError):
+                raise
+            raise io_error(error, self.folder / str(self._saving or "")) from error
 
     def _move_aside(self, step: int) -> Path:
         place = self.folder.parent / "damaged"

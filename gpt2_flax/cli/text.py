@@ -1,6 +1,5 @@
 """From text to tokens: tokenizer, prepare, inspect, import-tokens."""
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -68,7 +67,7 @@ def tokenizer(
 
     To use one that exists (vocab.txt, a SentencePiece .model, tokenizer.json), give it to `prepare` instead.
     """
-    from gpt2_flax.folders import check_output, new_folder
+    from gpt2_flax.folders import check_output, new_folder, scratch_folder
     from gpt2_flax.text.corpus import corpus_units, empty_corpus, standard_input_as_file
     from gpt2_flax.text.exported import check_exported, spread
     from gpt2_flax.text.survey import encoding_lines, encodings
@@ -78,8 +77,8 @@ def tokenizer(
         raise typer.BadParameter("--model-type unigram is for --kind sentencepiece")
     check_output(output, "tokenizer.json", overwrite)
     problems: list[Problem] = []
-    with tempfile.TemporaryDirectory() as folder:
-        files = standard_input_as_file(corpus, Path(folder, "stdin.txt"))
+    with scratch_folder() as folder:
+        files = standard_input_as_file(corpus, folder / "stdin.txt")
         units = corpus_units(files, CorpusOptions(format, separator, field, encoding, on_error))
         for line in encoding_lines(encodings(units)):
             print(line, flush=True)

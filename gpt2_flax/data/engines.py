@@ -17,9 +17,11 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_sentinels
 from multiprocessing.sharedctypes import SynchronizedArray
 from multiprocessing.synchronize import Event
+from types import FrameType
 from typing import Any, Literal, TypeVar
 
 from gpt2_flax.errors import ExitCode, UserError, missing_package
+from gpt2_flax.interruption import FirstSignal
 
 Engine = Literal["local", "ray"]
 Tick = Callable[[int, int], None]
@@ -29,6 +31,7 @@ Result = TypeVar("Result")
 Work = Callable[[Task, Tick], Result]
 
 POLL_SECONDS = 0.2
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
@@ -41,7 +44,7 @@ def run(
     """Yields (number, result) of all numbered `tasks` as they are finished.
 
     By default there is a worker for each core of this machine, or of the cluster. `tick` is called in this process. The
-    first failure ends the others and is raised; `UserError` (IO) when a process died.
+    first failure ends the others and is raised; `UserError` when a process died (IO), or a signal came.
     """
     if engine == "ray":
         return _run_on_ray(work, tasks, workers, tick)
@@ -52,6 +55,13 @@ def run(
 
 
 def _run_in_processes(work: Work, tasks: Sequence[tuple[int, Any]], workers: int, tick: Tick) -> Iterator:
+    with FirstSignal() as first:  # around all that `multiprocessing` makes: a process that just ends leaves it behind
+        yield from _run_in_pool(work, tasks, workers, tick, first)
+
+
+def _run_in_pool(
+    work: Work, tasks: Sequence[tuple[int, Any]], workers: int, tick: Tick, first: FirstSignal
+) -> Iterator:
     context = multiprocessing.get_context("spawn")  # safe whatever threads this process has
     stop, done = context.Event(), context.Array(ctypes.c_int64, 2)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (work, stop, done))
@@ -61,7 +71,8 @@ def _run_in_processes(work: Work, tasks: Sequence[tuple[int, Any]], workers: int
         todo = iter(tasks)
         while True:
             for number, task in itertools.islice(todo, 2 * workers - len(running)):
-                running[pool.submit(_work, task)] = number
+                running[_submit(pool, task)] = number
+            first.check()
             if not running:
                 break
             finished, _ = wait(running, POLL_SECONDS, FIRST_COMPLETED)
@@ -77,12 +88,23 @@ def _run_in_processes(work: Work, tasks: Sequence[tuple[int, Any]], workers: int
         pool.shutdown(cancel_futures=True)
 
 
+def _submit(pool: ProcessPoolExecutor, task: Any) -> Future:
+    """Hands over a task; a worker that this starts is deaf to signals until it can deal with them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        return pool.submit(_work, task)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _worker: tuple[Work, Tick]  # of this process, when it is a worker
 
 
 def _start_worker(work: Work, stop: Event, done: SynchronizedArray) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
+    signal.signal(signal.SIGTERM, _end_after_parent)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     _use_one_core()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -107,6 +129,12 @@ def _end_with_parent() -> None:
     if parent is not None:
         wait_for_sentinels([parent.sentinel])
         os._exit(1)
+
+
+def _end_after_parent(number: int, frame: FrameType | None) -> None:
+    """A signal to all processes of a job is for the parent to explain, which it does before this worker is missed."""
+    wait_for_sentinels([multiprocessing.parent_process().sentinel], timeout=1.0)
+    os._exit(1)
 
 
 class _RayWorker:

@@ -24,6 +24,7 @@ from gpt2_flax.data.best_fit import best_fit_decreasing
 from gpt2_flax.data.token_dataset import TokenSplit, ranges
 from gpt2_flax.errors import ExitCode, UserError, io_error
 from gpt2_flax.folders import cache_folder
+from gpt2_flax.interruption import cleaned_up
 from gpt2_flax.progress import progress_bar
 
 _VERSION = 1  # of plans: one more when the same documents would come in other rows, which changes resumed runs
@@ -114,6 +115,7 @@ def _make(path: Path, split: TokenSplit, seq_length: int, overlap: int) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(cleaned_up(lambda: _discard(temporary)))
             parts_file, rows_file = files = [stack.enter_context(open(file, "xb")) for file in _files(temporary)]
             advance = stack.enter_context(_late_bar("packing documents in rows", split.n_tokens, "tokens"))
             n_parts = 0
@@ -133,8 +135,12 @@ def _make(path: Path, split: TokenSplit, seq_length: int, overlap: int) -> None:
         for file, name in zip(_files(temporary), _files(path), strict=True):
             file.replace(name)
     finally:
-        for file in _files(temporary):
-            file.unlink(missing_ok=True)
+        _discard(temporary)
+
+
+def _discard(path: Path) -> None:
+    for file in _files(path):
+        file.unlink(missing_ok=True)
 
 
 def _parts(split: TokenSplit, seq_length: int, overlap: int) -> Iterator[np.ndarray]:

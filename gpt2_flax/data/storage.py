@@ -7,14 +7,13 @@ when its dataset.json is there.
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from gpt2_flax.errors import ExitCode, UserError, io_error
-from gpt2_flax.folders import check_output, folder_lock, is_address
+from gpt2_flax.folders import check_output, folder_lock, is_address, scratch_folder
 from gpt2_flax.text.files import file_system
 
 
@@ -95,10 +94,10 @@ class RemoteFolder:
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="gpt2-flax-") as folder:
-            yield Path(folder)
+        with scratch_folder() as folder:
+            yield folder
             files, root = file_system(self.url)
-            staged = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+            staged = [path for path in sorted(folder.rglob("*")) if path.is_file()]
             for path in staged:
                 name = f"{root}/{path.relative_to(folder).as_posix()}"
                 files.makedirs(name.rpartition("/")[0], exist_ok=True)
@@ -106,8 +105,8 @@ class RemoteFolder:
 
     @contextlib.contextmanager
     def scratch(self, name: str) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="gpt2-flax-") as folder:
-            yield Path(folder)
+        with scratch_folder() as folder:
+            yield folder
 
     def names(self) -> set[str]:
         files, root = file_system(self.url)
@@ -121,8 +120,8 @@ class RemoteFolder:
     @contextlib.contextmanager
     def fetched(self, name: str) -> Iterator[Path]:
         files, root = file_system(self.url)
-        with tempfile.TemporaryDirectory(prefix="gpt2-flax-") as folder:
-            path = Path(folder, "file")
+        with scratch_folder() as folder:
+            path = folder / "file"
             files.get_file(f"{root}/{name}", str(path))
             yield path
 

@@ -1,7 +1,6 @@
 """How well a model predicts text that it was not trained on."""
 
 import contextlib
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from gpt2_flax.data.packing import Batch
 from gpt2_flax.data.prepare import prepare_text
 from gpt2_flax.data.token_dataset import TokenSplit
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.folders import write_whole
+from gpt2_flax.folders import scratch_folder, write_whole
 from gpt2_flax.inference.evaluation import Evaluation
 from gpt2_flax.inference.per_document import document_characters, document_lines, evaluate_documents
 from gpt2_flax.model.gpt2 import GPT2
@@ -95,10 +94,10 @@ def evaluate_source(
     mesh = make_mesh(MeshConfig())
     n_rows = -(-n_rows // row_shards(mesh)) * row_shards(mesh)
     packing = source.config.data.packing if source.config else "stream"
-    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
+    with scratch_folder() as folder, jax.set_mesh(mesh):
         tokenizer = source.tokenizer()
         if _is_corpus(data):
-            splits = {data: _prepared(data, part, tokenizer, Path(folder), options)}
+            splits = {data: _prepared(data, part, tokenizer, folder, options)}
         else:
             splits = _splits(source, data, part or "validation", tokenizer)
         model = jax.device_put(model_from_weights(source.model, source.weights), NamedSharding(mesh, P()))

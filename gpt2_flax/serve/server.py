@@ -12,6 +12,7 @@ import uvicorn
 from gpt2_flax.checkpoint.source import Source
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.inference.generate import Generator
+from gpt2_flax.interruption import handled_elsewhere
 from gpt2_flax.serve.api import About, make_app
 from gpt2_flax.serve.completion import Limits
 from gpt2_flax.serve.turns import Turns
@@ -44,7 +45,8 @@ def serve(source: Source, name: str, listener: socket.socket, limits: Limits) ->
         print("warning: whoever reaches this machine can use the model; there is no password", file=sys.stderr)
     url = f"http://{_in_url(host)}:{port}/"
     print(f"serving {name}, {about.parameters:,} parameters, at {url} (Ctrl-C ends it)", flush=True)
-    server.run([listener])
+    with handled_elsewhere():
+        server.run([listener])
     print("ended")
 
 

@@ -2,14 +2,13 @@
 
 import math
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import tokenizers
 
 from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.folders import scratch_folder
 from gpt2_flax.text.spm import SentencePieceTokenizer
 from gpt2_flax.text.tokenizer import Tokenizer
 
@@ -33,10 +32,10 @@ def check_exported(tokenizer: Tokenizer, samples: Sequence[str], where: object) 
     Raises `UserError` (DATA) if more differ: what is trained with it could not be exported.
     """
     fix = "a model trained with it could not be exported: use another one, or make one with `gpt2-flax tokenizer`"
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         try:
-            tokenizer.save(Path(folder))
-            saved = tokenizers.Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
+            tokenizer.save(folder)
+            saved = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
             saved.encode_special_tokens = True
             different = differing_texts(tokenizer, lambda texts: _encoded(saved, texts), samples)
         except BaseException as error:

@@ -12,7 +12,7 @@ from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.config import Config
 from gpt2_flax.data.loader import Loader
 from gpt2_flax.data.mixture import Mixture
-from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.errors import ExitCode, UserError, io_error
 from gpt2_flax.inference.evaluate import evaluate
 from gpt2_flax.inference.evaluation import Evaluation
 from gpt2_flax.model.attention import choose
@@ -95,6 +95,21 @@ def _naming(name: str) -> Iterator[None]:
         raise UserError(error.exit_code, name + error.what, error.where, error.fix) from error
 
 
+@contextlib.contextmanager
+def _naming_checkpoint(run: RunFolder) -> Iterator[None]:
+    """Adds to what a disk has ended where the run resumes."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            error = io_error(error, error.filename or run.path)
+        if not isinstance(error, UserError) or error.exit_code != ExitCode.IO:
+            raise
+        step = run.last_checkpoint()
+        resumes = "it starts from its beginning" if step is None else f"it resumes from step {step}"
+        raise UserError(error.exit_code, error.what, error.where, f"{error.fix}: {resumes}") from error
+
+
 def _check(config: Config, mixture: Mixture, before: Sequence[Config], devices: Sequence[jax.Device] | None) -> _Stage:
     """What can be known of a stage without training those before it, or its run folder."""
     config = with_vocab_size(config, mixture)
@@ -154,7 +169,8 @@ def _train(
             for choice in stage.choices:
                 say(choice)
             profiler = stack.enter_context(Profiler(profile_steps, run.tensorboard, int(start[0].step), say))
-            _run(stage, store, log, profiler, stop, watchdog, *start)
+            with _naming_checkpoint(run):
+                _run(stage, store, log, profiler, stop, watchdog, *start)
 
 
 def _run(
@@ -215,6 +231,8 @@ def _run(
                     so_far = {"step": step, "samples_seen": samples_seen, "skipped": report.skipped}
                     with watchdog.paused():
                         _save(store, state, meta | so_far, config.output)
+                        if last:
+                            store.seal()  # now, before anybody reads that it is saved
                     save_due = False
             if stopping and step < total:
                 what = f"stopped at step {step}, saved"

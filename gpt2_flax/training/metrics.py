@@ -1,6 +1,6 @@
 """Numbers of a run: lines on the screen, metrics.jsonl, TensorBoard events; and texts by which to judge it."""
 
-import functools
+import contextlib
 import io
 import json
 import math
@@ -16,11 +16,12 @@ import jax
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.config import Config
 from gpt2_flax.data.packing import Batch
-from gpt2_flax.errors import ExitCode, UserError, printable
+from gpt2_flax.errors import ExitCode, UserError, naming_file, printable
 from gpt2_flax.inference.evaluate import Evaluation
 from gpt2_flax.parallel.devices import peak_memory
 from gpt2_flax.progress import duration, si
 from gpt2_flax.training.step import StepMetrics
+from gpt2_flax.training.tensorboard import TensorBoard
 from gpt2_flax.training.throughput import Throughput
 
 
@@ -33,19 +34,13 @@ class MetricsLog(AbstractContextManager):
     def __init__(self, run: RunFolder | None):
         self._run = run
         self._file = _lines(run.metrics) if run else None
+        self._events = TensorBoard(run.tensorboard, self.say) if run else None
 
     def __exit__(self, *exception: object) -> None:
         if self._file:
-            self._file.close()
-            if "_events" in vars(self):
-                self._events.close()
-
-    @functools.cached_property
-    def _events(self) -> Any:
-        # Not before the first step: where torch is installed this imports it, which takes longer than all else.
-        from tensorboardX import SummaryWriter
-
-        return SummaryWriter(str(self._run.tensorboard))
+            self._events.close()
+            with contextlib.suppress(OSError):  # each line was flushed, or its error raised
+                self._file.close()
 
     def write(self, step: int, values: dict[str, float], line: str) -> None:
         """Adds the values of a step, with names such as `train/loss`, and prints `line`."""
@@ -53,11 +48,10 @@ class MetricsLog(AbstractContextManager):
             return
         record: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         record |= {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._events.add_scalar(name, value, step)
+        with naming_file(f"{self._run.metrics} at step {step}"):
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+        self._events.add_scalars(step, {name: value for name, value in values.items() if math.isfinite(value)})
         self.say(line)
 
     def write_texts(self, step: int, texts: Sequence[str]) -> None:
@@ -65,14 +59,16 @@ class MetricsLog(AbstractContextManager):
         if not self._file or not texts:
             return
         lines = [printable(text) for text in texts]
-        with open(self._run.samples, "a", encoding="utf-8") as file:
+        where = f"{self._run.samples} at step {step}"
+        with naming_file(where), open(self._run.samples, "a", encoding="utf-8") as file:
             file.writelines(f"step {step:>7}  {line}\n" for line in lines)
-        self._events.add_text("samples", "\n\n".join(lines), step)
+        self._events.add_text(step, "samples", "\n\n".join(lines))
 
     def say(self, line: str) -> None:
         """Prints a line, on the process that prints."""
         if self._file:
-            print(line, flush=True)
+            with naming_file("standard output"):
+                print(line, flush=True)
 
 
 class StepReport:

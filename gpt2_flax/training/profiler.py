@@ -25,8 +25,12 @@ class Profiler(AbstractContextManager):
     def __exit__(self, *exception: object) -> None:
         if self._tracing:
             self._tracing = False
-            jax.profiler.stop_trace()
-            self._say(f"profile written: tensorboard --logdir {self._folder} (package xprof shows it)")
+            try:
+                jax.profiler.stop_trace()
+            except (OSError, RuntimeError) as error:  # training goes on without it
+                self._say(f"warning: no profile in {self._folder}: {str(error).splitlines()[0]}")
+            else:
+                self._say(f"profile written: tensorboard --logdir {self._folder} (package xprof shows it)")
 
     def after(self, step: int, metrics: StepMetrics) -> None:
         """Begins or ends the trace after a step; only then are the devices waited for."""

@@ -1,0 +1,173 @@
+"""Ctrl-C (SIGINT) and SIGTERM end the program with one line and an exit code, at any moment.
+
+No handler raises an exception: foreign imports, callbacks and destructors swallow it, or abort the process. Instead a
+thread reads each signal from a pipe, also while the main thread computes in C, and ends the process.
+"""
+
+import atexit
+import contextlib
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from types import FrameType
+
+from gpt2_flax.errors import ExitCode, UserError
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_END, _NOTE, _IGNORE = range(100, 103)  # what the thread does with a signal; sent through the same pipe, so in order
+_GRACE = 5.0  # seconds for cleaning up
+_ONE = 0.2  # seconds; some launchers send a signal twice at once, to the process and to its group
+
+_pipe: int | None = None  # the writing end, None in a process that is not the program
+_ending = threading.Lock()  # of the thread that ends the process, which never releases it
+_clean_ups: list[Callable[[], object]] = []
+_exit_code: int | None = None  # once the command is finished
+
+
+def catch_signals() -> None:
+    """Let signals end this process with one line, from now on. Call it first, in the main thread."""
+    global _pipe
+    reading, _pipe = os.pipe()
+    os.set_blocking(_pipe, False)
+    atexit.register(_leave)  # registered first, so called last
+    threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
+    signal.set_wakeup_fd(_pipe, warn_on_full_buffer=False)
+    for number in _SIGNALS:
+        signal.signal(number, lambda number, frame: None)
+
+
+def finish(exit_code: int) -> int:
+    """Return `exit_code`, with which the process ends from now on; never return when a signal is ending it."""
+    global _exit_code
+    if _pipe is not None and _exit_code is None:
+        _ending.acquire()
+        _exit_code = exit_code
+    return exit_code
+
+
+def interrupted(number: int) -> UserError:
+    """Return what the user reads about a signal that ended the command."""
+    command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
+    code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED
+    if command == "train" and number != signal.SIGINT:
+        code = ExitCode.TRY_AGAIN  # for job scripts a stopped run is one that goes on, saved or not
+    where = f"gpt2-flax {command}, by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}"
+    return UserError(code, "interrupted", where, "run the same command again: it starts over, or resumes where it can")
+
+
+@contextlib.contextmanager
+def cleaned_up(clean_up: Callable[[], object]) -> Iterator[None]:
+    """Call `clean_up`, in another thread, when a signal ends the process in the block."""
+    _clean_ups.append(clean_up)
+    try:
+        yield
+    finally:
+        # Once it is being cleaned up, nobody may use it: this thread stays here then.
+        with contextlib.nullcontext() if _exit_code is not None else _ending:
+            _clean_ups.remove(clean_up)
+
+
+@contextlib.contextmanager
+def handled_elsewhere() -> Iterator[None]:
+    """Leave signals in the block to handlers of others."""
+    _tell(_IGNORE)
+    try:
+        yield
+    finally:
+        _tell(_END)
+
+
+class FirstSignal(AbstractContextManager):
+    """While the block runs, the first signal is only noted; a second ends the process at once."""
+
+    def __init__(self, numbers: Sequence[int] = _SIGNALS):
+        self.number: int | None = None
+        self._numbers, self._previous = numbers, {}
+
+    def __enter__(self) -> "FirstSignal":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in self._numbers}
+            _tell(_NOTE)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._previous:
+            _tell(_END)
+            self._restore()
+
+    def check(self) -> None:
+        """Raise `UserError` when a signal has come."""
+        if self.number is not None:
+            raise interrupted(self.number)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self._restore()  # outside the program a second signal does what it did before
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def _tell(byte: int) -> None:
+    if _pipe is not None:
+        os.write(_pipe, bytes([byte]))
+
+
+def _watch(reading: int) -> None:
+    reaction, noted = _END, 0.0
+    while True:
+        for byte in os.read(reading, 1):
+            if byte in (_END, _NOTE, _IGNORE):
+                reaction, noted = byte, 0.0
+            elif byte not in _SIGNALS or reaction == _IGNORE:
+                continue
+            elif reaction == _NOTE and (not noted or time.monotonic() - noted < _ONE):
+                noted = noted or time.monotonic()
+            else:
+                _end(reading, interrupted(byte))
+
+
+def _end(reading: int, failure: UserError) -> None:
+    """Ends the process; a further signal cuts short what is waited for."""
+    if _wait(reading, lambda: _ending.acquire(blocking=False)):
+        _attempt(reading, *reversed(_clean_ups))
+        _attempt(reading, sys.stdout.flush)
+        _attempt(reading, lambda: os.write(2, f"error: {failure}\n".encode(errors="backslashreplace")))
+    # Else the command had finished, or failed and said why, and hangs in the clean-up of a library.
+    os._exit(failure.exit_code if _exit_code is None else _exit_code)
+
+
+def _attempt(reading: int, *actions: Callable[[], object]) -> None:
+    """Calls what may block, or fail when the main thread is at it too."""
+
+    def call() -> None:
+        for action in actions:
+            with contextlib.suppress(Exception):
+                action()
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(_ONE)
+    _wait(reading, lambda: not thread.is_alive())
+
+
+def _wait(reading: int, done: Callable[[], bool]) -> bool:
+    patience = time.monotonic() + _GRACE
+    while not (so := done()) and time.monotonic() < patience and not select.select([reading], [], [], 0.02)[0]:
+        pass
+    return so
+
+
+def _leave() -> None:
+    """Skips the rest of the interpreter's end, in which signals kill and threads of libraries crash."""
+    if _exit_code is not None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(_exit_code)
