@@ -21,6 +21,18 @@ from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import folder_lock, write_whole
 
 
+def check_model(path: Path) -> Path:
+    """Returns `path` where a model may be: a file, a `transformers` folder, a run, or RUN/checkpoints/STEP.
+
+    Needs no jax, so that a wrong name is seen at once. Raises `UserError` (NO_INPUT) where nothing of the kind is.
+    """
+    run = path.parent.parent if path.parent.name == "checkpoints" and path.name.isdecimal() else path
+    if not (path.is_file() or (path / "config.json").is_file() or RunFolder(run).checkpoints.is_dir()):
+        fix = "give a run folder, RUN/checkpoints/STEP, a transformers folder, or a .bin file of UER-py"
+        raise UserError(ExitCode.NO_INPUT, "no model found", path, fix)
+    return path
+
+
 class RunFolder:
     """Names the parts of a run; nothing is touched until a method says so."""
 

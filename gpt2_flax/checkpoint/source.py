@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from gpt2_flax.checkpoint.huggingface import read_folder
-from gpt2_flax.checkpoint.run_folder import RunFolder
+from gpt2_flax.checkpoint.run_folder import RunFolder, check_model
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.checkpoint.uer import read_uer
 from gpt2_flax.checkpoint.weights import Weights, abstract_model, model_from_weights, weights_of
@@ -43,6 +43,7 @@ def load_source(
     Raises `UserError`: NO_INPUT when there is nothing of the kind, DATA or IO when it is damaged, USAGE for a `step` or
     `uer_config` of what has none, or a missing `tokenizer`.
     """
+    check_model(path)
     is_checkpoint = path.parent.name == "checkpoints" and path.name.isdecimal()
     is_uer, is_folder = path.is_file(), (path / "config.json").is_file()
     if step is not None and (is_checkpoint or is_folder or is_uer):
@@ -87,9 +88,6 @@ def _uer_source(path: Path, tokenizer: Path | None, uer_config: Path | None) -> 
 
 
 def _run_source(run: RunFolder, step: int | None) -> Source:
-    if not run.checkpoints.is_dir():
-        fix = "give a run folder, RUN/checkpoints/STEP, a transformers folder, or a .bin file of UER-py"
-        raise UserError(ExitCode.NO_INPUT, "no model found", run.path, fix)
     with CheckpointStore(run.checkpoints) as store:
         step = _choose(store, step)
         meta = store.meta(step)

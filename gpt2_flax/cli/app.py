@@ -1,6 +1,7 @@
 """The program's frame, and what all commands share."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,14 @@ def utf8(value: str | list[str] | None) -> str | list[str] | None:
     return value
 
 
+def existing_model(path: Path) -> Path:
+    """Refuses a path without a model before a command imports, computes or writes anything."""
+    from gpt2_flax.checkpoint.run_folder import check_model
+
+    return check_model(path)
+
+
+ModelArgument = partial(typer.Argument, callback=existing_model)
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that an earlier call made.")]
-Model = Annotated[Path, typer.Argument(help="A run folder, RUN/checkpoints/STEP, or a transformers folder.")]
+Model = Annotated[Path, ModelArgument(help="A run folder, RUN/checkpoints/STEP, or a transformers folder.")]
 Step = Annotated[int | None, typer.Option(help="Which checkpoint of a run; the newest when left out.")]

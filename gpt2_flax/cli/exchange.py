@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from gpt2_flax.cli.app import Model, Overwrite, Step, app, utf8
+from gpt2_flax.cli.app import Model, ModelArgument, Overwrite, Step, app, utf8
 
 CardText = partial(typer.Option, callback=utf8)
 CardArgument = partial(typer.Argument, callback=utf8)
@@ -81,7 +81,7 @@ def export(
 
 @app.command(name="import")
 def import_(
-    model: Annotated[Path, typer.Argument(help="A transformers folder that holds a GPT-2, or a .bin file of UER-py.")],
+    model: Annotated[Path, ModelArgument(help="A transformers folder that holds a GPT-2, or a .bin file of UER-py.")],
     output: Annotated[Path, typer.Argument(help="Folder to make, usable wherever a run is: init_from, generate, ...")],
     tokenizer: ItsTokenizer = None,
     uer_config: UerConfig = None,
@@ -101,7 +101,7 @@ def import_(
 def convert(
     model: Annotated[
         Path,
-        typer.Argument(help="A .bin file of UER-py, a transformers folder, a run, or RUN/checkpoints/STEP."),
+        ModelArgument(help="A .bin file of UER-py, a transformers folder, a run, or RUN/checkpoints/STEP."),
     ],
     output: Annotated[Path, typer.Argument(help="Folder to make: for transformers, or with --format uer for UER-py.")],
     format: Annotated[
