@@ -175,7 +175,7 @@ def _claim(output: Path) -> IO[bytes]:
     """
     prefix = f".{output.name}.tmp-"
     for left in output.parent.glob(f"{glob.escape(prefix)}*.lock"):
-        with contextlib.suppress(OSError), open(left, "a") as file:
+        with contextlib.suppress(OSError), open(left, "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if (folder := left.with_suffix("")).exists():
                 shutil.rmtree(folder)

@@ -6,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from weight_folders import random_weights
 
+from gpt2_flax.checkpoint.huggingface import to_hf_config
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.export.transformers_folder import export_folder
 from gpt2_flax.text.tokenizer import load_tokenizer
@@ -129,5 +130,6 @@ def test_all_files_pad_with_one_token(folder, tokenizer):
         json.loads((folder / name).read_bytes())["pad_token_id"] for name in ("config.json", "generation_config.json")
     )
     assert in_config == tokenizer.pad_id
+    assert to_hf_config(ModelConfig(vocab_size=9), 1, 2, 2)["pad_token_id"] is None, "no warning of every end"
     expected = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
     assert (used, AutoTokenizer.from_pretrained(folder).pad_token_id) == (expected, expected)

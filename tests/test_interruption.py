@@ -208,7 +208,7 @@ def in_prepare(made, folder, body):
 def test_a_signal_while_c_code_computes_ends_the_process_and_removes_what_was_unfinished(made, tmp_path):
     body = f"with new_folder(Path('new'), 'x') as f:\n    (f / 'x').touch(); print('now', flush=True); {COMPUTE}"
     process = in_prepare(made, tmp_path, body)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert any(path.is_dir() for path in tmp_path.iterdir())
     process.send_signal(signal.SIGTERM)
     code, _, err = ended(process)
     assert (code, err.count("\n")) == (143, 1)

@@ -201,6 +201,36 @@ def test_the_model_is_described(port):
     assert call(port, "GET", "/healthz")[::2] == (200, {"status": "ok"})
 
 
+def test_the_limits_of_a_model_are_those_of_the_errors(port):
+    card = call(port, "GET", "/v1/models")[2]["data"][0]
+    assert (card["max_tokens"], card["max_prompt_tokens"], card["max_texts"], card["max_stop_strings"]) == (
+        40,
+        30,
+        6,
+        16,
+    )
+    held = {
+        "max_tokens": lambda n: {"max_tokens": n},
+        "max_prompt_tokens": lambda n: {"prompt": "好" * n},
+        "max_texts": lambda n: {"n": n},
+        "max_stop_strings": lambda n: {"stop": [f"never {i}" for i in range(n)]},
+    }
+    for name, fields in held.items():
+        asked = {"prompt": "好", "max_tokens": 1, "seed": 1}
+        assert call(port, "POST", POST, asked | fields(card[name]))[0] == 200, name
+        status, _, answer = call(port, "POST", POST, asked | fields(card[name] + 1))
+        assert status == (413 if name == "max_prompt_tokens" else 400), name
+        assert re.search(rf"\b{card[name]}\b", answer["error"]["message"]), name
+
+
+def test_a_text_ends_before_the_first_of_many_stop_strings(port):
+    fields = {"prompt": "这是很久", "max_tokens": 20, "seed": 2}
+    (text,) = texts(port, **fields)
+    assert texts(port, **fields, stop=[*(f"never {i}" for i in range(15)), text[6:8]]) == [
+        text[: text.index(text[6:8])]
+    ]
+
+
 def test_the_page_loads_nothing_from_elsewhere(port):
     status, headers, page = call(port, "GET", "/")
     assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
@@ -252,7 +282,11 @@ def test_the_official_client_is_content(port):
         ({"prompt": ["好"] * 7}, 400, "prompt"),
         ({"prompt": "好", "seed": -1}, 400, "seed"),
         ({"prompt": "好", "stop": ""}, 400, "stop"),
-        ({"prompt": "好", "stop": ["a"] * 5}, 400, "stop"),
+        ({"prompt": "好", "stop": ["a", "b" * 101]}, 400, "stop"),
+        ({"prompt": "好", "stop": ["a"] * 17}, 400, "stop"),
+        ({"prompt": "好", "stop": {"a": 1}}, 400, "stop"),
+        ({"prompt": "好", "stop": ["a", 1]}, 400, "stop"),
+        ({"prompt": "好", "stream_options": {"usage": True}}, 400, "stream_options.usage"),
         ({"prompt": "好", "stream": "yes"}, 400, "stream"),
         ({"prompt": "好", "best_of": 2}, 400, "best_of"),
         ({"prompt": "好", "logprobs": 1}, 400, "logprobs"),
@@ -512,6 +546,54 @@ def test_without_the_extra_it_says_what_to_install(run_folder, capsys, monkeypat
     assert ended.value.code == 64
     assert "needs starlette" in (error := capsys.readouterr().err)
     assert "pip install 'gpt2_flax[serve]'" in error
+
+
+@pytest.mark.parametrize(
+    ("stop", "said"),
+    [
+        (["a"] * 17, "stop: 17 strings, this server allows 16"),
+        ("", "stop: each string must have 1 to 100 characters"),
+        (["a", "b" * 101], "stop: each string must have 1 to 100 characters"),
+        (5, "stop: a string or a list of strings, please"),
+    ],
+)
+def test_what_is_wrong_with_stop_strings_is_said(port, stop, said):
+    assert call(port, "POST", POST, {"prompt": "好", "stop": stop})[2]["error"]["message"] == said
+
+
+@pytest.mark.parametrize("name", ["NOSUCH", "NOSUCH/checkpoints/3", "empty"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("serve", "MODEL"),
+        ("generate", "MODEL"),  # without a prompt, too
+        ("evaluate", "MODEL", "--data", "nowhere"),
+        ("export", "MODEL", "out"),
+        ("import", "MODEL", "out", "--tokenizer", "nowhere"),
+        ("convert", "MODEL", "out", "--format", "uer"),
+    ],
+)
+def test_a_model_that_is_not_there_is_seen_before_anything_else(command, name, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code = """
+import sys
+for name in ("jax", "torch", "starlette", "uvicorn"):
+    sys.modules[name] = None  # an import of it is an error
+from gpt2_flax.__main__ import main
+main(sys.argv[1:])
+"""
+    arguments = [name if one == "MODEL" else one for one in command]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 66, done.stderr
+    assert done.stderr.startswith(f"error: no model found: {name}; give a run")
+    assert done.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
 
 
 # The page, where there is a Chromium and its driver.

@@ -159,7 +159,7 @@ def test_transformers_loads_a_saved_folder_with_the_same_ids_of_real_text(tokeni
 def test_transformers_knows_the_special_tokens_of_a_saved_folder(tokenizer, exported):
     assert set(exported(TEXTS[0])) == {"input_ids", "attention_mask"}
     assert (exported.bos_token_id, exported.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
-    assert exported.pad_token_id == tokenizer.pad_id
+    assert exported.pad_token_id == (tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id)
 
 
 @pytest.mark.parametrize("text", [*TEXTS[:4], "鬱 今天鬱", "\n今 天"])

@@ -162,7 +162,8 @@ def to_hf_config(config: ModelConfig, bos_id: int, eos_id: int, pad_id: int | No
         # Left out, they would mean 50256, an id that most vocabularies lack: generation would never stop.
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
-        "pad_token_id": pad_id,  # no other: transformers 5 warns of each text that begins or ends with it
+        # transformers 5 warns of each text that begins or ends with it, so begin and end are not named as padding here.
+        "pad_token_id": None if pad_id in (bos_id, eos_id) else pad_id,
         "dtype": "float32",
         "torch_dtype": "float32",  # the name of `dtype` before transformers 4.56
     }

@@ -28,6 +28,18 @@ from gpt2_flax.folders import check_link, folder_lock, write_whole
 SIGHT = 15.0  # seconds in which other hosts see a new file; NFS keeps what it knows of a folder for some
 
 
+def check_model(path: Path) -> Path:
+    """Returns `path` where a model may be: a file, a `transformers` folder, a run, or RUN/checkpoints/STEP.
+
+    Needs no jax, so that a wrong name is seen at once. Raises `UserError` (NO_INPUT) where nothing of the kind is.
+    """
+    run = path.parent.parent if path.parent.name == "checkpoints" and path.name.isdecimal() else path
+    if not (path.is_file() or (path / "config.json").is_file() or RunFolder(run).checkpoints.is_dir()):
+        fix = "give a run, RUN/checkpoints/STEP, a transformers folder, a .bin of UER-py or a ckpt.pt of nanoGPT"
+        raise UserError(ExitCode.NO_INPUT, "no model found", path, fix)
+    return path
+
+
 class RunFolder:
     """Names the parts of a run; nothing is touched until a method says so."""
 

@@ -14,7 +14,7 @@ import jax
 
 from gpt2_flax.checkpoint.huggingface import read_folder
 from gpt2_flax.checkpoint.nanogpt import from_nanogpt, open_nanogpt
-from gpt2_flax.checkpoint.run_folder import RunFolder
+from gpt2_flax.checkpoint.run_folder import RunFolder, check_model
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.checkpoint.tensor_files import check_finite
 from gpt2_flax.checkpoint.uer import read_uer
@@ -62,6 +62,7 @@ def load_source(
     Raises `UserError`: NO_INPUT when there is nothing of the kind, DATA or IO when it is damaged or its numbers are not
     finite, USAGE for a `step` or `uer_config` of what has none, or a missing `tokenizer`.
     """
+    check_model(path)
     is_checkpoint = path.parent.name == "checkpoints" and path.name.isdecimal()
     is_file, is_folder = path.is_file(), (path / "config.json").is_file()
     if step is not None and (is_checkpoint or is_folder or is_file):
@@ -119,9 +120,6 @@ def _no_uer_config(path: Path) -> UserError:
 
 
 def _run_source(run: RunFolder, step: int | None) -> Source:
-    if not run.checkpoints.is_dir():
-        fix = "give a run, RUN/checkpoints/STEP, a transformers folder, a .bin of UER-py or a ckpt.pt of nanoGPT"
-        raise UserError(ExitCode.NO_INPUT, "no model found", run.path, fix)
     with CheckpointStore(run.checkpoints) as store:
         step = _choose(store, step)
         meta = store.meta(step)

@@ -65,10 +65,18 @@ def corpus_source(given: str) -> str:
     return path_or_address(given) if is_utf8(given) else given
 
 
+def existing_model(path: Path) -> Path:
+    """Refuses a path without a model before a command imports, computes or writes anything."""
+    from gpt2_flax.checkpoint.run_folder import check_model
+
+    return check_model(path)
+
+
 PathArgument = partial(typer.Argument, parser=_path)
 PathOption = partial(typer.Option, parser=_path)
+ModelArgument = partial(PathArgument, callback=existing_model)
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that an earlier call made.")]
-Model = Annotated[Path, PathArgument(help="A run folder, RUN/checkpoints/STEP, or a transformers folder.")]
+Model = Annotated[Path, ModelArgument(help="A run folder, RUN/checkpoints/STEP, or a transformers folder.")]
 Step = Annotated[int | None, typer.Option(help="Which checkpoint of a run; the newest when left out.")]
 Bos = Annotated[
     str | None, typer.Option(callback=utf8, help="Token that begins a document, if the tokenizer's files do not say.")

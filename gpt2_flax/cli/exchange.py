@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from gpt2_flax.cli.app import Bos, Eos, Model, Overwrite, PathArgument, PathOption, Step, app, utf8
+from gpt2_flax.cli.app import Bos, Eos, Model, ModelArgument, Overwrite, PathArgument, PathOption, Step, app, utf8
 from gpt2_flax.text.special_tokens import Ends
 
 CardText = partial(typer.Option, callback=utf8)
@@ -82,7 +82,7 @@ def export(
 def import_(
     model: Annotated[
         Path,
-        PathArgument(help="A transformers folder that holds a GPT-2, a .bin of UER-py, or a ckpt.pt of nanoGPT."),
+        ModelArgument(help="A transformers folder that holds a GPT-2, a .bin of UER-py, or a ckpt.pt of nanoGPT."),
     ],
     output: Annotated[Path, PathArgument(help="Folder to make, usable wherever a run is: init_from, generate, ...")],
     tokenizer: ItsTokenizer = None,
@@ -107,7 +107,7 @@ def import_(
 def convert(
     model: Annotated[
         Path,
-        PathArgument(
+        ModelArgument(
             help="A .bin of UER-py, a ckpt.pt of nanoGPT, a transformers folder, a run, or RUN/checkpoints/STEP."
         ),
     ],

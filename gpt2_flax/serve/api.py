@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gpt2_flax.serve.completion import Completion, Limits, parse_completion, texts_of
+from gpt2_flax.serve.completion import Completion, Limits, most_prompt_tokens, parse_completion, texts_of
 from gpt2_flax.serve.errors import BUG, HANDLERS, ApiError, no_such_model
 from gpt2_flax.serve.turns import Piece, Turns
 
@@ -81,9 +81,11 @@ class Api:
         return JSONResponse({"status": "ok"})
 
     def _card(self) -> dict[str, object]:
-        about = self._about
+        about, limits = self._about, self._limits
         ours = {"parameters": about.parameters, "n_positions": about.n_positions, "step": about.step}
-        ours["max_tokens"] = min(self._limits.max_tokens, about.n_positions - 1)
+        # As the errors say them; a text ends at the last position, too.
+        ours |= {"max_tokens": limits.max_tokens, "max_prompt_tokens": most_prompt_tokens(about.n_positions)}
+        ours |= {"max_texts": limits.texts, "max_stop_strings": limits.stops}
         return {"id": about.name, "object": "model", "created": about.created, "owned_by": "gpt2_flax", **ours}
 
     async def _whole(self, asked: Completion, pieces: AsyncIterator[Piece]) -> Response:

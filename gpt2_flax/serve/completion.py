@@ -11,8 +11,6 @@ from pydantic import ConfigDict, Field
 from gpt2_flax.inference.generate import Sampling
 from gpt2_flax.serve.errors import ApiError, no_such_model
 
-Stop = Annotated[str, Field(min_length=1, max_length=100)]
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -26,6 +24,10 @@ class Limits:
     """How long a client may take to send it."""
     texts: int = 16
     """Most texts a request: prompts times n."""
+    stops: int = 16
+    """Most stop strings a request; OpenAI's clients send up to 4, those of other servers more."""
+    stop_characters: int = 100
+    """Longest stop string."""
     closing_seconds: float = 5.0
     """How long a request that runs may go on when the server ends."""
 
@@ -49,7 +51,7 @@ class Completion(pydantic.BaseModel):
     n: int = Field(1, ge=1)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] = ()
+    stop: str | list[str] = ()
     seed: int | None = Field(None, ge=0, lt=2**32)
     echo: bool = False
     user: str | None = None
@@ -108,7 +110,16 @@ def parse_completion(body: bytes, model: str, limits: Limits) -> Completion:
         param = "n" if asked.n > 1 else "prompt"
         message = f"{param}: prompts times n is {asked.n * len(asked.prompts)}, this server allows {limits.texts}"
         raise ApiError(400, message, param)
+    if len(asked.stops) > limits.stops:
+        raise ApiError(400, f"stop: {len(asked.stops)} strings, this server allows {limits.stops}", "stop")
+    if not all(0 < len(stop) <= limits.stop_characters for stop in asked.stops):
+        raise ApiError(400, f"stop: each string must have 1 to {limits.stop_characters} characters", "stop")
     return asked
+
+
+def most_prompt_tokens(n_positions: int) -> int:
+    """Returns how many tokens of a prompt leave room for the begin of document and one new token."""
+    return n_positions - 2
 
 
 def texts_of(asked: Completion) -> list[Text]:
@@ -154,9 +165,10 @@ def _explained(errors: pydantic.ValidationError) -> ApiError:
     first = errors.errors()[0]
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
+        name = ".".join(map(str, first["loc"]))
         return ApiError(400, f"{name}: there is no such field", name)
-    if name == "prompt" and first["type"] not in ("missing", "string_unicode"):
-        return ApiError(400, "prompt: a string or a list of strings, please", name)
+    if name in ("prompt", "stop") and first["type"] not in ("missing", "string_unicode"):
+        return ApiError(400, f"{name}: a string or a list of strings, please", name)
     if name in ("best_of", "frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "suffix"):
         return ApiError(400, f"{name}: this server does not support it", name)
     return ApiError(400, f"{name}: {first['msg']}", name)

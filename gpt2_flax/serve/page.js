@@ -220,8 +220,8 @@ async function start() {
   });
   try {
     state.model = (await (await fetch("v1/models")).json()).data[0];
-    SLIDERS.max_tokens.max = state.model.max_tokens;
-    SLIDERS.max_tokens.value = Math.min(SLIDERS.max_tokens.value, state.model.max_tokens);
+    SLIDERS.max_tokens.max = Math.min(state.model.max_tokens, state.model.n_positions - 1);
+    SLIDERS.max_tokens.value = Math.min(SLIDERS.max_tokens.value, SLIDERS.max_tokens.max);
     at("max_tokens").max = SLIDERS.max_tokens.max;
     at("max_tokens").value = SLIDERS.max_tokens.value;
   } catch (error) {

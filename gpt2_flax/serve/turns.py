@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
 from gpt2_flax.inference.generate import Generator, prompt_ids, stream_text
-from gpt2_flax.serve.completion import Limits, StopStrings, Text
+from gpt2_flax.serve.completion import Limits, StopStrings, Text, most_prompt_tokens
 from gpt2_flax.serve.errors import ApiError
 
 
@@ -101,7 +101,8 @@ class Turns:
         (prompt,) = prompt_ids(self._generator.tokenizer, [text.prompt])
         positions = self._generator.decoder.cfg.n_positions
         if len(prompt) >= positions:
-            message = f"prompt: it has {len(prompt) - 1} tokens, and the model takes {positions - 2} and one new one"
+            most = most_prompt_tokens(positions)
+            message = f"prompt: it has {len(prompt) - 1} tokens, and the model takes {most} and one new one"
             raise ApiError(413, message, "prompt", "context_length_exceeded")
         return prompt
 
