@@ -16,11 +16,13 @@ from conftest import changed
 from weight_folders import CONFIG, write_folder
 
 from gpt2_flax import __main__ as cli
+from gpt2_flax.checkpoint import run_folder
+from gpt2_flax.cli import app
 from gpt2_flax.config import dump_config
 from gpt2_flax.config_file import load_config
 from gpt2_flax.data.dataset_info import read_info
 
-COMMANDS = typer.main.get_command(cli.app).commands
+COMMANDS = typer.main.get_command(app).commands
 
 
 def within(hint):
@@ -53,6 +55,13 @@ def test_the_list_is_of_all_commands_that_take_paths():
     assert ("import-tokens", "validation") in PATHS
 
 
+@pytest.fixture
+def models_everywhere(monkeypatch):
+    """A model is looked for before other parameters are read."""
+    monkeypatch.setattr(run_folder, "check_model", lambda path: path)
+
+
+@pytest.mark.usefixtures("models_everywhere")
 @pytest.mark.parametrize(("command", "parameter"), PATHS)
 def test_an_address_is_no_path(capsys, monkeypatch, tmp_path, command, parameter):
     monkeypatch.chdir(tmp_path)
@@ -65,6 +74,7 @@ def test_an_address_is_no_path(capsys, monkeypatch, tmp_path, command, parameter
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("models_everywhere")
 @pytest.mark.parametrize(("command", "parameter"), PATHS)
 def test_home_folders_are_expanded(capsys, monkeypatch, tmp_path, command, parameter):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

@@ -166,7 +166,7 @@ def test_a_named_token_that_is_a_piece_of_text_becomes_a_special_one(tmp_path):
 def test_the_unknown_token_of_gpt2_is_no_unknown_token(tmp_path):
     names = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|endoftext|>")
     tokenizer = load_tokenizer(write(tmp_path, tokenizer_config=names))
-    assert (tokenizer.unk_id, tokenizer.pad_id, tokenizer.eos_id) == (None, 0, 0)
+    assert (tokenizer.unk_id, tokenizer.pad_id, tokenizer.eos_id) == (None, None, 0)
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config", "special_tokens_map", "generation_config", "config"])

@@ -46,6 +46,8 @@ def named_tokens(file: Path, ids: Mapping[str, int], special: Collection[str], e
         found[name] = wanted or _said(file.parent, files, name, ids, tokens)
     for name in ("pad_token", "unk_token"):
         found[name] = next((token for place in _NAMES if (token := _token(files[place].get(name))) in ids), None)
+    if found["pad_token"] in (found["bos_token"], found["eos_token"]):
+        found["pad_token"] = None  # as saved folders name the end token where there is no padding token
     return {name: token for name, token in found.items() if token is not None}
 
 
