@@ -18,8 +18,10 @@ HAS_TPU = any(list(Path("/dev").glob(pattern)) for pattern in tpu.DEVICE_FILES)
 @pytest.mark.skipif(HAS_TPU, reason="has a TPU")
 def test_a_command_prints_nothing_of_a_tpu_that_is_not_there(corpus, tokenizer_folder, tmp_path):
     pytest.importorskip("libtpu")
-    n_tokens = load_tokenizer(tokenizer_folder).vocab_size
-    model = write_folder(tmp_path / "model", CONFIG.model_copy(update={"vocab_size": n_tokens}))
+    tokenizer = load_tokenizer(tokenizer_folder)
+    config = CONFIG.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    model = write_folder(tmp_path / "model", config, **ids)
     shutil.copytree(tokenizer_folder, model, dirs_exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_PLAT", "TPU_"))}
     environment |= {"PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(tmp_path)}

@@ -66,7 +66,8 @@ def sample(units: Sequence[Unit]) -> Sample:
             for batch in unit.batches(lambda problem: None):
                 n_bytes += batch.n_bytes
                 n_read += len(batch.texts)
-                for text in batch.texts:
+                every = max(1, -(-sum(map(len, batch.texts)) // room))  # of the whole batch, not of its beginning
+                for text in batch.texts[::every]:
                     if room:
                         texts.append(text[:room])
                         room -= len(texts[-1])
