@@ -344,7 +344,8 @@ def test_a_vocabulary_that_does_not_fit_stops_before_the_work_begins(corpus, tmp
 
 def test_what_the_sample_does_not_show_stops_at_the_end_and_is_kept(tokenizer, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(survey, "_CHARACTERS", 100)
-    (tmp_path / "corpus.txt").write_text("\n".join(DOCUMENTS[:50] + ["一二三四五六七八九十"] * 400), encoding="utf-8")
+    texts = ["一二三四五六七八九十" if index % 45 else "天地玄黄宇宙洪荒日月" for index in range(450)]
+    (tmp_path / "corpus.txt").write_text("\n".join(texts), encoding="utf-8")
     error = refused(tmp_path / "corpus.txt", tokenizer, tmp_path / "dataset")
     assert (error.exit_code, error.what.partition("% of")[2]) == (ExitCode.DATA, " the tokens are unknown")
     prepare([str(tmp_path / "corpus.txt")], tokenizer, tmp_path / "dataset", allow_unknown=True)
