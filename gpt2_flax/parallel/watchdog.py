@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from gpt2_flax.errors import ExitCode, UserError, io_error, printable
+from gpt2_flax.memory import out_of_memory
 from gpt2_flax.parallel import hub
 from gpt2_flax.parallel.hub import AGAIN, Hub, receive, send
 
@@ -214,10 +215,10 @@ def _error(verdict: Mapping[str, Any], where: str) -> UserError:
 
 
 def _exit_code(error: BaseException) -> int:
+    if failure := out_of_memory(error, "", ""):
+        return failure.exit_code
     if isinstance(error, OSError):
         error = io_error(error, "")
-    if isinstance(error, KeyboardInterrupt):
-        return ExitCode.INTERRUPTED
     return getattr(error, "exit_code", ExitCode.BUG)
 
 
