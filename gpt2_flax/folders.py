@@ -180,7 +180,7 @@ def _claim(output: Path) -> IO[bytes]:
             if (folder := left.with_suffix("")).exists():
                 shutil.rmtree(folder)
             left.unlink()
-    claim = tempfile.NamedTemporaryFile(prefix=prefix, suffix=".lock", dir=output.parent)  # noqa: SIM115
+    claim = tempfile.NamedTemporaryFile("wb", prefix=prefix, suffix=".lock", dir=output.parent)  # noqa: SIM115
     with contextlib.suppress(OSError):  # a file system without locks: what is left there stays
         fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return claim
