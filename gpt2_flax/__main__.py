@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from gpt2_flax.errors import ExitCode, UserError, io_error, naming_file, printable
 from gpt2_flax.interruption import catch_signals, finish
@@ -14,12 +14,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs a command and exits with a code of `ExitCode`; every failure is one line on stderr."""
     if arguments is None:
         catch_signals()  # before the imports of what runs a command, which take a second
+        sys.unraisablehook = _unraisable
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     from gpt2_flax.compilation_cache import keep_compiled_programs
 
     keep_compiled_programs()
     sys.exit(_exit_code(arguments))
+
+
+def _unraisable(unraisable: Any) -> None:
+    """Shows no traceback of callbacks that tensorstore makes when saving has failed: that is raised as well."""
+    if unraisable.object is not None:
+        sys.__unraisablehook__(unraisable)
 
 
 def _exit_code(arguments: Sequence[str] | None) -> int:
@@ -35,7 +42,7 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return finish(128 + signal.SIGPIPE)  # not OK: a training run that ends here is not finished
     except Exception as error:
-        failure = _failure(error)
+        failure = _failure(error, sys.argv[1:] if arguments is None else arguments)
         finish(failure.exit_code)
         if os.environ.get(DEBUG):
             import traceback
@@ -45,7 +52,18 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         return failure.exit_code
 
 
-def _failure(error: BaseException) -> UserError:
+_SMALLER = {
+    "tokenizer": "lower --vocab-size",
+    "prepare": "lower --workers",
+    "train": "lower data.global_batch_size or the sizes of the model",
+    "evaluate": "lower --batch-size or --seq-length",
+    "generate": "lower --max-new-tokens",
+    "serve": "lower --max-tokens",
+}
+"""What makes a command need less memory."""
+
+
+def _failure(error: BaseException, arguments: Sequence[str]) -> UserError:
     """Returns what the user is told of `error`; the traceback of one that should not have come up is kept in a file."""
     import tempfile
     import traceback
@@ -58,6 +76,11 @@ def _failure(error: BaseException) -> UserError:
     if isinstance(error, typer.BadParameter.__base__):
         command = error.ctx.command_path if error.ctx else "gpt2-flax"
         return UserError(ExitCode.USAGE, error.format_message().rstrip("."), command, f"see `{command} --help`")
+    from gpt2_flax.memory import out_of_memory
+
+    command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    if failure := out_of_memory(error, f"gpt2-flax {command}", _SMALLER.get(command, "use a machine with more memory")):
+        return failure
     if isinstance(error, OSError):
         return io_error(error, error.filename or "a file")
     log = {"prefix": "gpt2-flax-crash-", "suffix": ".log", "encoding": "utf-8", "errors": "backslashreplace"}

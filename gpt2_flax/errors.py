@@ -15,6 +15,7 @@ class ExitCode(enum.IntEnum):
     DATA = 65  # a corpus, vocabulary, dataset or weight file is damaged or does not fit
     NO_INPUT = 66  # an input is missing
     BUG = 70  # ours; the traceback is kept in a file
+    OUT_OF_MEMORY = 71  # of the host or of a device
     CANT_CREATE = 73  # an output exists, is in use, or is not writable
     IO = 74  # reading or writing failed, disk full, no usable checkpoint
     TRY_AGAIN = 75  # stopped and saved; the same command goes on

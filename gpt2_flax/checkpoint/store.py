@@ -36,6 +36,10 @@ class CheckpointStore:
     def __init__(self, folder: Path, keep: int | None = None):
         self.folder, self._writes, self._saving = folder, keep is not None, None
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, cleanup_tmp_directories=self._writes)
+        if self._writes:
+            logging.getLogger("asyncio").setLevel(
+                logging.CRITICAL
+            )  # of one error on a disk it logs what follows from it
         if self._writes and jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
         if jax.process_count() > 1:

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 from gpt2_flax.errors import ExitCode, UserError, io_error, printable
+from gpt2_flax.memory import out_of_memory
 from gpt2_flax.parallel import hub
 from gpt2_flax.parallel.hub import AGAIN, Hub, receive, send
 
@@ -175,10 +176,10 @@ def _connect(host: str, port: int) -> socket.socket:
 
 
 def _exit_code(error: BaseException) -> int:
+    if failure := out_of_memory(error, "", ""):
+        return failure.exit_code
     if isinstance(error, OSError):
         error = io_error(error, "")
-    if isinstance(error, KeyboardInterrupt):
-        return ExitCode.INTERRUPTED
     return getattr(error, "exit_code", ExitCode.BUG)
 
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
 from gpt2_flax.inference.generate import Generator, prompt_ids, stream_text
+from gpt2_flax.memory import out_of_memory
 from gpt2_flax.serve.completion import Limits, StopStrings, Text
 from gpt2_flax.serve.errors import ApiError
 
@@ -78,7 +79,8 @@ class Turns:
                     await self._make_text(text, prompt, put)
             put(None)
         except Exception as error:
-            put(error)
+            failure = out_of_memory(error, "this request", "lower max_tokens or shorten the prompt")
+            put(error if failure is None else ApiError(500, str(failure), code="out_of_memory"))
 
     async def _make_text(self, text: Text, prompt: list[int], put: Callable[[Piece], None]) -> None:
         tokenizer = self._generator.tokenizer

@@ -15,10 +15,11 @@ from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError, io_error
 from gpt2_flax.inference.evaluate import evaluate
 from gpt2_flax.inference.evaluation import Evaluation
+from gpt2_flax.memory import out_of_memory
 from gpt2_flax.model.attention import choose
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.parallel.auto_mesh import choose_mesh
-from gpt2_flax.parallel.feed import device_batch, prefetch
+from gpt2_flax.parallel.feed import device_batch, prefetch, row_shards
 from gpt2_flax.parallel.mesh import make_mesh, platform
 from gpt2_flax.parallel.watchdog import Watchdog
 from gpt2_flax.training.metrics import MetricsLog, StepReport
@@ -97,6 +98,27 @@ def _naming_checkpoint(run: RunFolder) -> Iterator[None]:
         raise UserError(error.exit_code, error.what, error.where, f"{error.fix}: {resumes}") from error
 
 
+@contextlib.contextmanager
+def _naming_savings(config: Config, mesh: Mesh) -> Iterator[None]:
+    """Turns an error of memory that is too small into `UserError` with the cheapest changes that help."""
+    try:
+        yield
+    except Exception as error:
+        rows, parts, changes = config.data.global_batch_size, config.training.accumulation_steps, []
+        if config.model.remat != "full":
+            changes.append("model.remat=full")
+        if rows % (2 * parts * row_shards(mesh)) == 0:
+            changes.append(f"training.accumulation_steps={2 * parts}")
+        if mesh.shape["fsdp"] * mesh.shape["tensor"] < mesh.size:
+            changes.append(f"mesh.fsdp={mesh.size // mesh.shape['tensor']}")
+        changes.append(f"data.global_batch_size below {rows}")
+        fix = f"add these, one after another until it fits: {', '.join(changes)}"
+        failure = out_of_memory(error, config.output, fix)
+        if failure is None:
+            raise
+        raise failure from error
+
+
 def _check(
     config: Config, before: Sequence[Config], allow_change: Sequence[str], devices: Sequence[jax.Device] | None
 ) -> _Stage:
@@ -144,6 +166,7 @@ def _train(
         store = stack.enter_context(CheckpointStore(run.checkpoints, config.training.keep_checkpoints))
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(watchdog.running(config.output))
+        stack.enter_context(_naming_savings(config, mesh))
 
         def say(line: str) -> None:
             log.say(name + line)
