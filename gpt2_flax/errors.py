@@ -18,7 +18,7 @@ class ExitCode(enum.IntEnum):
     OUT_OF_MEMORY = 71  # of the host or of a device
     CANT_CREATE = 73  # an output exists, is in use, or is not writable
     IO = 74  # reading or writing failed, disk full, no usable checkpoint
-    TRY_AGAIN = 75  # stopped and saved; the same command goes on
+    TRY_AGAIN = 75  # stopped, and saved if it had begun; the same command resumes
     DIVERGED = 76  # loss or gradient not finite
     CONFIG = 78  # the configuration
     INTERRUPTED = 130  # Ctrl-C, nothing was saved

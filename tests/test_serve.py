@@ -449,6 +449,17 @@ def run_folder(source, tmp_path_factory):
     return folder
 
 
+def test_too_little_memory_is_an_answer_and_the_server_goes_on(generator, monkeypatch, capfd):
+    with serving(generator) as (port, _), monkeypatch.context() as patch:
+        patch.setattr(generator, "new_ids", lambda *arguments: np.zeros(2**46))
+        status, _, answer = call(port, "POST", POST, {"prompt": "这"})
+        assert (status, answer["error"]["code"]) == (500, "out_of_memory")
+        assert answer["error"]["message"].startswith("out of memory (512 TiB asked, this machine has ")
+        patch.undo()
+        assert texts(port, prompt="这", max_tokens=2)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_streams_turns_away_and_ends_with_0(run_folder, generator, number):
     with served(run_folder, "--max-concurrent", "1") as (process, port):
