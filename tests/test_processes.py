@@ -97,3 +97,14 @@ def test_when_one_fails_the_other_says_why(config, tmp_path):
     own = errors[1].splitlines()[-1].removeprefix("error: ")
     assert errors[0].splitlines()[-1].startswith("error: process 1 (host ")
     assert errors[0].splitlines()[-1].endswith(f" of the run has failed: gpt2-flax train; it says: {own}")
+
+
+def test_ctrl_c_of_one_process_ends_both_with_130(config, tmp_path):
+    processes = start(changed(config, training__total_steps=2000, training__evaluate_every=1000), tmp_path)
+    wait_until(lambda: max(logged(config), default=0) > 3, processes)
+    processes[1].send_signal(signal.SIGINT)
+    codes, _, errors = ended(processes)
+    assert codes == [ExitCode.INTERRUPTED] * 2
+    assert errors[1].startswith("error: interrupted: gpt2-flax train, by Ctrl-C; ")
+    assert errors[1].count("\n") == 1
+    assert "it says: interrupted: gpt2-flax train, by Ctrl-C" in errors[0]
