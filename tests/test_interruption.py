@@ -280,12 +280,16 @@ def test_a_signal_after_the_end_changes_nothing(made, tmp_path):
 
 
 def test_outside_the_program_a_second_signal_does_what_it_did_before():
-    with FirstSignal() as first:
-        signal.raise_signal(signal.SIGINT)
-        assert first.number == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with FirstSignal() as first:
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            assert first.number == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_folder_that_is_finished_is_no_longer_cleaned_up(tmp_path):

@@ -194,7 +194,7 @@ def test_the_jobset_says_what_the_program_reads(environment):
 
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"]["containerName"] == container["name"]
-    restarted = {ExitCode.OK, ExitCode.TRY_AGAIN, ExitCode.INTERRUPTED}
+    restarted = {ExitCode.OK, ExitCode.TRY_AGAIN, ExitCode.INTERRUPTED, ExitCode.TERMINATED}
     assert set(rule["onExitCodes"]["values"]) == set(ExitCode) - restarted
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in job["template"]["spec"]["volumes"]}

@@ -225,6 +225,7 @@ def test_a_file_needs_a_vocabulary_and_a_folder_no_uer_config(file, tmp_path, ca
     assert run("import", file, tmp_path / "run") == ExitCode.USAGE
     assert "--tokenizer vocab.txt" in capsys.readouterr().err
     assert run("generate", file, "--prompt", "一") == ExitCode.USAGE
+    (tmp_path / "config.json").write_text("{}")  # makes it a folder of a model
     assert run("import", tmp_path, tmp_path / "run", "--uer-config", vocabulary) == ExitCode.USAGE
     assert run("import", file, tmp_path / "run", "--tokenizer", vocabulary, "--uer-config", vocabulary) == ExitCode.DATA
     assert not (tmp_path / "run").exists()
