@@ -56,7 +56,7 @@ def printable(text: str) -> str:
 
 @contextlib.contextmanager
 def naming_file(name: object) -> Iterator[None]:
-    """Gives an OSError of the block a file name; those of write, flush and close have none."""
+    """Gives an OSError of the block a file name; errors of write, flush and close have no name."""
     try:
         yield
     except OSError as error:

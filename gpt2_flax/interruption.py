@@ -55,7 +55,7 @@ def interrupted(number: int) -> UserError:
     command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
     code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED
     if command == "train" and number != signal.SIGINT:
-        code = ExitCode.TRY_AGAIN  # for job scripts a stopped run is one that goes on, saved or not
+        code = ExitCode.TRY_AGAIN  # job scripts start a stopped run again, whether it was saved or not
     where = f"gpt2-flax {command}, by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}"
     return UserError(code, "interrupted", where, "run the same command again: it starts over, or resumes where it can")
 

@@ -103,7 +103,7 @@ class RunFolder:
             return None
 
     def write_config(self, config: Config, tokenizer: Path) -> None:
-        """Writes the resolved config, of which paths are absolute, and copies the tokenizer the first time."""
+        """Writes the resolved config with absolute paths, and copies the tokenizer the first time."""
         write_whole(self.config, dump_config(_with_absolute_paths(config)).encode())
         if not self.tokenizer.exists():
             # Under another name first: a tokenizer that was copied in part would stay.

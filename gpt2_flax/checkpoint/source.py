@@ -1,6 +1,6 @@
 """What a user may name where a model is wanted: a run, a checkpoint of one, a `transformers` folder, a file of others.
 
-Files are those of UER-py, TencentPretrain and nanoGPT.
+The files are checkpoints of UER-py, TencentPretrain and nanoGPT.
 """
 
 import dataclasses

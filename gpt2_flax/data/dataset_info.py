@@ -100,7 +100,7 @@ class DatasetInfo(Record):
 
     @property
     def unknown_share(self) -> float | None:
-        """Unknown tokens among those of text, begin and end left out; None when there is no unknown token."""
+        """Share of unknown tokens among the tokens of text; None if the vocabulary has no unknown token."""
         if self.unk_id is None:
             return None
         shards = [shard for split in self.shards.values() for shard in split]

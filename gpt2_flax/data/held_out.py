@@ -34,9 +34,9 @@ def tail_tokens(total: int, fraction: float) -> int | None:
 
 
 def hold_out_tail(storage: Storage, tokenizer: Tokenizer, info: DatasetInfo, fraction: float) -> DatasetInfo:
-    """Shares the documents of a split, the other of which has none: the last `fraction` of all tokens for validation.
+    """Moves the last `fraction` of all tokens to the validation split, when all documents fell into one split.
 
-    What is cut off from a document begins a document without `bos_id`. Where the cut is depends on the tokens alone.
+    A tail that is cut from a document has no `bos_id`. The place of the cut depends on the tokens alone.
     Records of the units whose shards change are removed first, so that a call that is killed here does them again.
     Raises `UserError` (DATA) when there are too few tokens.
     """

@@ -84,8 +84,8 @@ def normed(norm: nnx.LayerNorm, x_BTD: jax.Array) -> jax.Array:
 def _linear(layer: nnx.Linear | nnx.LinearGeneral, x: jax.Array) -> jax.Array:
     """Apply `layer` to x (N, ...) in `layer.dtype`; the gradient of its bias is summed in float32.
 
-    Without tensor parallelism the axes of the product are merged to those of a matrix: a product over several axes is
-    one over one to all compilers but XLA's for CPUs, which copies the kernel for it.
+    Without tensor parallelism the axes of the kernel are merged into a matrix: XLA for CPUs copies the kernel before a
+    product over several axes. For other compilers both products are the same.
     """
     kernel, features = layer.kernel[...].astype(layer.dtype), layer.bias.shape
     if tensor_parallel():

@@ -25,7 +25,7 @@ class Limits:
     texts: int = 16
     """Most texts a request: prompts times n."""
     stops: int = 16
-    """Most stop strings a request; OpenAI's clients send up to 4, those of other servers more."""
+    """Most stop strings a request; OpenAI's clients send up to 4, clients of other servers more."""
     stop_characters: int = 100
     """Longest stop string."""
     closing_seconds: float = 5.0

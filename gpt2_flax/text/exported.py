@@ -55,7 +55,7 @@ def check_exported(tokenizer: Tokenizer, samples: Sequence[str], where: object) 
 def differing_texts(
     tokenizer: Tokenizer, encode: Callable[[Sequence[str]], Sequence[Sequence[int]]], samples: Sequence[str]
 ) -> list[str]:
-    """Return those of the odd texts and `samples` for which `encode`, the exported tokenizer, gives other ids."""
+    """Return the odd texts and the `samples` for which `encode`, the exported tokenizer, gives other ids."""
     texts = [*ODD_TEXTS, *samples]
     ours, theirs = tokenizer.encode_batch(texts), encode(texts)
     # A corpus may hold "<s>" as text. By default that is the special token in `transformers`; here it is left out.

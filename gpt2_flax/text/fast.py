@@ -100,7 +100,7 @@ class FastTokenizer:
 def read_fast_tokenizer(path: Path, ends: Ends = FROM_FILES) -> FastTokenizer:
     """Return the tokenizer of a `tokenizer.json`, or of a `vocab.json` that has a `merges.txt` beside it.
 
-    Begin and end of document are those of `named_tokens`, else a family's. Without a begin the end serves as one.
+    `named_tokens` gives the begin and end tokens, else a known family does. Without a begin token the end token serves.
     Raises `UserError`: DATA for a file that `tokenizers` does not understand, or whose end of document nothing tells,
     and as `named_tokens`.
     """

@@ -139,7 +139,7 @@ def cut(file: File, options: CorpusOptions, unit_bytes: int, pass_over: PassOver
 
 
 def _suffixes(path: str) -> tuple[str, str]:
-    """The suffix that tells the format, and that of a compression."""
+    """Returns the suffix of the format and the suffix of the compression."""
     name = PurePosixPath(path.partition("?")[0] if is_address(path) else path).name.lower()
     packed = next((suffix for suffix in _COMPRESSED if name.endswith(suffix)), "")
     return PurePosixPath(name.removesuffix(packed)).suffix, packed

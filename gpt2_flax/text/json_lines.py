@@ -10,7 +10,7 @@ from gpt2_flax.text.documents import Faults, Texts, in_parts
 
 LONGEST_RECORD = 2**26  # bytes of UTF-8
 
-DECODER = json.JSONDecoder(parse_int=float)  # no text is a number, and `int` refuses those of thousands of digits
+DECODER = json.JSONDecoder(parse_int=float)  # no text is a number, and `int` refuses numbers of thousands of digits
 
 _JSON_NAMES = {dict: "an object", list: "a list", bool: "true or false", float: "a number"}
 _SURROGATES = re.compile("[\ud800-\udfff]")
