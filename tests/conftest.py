@@ -5,6 +5,7 @@ import os
 import random
 import tempfile
 import warnings
+from pathlib import Path
 
 from gpt2_flax.compilation_cache import keep_compiled_programs
 
@@ -47,6 +48,18 @@ def corpus(tmp_path_factory):
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function that writes bytes to a file of the test and returns its path."""
+
+    def write(content: bytes, name: str = "a.txt") -> Path:
+        path = tmp_path / name
+        path.write_bytes(content)
+        return path
+
+    return write
 
 
 @pytest.fixture(scope="session")

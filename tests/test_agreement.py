@@ -207,7 +207,7 @@ def refused(processes):
 
 
 def differ(processes, name, *values):
-    """What the sentence must be, of which both processes and both values are part."""
+    """Returns the expected sentence, with both processes and both values."""
     host = socket.gethostname()
     pairs = zip(processes, values, strict=True)
     has = ", ".join(f"process {i} (host {host}, pid {p.pid}) has {value}" for i, (p, value) in enumerate(pairs))

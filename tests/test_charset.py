@@ -57,16 +57,6 @@ DETECTED = [
 ]
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write(content: bytes, name: str = "a.txt") -> Path:
-        path = tmp_path / name
-        path.write_bytes(content)
-        return path
-
-    return write
-
-
 def encoding_of(path: Path, **options: str) -> str:
     [unit] = corpus_units([str(path)], CorpusOptions(**options))
     [file] = unit.files

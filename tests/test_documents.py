@@ -20,16 +20,6 @@ from gpt2_flax.text.tokenizer import load_tokenizer
 MULTIBYTE = ["utf-8", "gb18030", "gbk", "big5", "cp949", "shift_jis", "euc_jp", "johab"]
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write(content: bytes, name: str = "a.txt") -> Path:
-        path = tmp_path / name
-        path.write_bytes(content)
-        return path
-
-    return write
-
-
 def test_each_line_is_a_document_and_blank_ones_are_none(write):
     assert read_texts(write("一\r\n\n \u3000 \n二 \n三".encode())) == ["一", "二 ", "三"]
 

@@ -136,7 +136,9 @@ def test_sentencepiece_works_with_the_auto_classes(exported_sentencepiece, silen
         assert theirs(text)["input_ids"] == [ours.bos_id, *ids]
         assert theirs.decode(ids) == text
     model = AutoModelForCausalLM.from_pretrained(exported_sentencepiece)
-    fixed = {"suppress_tokens": [ours.pad_id]}  # of which a random model says some, and transformers warns
+    fixed = {
+        "suppress_tokens": [ours.pad_id]
+    }  # a random model generates padding tokens, and transformers warns of them
     assert model.generate(**theirs(PROMPT, return_tensors="pt"), **fixed).shape[1] <= N_POSITIONS
     generate = pipeline("text-generation", str(exported_sentencepiece))
     assert generate(PROMPT, max_length=100, do_sample=True, **fixed)[0]["generated_text"].startswith(PROMPT)

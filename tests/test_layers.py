@@ -102,7 +102,7 @@ def test_nothing_is_unpickled_or_run_from_a_file():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_text_is_utf8_whatever_the_locale(path):
-    """Whoever opens a file says its encoding or that it is bytes."""
+    """Each call that opens a file names its encoding, or opens bytes."""
     for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         name = isinstance(call, ast.Call) and getattr(call.func, "id", getattr(call.func, "attr", None))
         if name not in ("open", "read_text", "write_text", "fdopen", "TemporaryFile", "NamedTemporaryFile"):

@@ -13,9 +13,9 @@ _BLANKS = re.compile(r"[ \t\n\r]*")
 
 
 def json_values(pieces: Iterable[str | Bad], field: str, faults: Faults) -> Iterator[Texts]:
-    """Yields the text of each value: of a string itself, of an object its `field`; those of a list one by one.
+    """Yields the text of each value: a string is its own text, an object has its text in `field`.
 
-    What is no JSON ends the file, since nothing says where the next value begins.
+    A list yields the texts of its values. The file ends at a fault, since nothing says where the next value begins.
     """
     reader = _Values(field, faults)
     for piece in pieces:
@@ -86,7 +86,7 @@ class _Values:
                 return stop
 
     def _value(self, text: str, at: int, last: bool) -> tuple[object, int] | None:
-        """Returns a value and where it stops, None when more of it must come, or what stands there is none."""
+        """Returns a value and where it stops; None if the value is incomplete or not JSON."""
         try:
             if self._in_list and self._after_value:
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, at)

@@ -27,7 +27,7 @@ class Profiler(AbstractContextManager):
             self._tracing = False
             try:
                 jax.profiler.stop_trace()
-            except (OSError, RuntimeError) as error:  # training goes on without it
+            except (OSError, RuntimeError) as error:  # training continues without a profile
                 self._say(f"warning: no profile in {self._folder}: {str(error).splitlines()[0]}")
             else:
                 self._say(f"profile written: tensorboard --logdir {self._folder} (package xprof shows it)")

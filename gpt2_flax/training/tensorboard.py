@@ -12,7 +12,7 @@ _FLUSH_SECONDS = 30.0
 class TensorBoard:
     """Adds events to a new file in `folder`, made with the first event.
 
-    The first error ends it with a warning through `say`: training goes on without.
+    The first error ends the events with a warning through `say`; training continues without events.
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None]):
