@@ -48,8 +48,8 @@ class ModelConfig(Section):
         "bfloat16", description="type of activations; parameters, softmax and loss stay float32"
     )
     attend_across_documents: bool = Field(False, description="see what comes before in the row, of other documents too")
-    attention: Literal["auto", "xla", "cudnn", "splash"] = Field(
-        "auto", description="kernel: cuDNN flash attention (GPU), Pallas splash attention (TPU), XLA; auto: the fastest"
+    attention: Literal["auto", "xla", "flash", "cudnn", "splash"] = Field(
+        "auto", description="kernel: flash (GPU), cudnn (GPU, no dropout), splash (TPU, no dropout), xla; auto: the fastest"
     )
     layers: Literal["auto", "scanned", "unrolled"] = Field(
         "auto", description="scanned: compiled once; unrolled: all in line, faster on CPU; auto: by the device"

@@ -1,8 +1,9 @@
-"""Causal attention within documents, in three implementations, the choice between them, and dropout.
+"""Causal attention within documents, in four implementations, and the choice between them.
 
-    xla      plain matrix products, a block of queries at a time; the only one that drops attention probabilities
-    cudnn    cuDNN's flash attention, for NVIDIA GPUs
-    splash   Pallas splash attention, for TPUs
+    xla      plain matrix products, a block of queries at a time
+    flash    the project's own flash attention, for NVIDIA GPUs, see `model.flash`
+    cudnn    cuDNN's flash attention, for NVIDIA GPUs; no dropout, and documents cost it a number for each pair of tokens
+    splash   Pallas splash attention, for TPUs; no dropout
 
 None of them keeps probabilities for the backward pass.
 Dimension key: B batch, T queries, S keys, H heads, K head size.
@@ -21,9 +22,11 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.model.dropout import head_seeds, kept
+from gpt2_flax.model.flash import WIDEST_HEAD, flash_attention
 from gpt2_flax.parallel.mesh import BATCH_AXES
 
-Kernel = Literal["xla", "cudnn", "splash"]
+Kernel = Literal["xla", "flash", "cudnn", "splash"]
 
 # Queries at a time: fewer skip more of the keys that lie in the future (of 1024 tokens 256 leave 5/8 of the work, 128
 # leave 9/16) and need less memory, but make more and smaller products.
@@ -45,39 +48,45 @@ def choose(cfg: ModelConfig, length: int, *, dropout: bool, documents: bool, pla
     dropout: whether this is training, so that `cfg.attn_pdrop` counts. documents: whether segments are told apart.
     Raises `UserError` (CONFIG) when `cfg.attention` names one that cannot do it.
     """
-    fastest: dict[str, Kernel] = {"gpu": "cudnn", "tpu": "splash"}
-    kernel = fastest.get(platform, "xla") if cfg.attention == "auto" else cfg.attention
-    if kernel == "cudnn":
-        obstacle = _cudnn_obstacle(cfg, length, dropout, documents, platform)
-    elif kernel == "splash":
-        obstacle = _splash_obstacle(cfg, length, dropout, platform)
-    else:
-        obstacle = None
-    if obstacle is None:
-        return kernel, f"the fastest on a {platform}" if cfg.attention == "auto" else "set by model.attention"
-    if cfg.attention == "auto":
-        return "xla", f"{obstacle.fact}, and {obstacle.need}"
-    what = f"model.attention is {kernel} but {obstacle.fact}, and {obstacle.need}"
-    raise UserError(ExitCode.CONFIG, what, "section [model]", f"set {obstacle.fix} or model.attention = xla")
+    rate = cfg.attn_pdrop if dropout else 0.0
+    if cfg.attention != "auto":
+        if (obstacle := _obstacle(cfg.attention, cfg, rate, platform, length, documents)) is None:
+            return cfg.attention, "set by model.attention"
+        what = f"model.attention is {cfg.attention} but {obstacle.fact}, and {obstacle.need}"
+        raise UserError(ExitCode.CONFIG, what, "section [model]", f"set {obstacle.fix} or model.attention = xla")
+    kernels: dict[str, tuple[Kernel, ...]] = {
+        "gpu": ("flash", "cudnn") if rate or documents else ("cudnn", "flash"),
+        "tpu": ("splash",),
+    }
+    obstacles = []
+    for kernel in kernels.get(platform, ()):
+        if (obstacle := _obstacle(kernel, cfg, rate, platform, length, documents)) is None:
+            return kernel, f"the fastest on a {platform}"
+        obstacles.append(obstacle)
+    if not obstacles:
+        return "xla", f"the fastest on a {platform}"
+    return "xla", f"{obstacles[0].fact}, and {obstacles[0].need}"
 
 
 def causal_attention(
     kernel: Kernel,
-    q_BTHK: jax.Array,
-    k_BTHK: jax.Array,
-    v_BTHK: jax.Array,
+    qkv_BT3HK: jax.Array,
     segments_BT: jax.Array | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns scaled dot-product attention, out_BTHK in the dtype of `q_BTHK`; the softmax is float32.
+    """Returns scaled dot-product attention, out_BTHK in the dtype of `qkv_BT3HK`; the softmax is float32.
 
     A token sees itself and what comes before it in its segment, a run of one number in `segments_BT` (None: all is
-    one). The kernel must be one that `choose` gives; all but "xla" leave dropout out.
+    one). The kernel must be one that `choose` gives; "cudnn" and "splash" leave dropout out. The others drop the same
+    weights.
     """
-    if kernel != "xla":
-        return _on_each_device(_KERNELS[kernel], q_BTHK, k_BTHK, v_BTHK, segments_BT)
-    return _blockwise(dropout_rate, q_BTHK, k_BTHK, v_BTHK, segments_BT, dropout_key if dropout_rate else None)
+    seeds_BH2 = None
+    if dropout_rate and dropout_key is not None:
+        seeds_BH2 = head_seeds(dropout_key, qkv_BT3HK.shape[0], qkv_BT3HK.shape[3])
+    if kernel == "xla":
+        return _blockwise(dropout_rate, *jnp.unstack(qkv_BT3HK, axis=2), segments_BT, seeds_BH2)
+    return _on_each_device(partial(_KERNELS[kernel], dropout_rate), qkv_BT3HK, segments_BT, seeds_BH2)
 
 
 def keep_attention(operation: Any, *operands: Any, **parameters: Any) -> bool:
@@ -101,13 +110,6 @@ def attention(q_BTHK: jax.Array, k_BHKS: jax.Array, v_BHSK: jax.Array, mask_BTS:
     return (weights_BHTS @ v_BHSK).swapaxes(1, 2)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate); no key, no dropout."""
-    if key is None or rate == 0.0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
-
-
 def _mask(stop: int, segments_BT: jax.Array | None, start: int = 0) -> jax.Array:
     """Which keys up to `stop` the queries from `start` on see, bool mask_BTS; without segments B is 1."""
     causal_TS = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
@@ -127,32 +129,32 @@ def _masked(scores_BHTS: jax.Array, mask_BTS: jax.Array) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise(rate: float, q_BTHK, k_BTHK, v_BTHK, segments_BT, key) -> jax.Array:
+def _blockwise(rate: float, q_BTHK, k_BTHK, v_BTHK, segments_BT, seeds_BH2) -> jax.Array:
     """`causal_attention`, with what is needed for the backward pass kept as in arXiv:2205.14135: sums, no products."""
-    return _blockwise_forward(rate, q_BTHK, k_BTHK, v_BTHK, segments_BT, key)[0]
+    return _blockwise_forward(rate, q_BTHK, k_BTHK, v_BTHK, segments_BT, seeds_BH2)[0]
 
 
-def _blockwise_forward(rate: float, q_BTHK, k_BTHK, v_BTHK, segments_BT, key) -> tuple[jax.Array, tuple]:
+def _blockwise_forward(rate: float, q_BTHK, k_BTHK, v_BTHK, segments_BT, seeds_BH2) -> tuple[jax.Array, tuple]:
     q_BHTK, k_BHTK, v_BHTK = _by_head(q_BTHK * q_BTHK.shape[-1] ** -0.5, k_BTHK, v_BTHK)
     outs, log_sums = [], []
-    for start, stop, key_of_block in _blocks(q_BTHK.shape[1], key):
+    for start, stop in _blocks(q_BTHK.shape[1]):
         mask_BTS = _mask(stop, segments_BT, start)
         scores_BHTS = _scores(q_BHTK[:, :, start:stop], k_BHTK[:, :, :stop], mask_BTS)
         highest_BHT1 = scores_BHTS.max(-1, keepdims=True)
         weights_BHTS = jnp.exp(scores_BHTS - highest_BHT1)
         sums_BHT1 = weights_BHTS.sum(-1, keepdims=True)
-        weights_BHTS = dropout(weights_BHTS, rate, key_of_block).astype(q_BTHK.dtype)
+        weights_BHTS = _dropped(weights_BHTS, rate, seeds_BH2, start, q_BTHK.shape[1]).astype(q_BTHK.dtype)
         out_BHTK = _product("BHTS,BHSK->BHTK", weights_BHTS, v_BHTK[:, :, :stop]) / sums_BHT1
         outs.append(out_BHTK.astype(q_BTHK.dtype))
         log_sums.append(highest_BHT1 + jnp.log(sums_BHT1))
     # Named here, where the backward pass begins, for `keep_attention`.
     out_BTHK = checkpoint_name(jnp.concatenate(outs, 2).swapaxes(1, 2), "attention")
     log_sums_BHT1 = checkpoint_name(jnp.concatenate(log_sums, 2), "attention")
-    return out_BTHK, (q_BTHK, k_BTHK, v_BTHK, segments_BT, key, out_BTHK, log_sums_BHT1)
+    return out_BTHK, (q_BTHK, k_BTHK, v_BTHK, segments_BT, seeds_BH2, out_BTHK, log_sums_BHT1)
 
 
 def _blockwise_backward(rate: float, kept: tuple, d_out_BTHK: jax.Array) -> tuple:
-    q_BTHK, k_BTHK, v_BTHK, segments_BT, key, out_BTHK, log_sums_BHT1 = kept
+    q_BTHK, k_BTHK, v_BTHK, segments_BT, seeds_BH2, out_BTHK, log_sums_BHT1 = kept
     dtype, scale = q_BTHK.dtype, q_BTHK.shape[-1] ** -0.5
     # Nothing but zeros, yet the compiler does not know: else it would see the scores of the forward pass come again and
     # keep those. Barriers, and so jax.checkpoint, do not hold it back where layers are unrolled on a CPU.
@@ -160,15 +162,15 @@ def _blockwise_backward(rate: float, kept: tuple, d_out_BTHK: jax.Array) -> tupl
     q_BHTK, k_BHTK, v_BHTK, d_out_BHTK, out_BHTK = _by_head(q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, out_BTHK)
     means_BHT1 = (d_out_BHTK.astype(jnp.float32) * out_BHTK).sum(-1, keepdims=True)
     d_q, d_k, d_v = [], [], []
-    for start, stop, key_of_block in _blocks(q_BTHK.shape[1], key):
+    for start, stop in _blocks(q_BTHK.shape[1]):
         mask_BTS = _mask(stop, segments_BT, start)
         q_block_BHTK, d_block_BHTK = q_BHTK[:, :, start:stop], d_out_BHTK[:, :, start:stop]
         scores_BHTS = _scores(q_block_BHTK, k_BHTK[:, :, :stop], mask_BTS)
         weights_BHTS = jnp.exp(scores_BHTS - log_sums_BHT1[:, :, start:stop])
         d_weights_BHTS = _product("BHTK,BHSK->BHTS", d_block_BHTK, v_BHTK[:, :, :stop])
         # What dropout did going forward, to the weights and to their gradient.
-        dropped_BHTS = dropout(weights_BHTS, rate, key_of_block).astype(dtype)
-        d_weights_BHTS = dropout(d_weights_BHTS, rate, key_of_block)
+        dropped_BHTS = _dropped(weights_BHTS, rate, seeds_BH2, start, q_BTHK.shape[1]).astype(dtype)
+        d_weights_BHTS = _dropped(d_weights_BHTS, rate, seeds_BH2, start, q_BTHK.shape[1])
         d_scores_BHTS = (weights_BHTS * (d_weights_BHTS - means_BHT1[:, :, start:stop])).astype(dtype)
         d_q.append(_product("BHTS,BHSK->BHTK", d_scores_BHTS, k_BHTK[:, :, :stop]) * scale)
         d_k.append(_product("BHTS,BHTK->BHSK", d_scores_BHTS, q_block_BHTK))
@@ -196,32 +198,50 @@ _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 _product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _blocks(length: int, key: jax.Array | None) -> Iterator[tuple[int, int, jax.Array | None]]:
-    """Where each block of queries starts and stops, and its dropout key."""
-    for number, start in enumerate(range(0, length, QUERY_BLOCK)):
-        yield start, min(start + QUERY_BLOCK, length), None if key is None else jax.random.fold_in(key, number)
+def _blocks(length: int) -> Iterator[tuple[int, int]]:
+    """Where each block of queries starts and stops."""
+    for start in range(0, length, QUERY_BLOCK):
+        yield start, min(start + QUERY_BLOCK, length)
 
 
-def _on_each_device(kernel: Callable, q_BTHK, k_BTHK, v_BTHK, segments_BT) -> jax.Array:
+def _dropped(weights_BHTS: jax.Array, rate: float, seeds_BH2: jax.Array | None, start: int, length: int) -> jax.Array:
+    """Drops weights of the queries from `start` on, in rows of `length` tokens, and scales the rest."""
+    if seeds_BH2 is None:
+        return weights_BHTS
+    queries_T1, keys_S = start + jnp.arange(weights_BHTS.shape[2])[:, None], jnp.arange(weights_BHTS.shape[3])
+    seeds = seeds_BH2[..., 0, None, None], seeds_BH2[..., 1, None, None]
+    return jnp.where(kept(seeds, queries_T1, keys_S, length, rate), weights_BHTS / (1 - rate), 0)
+
+
+def _on_each_device(kernel: Callable, qkv_BT3HK, segments_BT, seeds_BH2) -> jax.Array:
     """Runs `kernel` on the rows and heads that a device has: the compiler cannot split kernels that it did not make."""
     if jax.sharding.get_abstract_mesh().empty:
-        return kernel(q_BTHK, k_BTHK, v_BTHK, segments_BT)
-    heads = P(BATCH_AXES, None, "tensor", None)
+        return kernel(qkv_BT3HK, segments_BT, seeds_BH2)
+    in_specs = (
+        P(BATCH_AXES, None, None, "tensor", None),
+        None if segments_BT is None else P(BATCH_AXES, None),
+        None if seeds_BH2 is None else P(BATCH_AXES, "tensor", None),
+    )
     # Pallas kernels do not say along which axes their results vary, so that is not checked.
-    split = jax.shard_map(kernel, in_specs=(heads, heads, heads, P(BATCH_AXES, None)), out_specs=heads, check_vma=False)
-    return split(q_BTHK, k_BTHK, v_BTHK, segments_BT)
+    split = jax.shard_map(kernel, in_specs=in_specs, out_specs=P(BATCH_AXES, None, "tensor", None), check_vma=False)
+    return split(qkv_BT3HK, segments_BT, seeds_BH2)
 
 
-def _cudnn(q_BTHK, k_BTHK, v_BTHK, segments_BT) -> jax.Array:
+def _flash(rate: float, qkv_BT3HK, segments_BT, seeds_BH2) -> jax.Array:
+    return flash_attention(qkv_BT3HK, segments_BT, rate, seeds_BH2, interpret=_INTERPRET)
+
+
+def _cudnn(_rate: float, qkv_BT3HK, segments_BT, _seeds_BH2) -> jax.Array:
     # The kernel skips the future by itself; of documents it reads a number for each pair of tokens.
     same_B1TT = None if segments_BT is None else (segments_BT[:, :, None] == segments_BT[:, None])[:, None]
+    q_BTHK, k_BTHK, v_BTHK = jnp.unstack(qkv_BT3HK, axis=2)
     return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, mask=same_B1TT, is_causal=True, implementation="cudnn")
 
 
-def _splash(q_BTHK, k_BTHK, v_BTHK, segments_BT) -> jax.Array:
+def _splash(_rate: float, qkv_BT3HK, segments_BT, _seeds_BH2) -> jax.Array:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import, and only TPUs need it
 
-    length, heads = q_BTHK.shape[1:3]
+    _, length, _, heads, size = qkv_BT3HK.shape
     block = next(size for size in (512, 256, 128) if length % size == 0)
     sizes = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     kernel = splash.make_splash_mha_single_device(
@@ -230,24 +250,54 @@ def _splash(q_BTHK, k_BTHK, v_BTHK, segments_BT) -> jax.Array:
         residual_checkpoint_name="attention",
         interpret=_INTERPRET,
     )
-    q_BHTK, k_BHTK, v_BHTK = (x.swapaxes(1, 2) for x in (q_BTHK * q_BTHK.shape[-1] ** -0.5, k_BTHK, v_BTHK))
+    q_BHTK, k_BHTK, v_BHTK = _by_head(*jnp.unstack(qkv_BT3HK, axis=2))
     segments = None if segments_BT is None else splash.SegmentIds(segments_BT, segments_BT)
-    return jax.vmap(kernel)(q_BHTK, k_BHTK, v_BHTK, segments).swapaxes(1, 2)
+    return jax.vmap(kernel)(q_BHTK * size**-0.5, k_BHTK, v_BHTK, segments).swapaxes(1, 2)
 
 
-_KERNELS = {"cudnn": _cudnn, "splash": _splash}
+_KERNELS = {"flash": _flash, "cudnn": _cudnn, "splash": _splash}
 
 
-def _cudnn_obstacle(cfg: ModelConfig, length: int, dropout: bool, documents: bool, platform: str) -> _Obstacle | None:
+def _obstacle(
+    kernel: Kernel, cfg: ModelConfig, rate: float, platform: str, length: int, documents: bool
+) -> _Obstacle | None:
+    if kernel == "flash":
+        return _flash_obstacle(cfg, platform)
+    if kernel == "cudnn":
+        return _cudnn_obstacle(cfg, rate, platform, length, documents)
+    return _splash_obstacle(rate, platform, length) if kernel == "splash" else None
+
+
+def _flash_obstacle(cfg: ModelConfig, platform: str) -> _Obstacle | None:
+    if (obstacle := _gpu_obstacle(platform, "the flash kernel")) is not None:
+        return obstacle
+    if cfg.dtype != "bfloat16":
+        need = "the flash kernel needs bfloat16"
+        return _Obstacle(f"model.dtype is {cfg.dtype}", need, "model.dtype = bfloat16")
+    if cfg.head_size > WIDEST_HEAD:
+        need = f"the flash kernel needs at most {WIDEST_HEAD}"
+        return _Obstacle(f"heads are {cfg.head_size} wide (n_embd / n_head)", need, "another model.n_head")
+    return None
+
+
+def _gpu_obstacle(platform: str, kernel: str) -> _Obstacle | None:
     capability = _compute_capability() if platform == "gpu" else None
-    widest = 256 if capability is not None and capability >= (9, 0) else 128
     if platform != "gpu" or capability == ():
-        return _Obstacle(f"the device is a {platform}", "cuDNN needs an NVIDIA GPU", "model.attention = auto")
+        return _Obstacle(f"the device is a {platform}", f"{kernel} needs an NVIDIA GPU", "model.attention = auto")
     if capability is not None and capability < (8, 0):
         fact = f"the GPU has compute capability {capability[0]}.{capability[1]}"
-        return _Obstacle(fact, "cuDNN flash attention needs 8.0 or more", "model.attention = auto")
-    if dropout and cfg.attn_pdrop:
-        fact = f"model.attn_pdrop is {cfg.attn_pdrop}"
+        return _Obstacle(fact, f"{kernel} needs 8.0 or more", "model.attention = auto")
+    return None
+
+
+def _cudnn_obstacle(
+    cfg: ModelConfig, rate: float, platform: str, length: int, documents: bool
+) -> _Obstacle | None:
+    if (obstacle := _gpu_obstacle(platform, "cuDNN flash attention")) is not None:
+        return obstacle
+    widest = 256 if (_compute_capability() or ()) >= (9, 0) else 128
+    if rate:
+        fact = f"model.attn_pdrop is {rate}"
         return _Obstacle(fact, "cuDNN flash attention has no dropout", "model.attn_pdrop = 0")
     if cfg.dtype != "bfloat16":
         need = "cuDNN flash attention needs bfloat16"
@@ -261,13 +311,11 @@ def _cudnn_obstacle(cfg: ModelConfig, length: int, dropout: bool, documents: boo
     return None
 
 
-def _splash_obstacle(cfg: ModelConfig, length: int, dropout: bool, platform: str) -> _Obstacle | None:
+def _splash_obstacle(rate: float, platform: str, length: int) -> _Obstacle | None:
     if platform != "tpu":
         return _Obstacle(f"the device is a {platform}", "splash attention needs a TPU", "model.attention = auto")
-    if dropout and cfg.attn_pdrop:
-        return _Obstacle(
-            f"model.attn_pdrop is {cfg.attn_pdrop}", "splash attention has no dropout", "model.attn_pdrop = 0"
-        )
+    if rate:
+        return _Obstacle(f"model.attn_pdrop is {rate}", "splash attention has no dropout", "model.attn_pdrop = 0")
     if length % 128:
         need = "splash attention needs a multiple of 128"
         return _Obstacle(f"rows have {length} tokens", need, "data.seq_length to a multiple of 128")

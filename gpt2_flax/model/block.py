@@ -14,11 +14,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from gpt2_flax.config import ModelConfig
-from gpt2_flax.model.attention import dropout
+from gpt2_flax.model.dropout import dropout
 from gpt2_flax.parallel.rules import constrain_BTD, tensor_parallel
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, Any]]
-"""(q_BTHK, k_BTHK, v_BTHK, dropout_key) -> (out_BTHK, whatever the caller wants to keep of the layer)."""
+Attend = Callable[[jax.Array, jax.Array | None], tuple[jax.Array, Any]]
+"""(qkv_BT3HK, dropout_key) -> (out_BTHK, whatever the caller wants to keep of the layer)."""
 
 
 class Attention(nnx.Module):
@@ -31,8 +31,7 @@ class Attention(nnx.Module):
         self.c_proj = linear(heads, cfg.n_embd, axis=(-2, -1), kernel_init=_residual_init(cfg))
 
     def __call__(self, x_BTD: jax.Array, attend: Attend, dropout_key: jax.Array | None) -> tuple[jax.Array, Any]:
-        q_BTHK, k_BTHK, v_BTHK = jnp.unstack(_by_token(partial(_linear, self.c_attn), x_BTD), axis=2)
-        out_BTHK, kept = attend(q_BTHK, k_BTHK, v_BTHK, dropout_key)
+        out_BTHK, kept = attend(_by_token(partial(_linear, self.c_attn), x_BTD), dropout_key)
         return _by_token(partial(_linear, self.c_proj), out_BTHK), kept
 
 

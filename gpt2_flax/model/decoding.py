@@ -68,7 +68,8 @@ class Decoder:
         positions_BT = first_B[:, None] + jnp.arange(tokens_BT.shape[1])
         mask_BTS = jnp.arange(cache.v_BHSK[0].shape[2]) <= positions_BT[:, :, None]
 
-        def attend(old_k_BHKS, old_v_BHSK, q_BTHK, k_BTHK, v_BTHK, _):
+        def attend(old_k_BHKS, old_v_BHSK, qkv_BT3HK, _):
+            q_BTHK, k_BTHK, v_BTHK = jnp.unstack(qkv_BT3HK, axis=2)
             k_BHKS = _write(old_k_BHKS, jnp.einsum("BTHK->BHKT", k_BTHK), first_B, 2)
             v_BHSK = _write(old_v_BHSK, jnp.einsum("BTHK->BHTK", v_BTHK), first_B, 1)
             return attention(q_BTHK, k_BHKS, v_BHSK, mask_BTS), (k_BHKS, v_BHSK)
@@ -150,8 +151,7 @@ class DecodingBlock(NamedTuple):
         return cls(block.ln_1, *attn, block.ln_2, Product.of(mlp.c_fc), Product.of(mlp.c_proj))
 
     def __call__(self, x_BTD: jax.Array, attend: Attend, dropout_key: None) -> tuple[jax.Array, Any]:
-        q_BTHK, k_BTHK, v_BTHK = jnp.unstack(self.qkv(normed(self.ln_1, x_BTD)), axis=2)
-        out_BTHK, kept = attend(q_BTHK, k_BTHK, v_BTHK, dropout_key)
+        out_BTHK, kept = attend(self.qkv(normed(self.ln_1, x_BTD)), dropout_key)
         x_BTD += self.attn_out(out_BTHK)
         inner_BTF = nnx.gelu(self.inner(normed(self.ln_2, x_BTD)), approximate=True)
         return x_BTD + self.mlp_out(inner_BTF), kept

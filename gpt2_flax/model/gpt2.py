@@ -16,8 +16,9 @@ from flax import nnx
 
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.data.packing import Batch
-from gpt2_flax.model.attention import causal_attention, choose, dropout, keep_attention
+from gpt2_flax.model.attention import causal_attention, choose, keep_attention
 from gpt2_flax.model.block import Block, layer_norm, normed, split_key
+from gpt2_flax.model.dropout import dropout
 from gpt2_flax.model.embedding import copies, look_up
 from gpt2_flax.model.loss import LossSums, cross_entropy, logits
 from gpt2_flax.parallel.mesh import platform
@@ -90,8 +91,8 @@ class GPT2(nnx.Module):
         dropping, documents = dropout_key is not None, segments_BT is not None
         kernel, _ = choose(self.cfg, tokens_BT.shape[1], dropout=dropping, documents=documents, platform=platform())
 
-        def attend(q_BTHK, k_BTHK, v_BTHK, key):
-            return causal_attention(kernel, q_BTHK, k_BTHK, v_BTHK, segments_BT, self.cfg.attn_pdrop, key), None
+        def attend(qkv_BT3HK, key):
+            return causal_attention(kernel, qkv_BT3HK, segments_BT, self.cfg.attn_pdrop, key), None
 
         embed_key, layers_key = split_key(dropout_key, 2)
         x_BTD = self._embed(tokens_BT, positions_BT, embed_key, embedding_RVD)
