@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.model.dropout import head_seeds, kept
+from gpt2_flax.model.dropout import head_seeds, kept, weight_number
 from gpt2_flax.model.flash import WIDEST_HEAD, flash_attention
 from gpt2_flax.parallel.mesh import BATCH_AXES
 
@@ -89,8 +89,8 @@ def causal_attention(
     return _on_each_device(partial(_KERNELS[kernel], dropout_rate), qkv_BT3HK, segments_BT, seeds_BH2)
 
 
-def keep_attention(operation: Any, *operands: Any, **parameters: Any) -> bool:
-    """A policy of `jax.checkpoint`: keeps what `causal_attention` has computed, so that it is not run again."""
+def saves_attention(operation: Any, *operands: Any, **parameters: Any) -> bool:
+    """A policy of `jax.checkpoint`: saves what `causal_attention` has computed, so that it is not run again."""
     # cuDNN's call gives no names to its results.
     return "dot_product_attention" in operation.name or _named(operation, *operands, **parameters)
 
@@ -210,7 +210,7 @@ def _dropped(weights_BHTS: jax.Array, rate: float, seeds_BH2: jax.Array | None, 
         return weights_BHTS
     queries_T1, keys_S = start + jnp.arange(weights_BHTS.shape[2])[:, None], jnp.arange(weights_BHTS.shape[3])
     seeds = seeds_BH2[..., 0, None, None], seeds_BH2[..., 1, None, None]
-    return jnp.where(kept(seeds, queries_T1, keys_S, length, rate), weights_BHTS / (1 - rate), 0)
+    return jnp.where(kept(seeds, weight_number(queries_T1, keys_S, length), rate), weights_BHTS / (1 - rate), 0)
 
 
 def _on_each_device(kernel: Callable, qkv_BT3HK, segments_BT, seeds_BH2) -> jax.Array:

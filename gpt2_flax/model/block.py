@@ -3,7 +3,6 @@
 Dimension key: B batch, T sequence, N = B * T tokens, D n_embd, H heads, K head size, F inner width.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.model.dropout import dropout
+from gpt2_flax.model.norm import layer_norm
 from gpt2_flax.parallel.rules import constrain_BTD, tensor_parallel
 
 Attend = Callable[[jax.Array, jax.Array | None], tuple[jax.Array, Any]]
@@ -30,8 +30,10 @@ class Attention(nnx.Module):
         self.c_attn = linear(cfg.n_embd, (3, *heads), kernel_init=nnx.initializers.normal(cfg.initializer_range))
         self.c_proj = linear(heads, cfg.n_embd, axis=(-2, -1), kernel_init=_residual_init(cfg))
 
-    def __call__(self, x_BTD: jax.Array, attend: Attend, dropout_key: jax.Array | None) -> tuple[jax.Array, Any]:
-        out_BTHK, kept = attend(_by_token(partial(_linear, self.c_attn), x_BTD), dropout_key)
+    def __call__(
+        self, norm: nnx.LayerNorm, x_BTD: jax.Array, attend: Attend, dropout_key: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        out_BTHK, kept = attend(_by_token(partial(_norm_and_linear, norm, self.c_attn), x_BTD), dropout_key)
         return _by_token(partial(_linear, self.c_proj), out_BTHK), kept
 
 
@@ -44,9 +46,9 @@ class Mlp(nnx.Module):
         self.c_fc = linear(cfg.n_embd, 4 * cfg.n_embd, kernel_init=normal)
         self.c_proj = linear(4 * cfg.n_embd, cfg.n_embd, kernel_init=_residual_init(cfg))
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, norm: nnx.LayerNorm, x_BTD: jax.Array) -> jax.Array:
         def mlp(x_ND):
-            inner_NF = checkpoint_name(_linear(self.c_fc, x_ND), "mlp")
+            inner_NF = checkpoint_name(_norm_and_linear(norm, self.c_fc, x_ND), "mlp")
             return _linear(self.c_proj, _gelu(inner_NF))
 
         return _by_token(mlp, x_BTD)
@@ -57,42 +59,59 @@ class Block(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.ln_1 = layer_norm(cfg, rngs)
+        self.ln_1 = make_norm(cfg, rngs)
         self.attn = Attention(cfg, rngs=rngs)
-        self.ln_2 = layer_norm(cfg, rngs)
+        self.ln_2 = make_norm(cfg, rngs)
         self.mlp = Mlp(cfg, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, attend: Attend, dropout_key: jax.Array | None) -> tuple[jax.Array, Any]:
         attend_key, attn_key, mlp_key = split_key(dropout_key, 3)
-        attn_BTD, kept = self.attn(normed(self.ln_1, x_BTD), attend, attend_key)
+        attn_BTD, kept = self.attn(self.ln_1, x_BTD, attend, attend_key)
         x_BTD += dropout(attn_BTD, self.cfg.resid_pdrop, attn_key)
-        x_BTD += dropout(self.mlp(normed(self.ln_2, x_BTD)), self.cfg.resid_pdrop, mlp_key)
+        x_BTD += dropout(self.mlp(self.ln_2, x_BTD), self.cfg.resid_pdrop, mlp_key)
         return constrain_BTD(x_BTD), kept
 
 
-# Both are quick to compute again from what went in, and would else keep up to five arrays of their own.
+# Quick to compute again from what went in, and would else keep arrays of its own.
 _gelu = jax.checkpoint(partial(nnx.gelu, approximate=True))
-_norm = jax.checkpoint(nnx.LayerNorm.__call__)
 
 
 def normed(norm: nnx.LayerNorm, x_BTD: jax.Array) -> jax.Array:
-    """Returns the layer norm of each token, computed again going backward."""
+    """Returns the layer norm of each token."""
     return _by_token(partial(_norm, norm), x_BTD)
 
 
-def _linear(layer: nnx.Linear | nnx.LinearGeneral, x: jax.Array) -> jax.Array:
-    """Apply `layer` to x (N, ...) in `layer.dtype`; the gradient of its bias is summed in float32.
+def _norm(norm: nnx.LayerNorm, x_ND: jax.Array) -> jax.Array:
+    return layer_norm(x_ND, norm.scale[...], norm.bias[...], norm.epsilon)
 
-    Without tensor parallelism the axes of the kernel are merged into a matrix: XLA for CPUs copies the kernel before a
-    product over several axes. For other compilers both products are the same.
+
+def _norm_and_linear(norm: nnx.LayerNorm, layer: nnx.Linear | nnx.LinearGeneral, x_ND: jax.Array) -> jax.Array:
+    """Returns `layer` of the norm of each token; only x_ND is saved for the backward pass, which computes the norm again."""
+    return _add_bias(layer, jax.checkpoint(lambda x_ND: _multiply(layer, _norm(norm, x_ND)))(x_ND))
+
+
+def _linear(layer: nnx.Linear | nnx.LinearGeneral, x: jax.Array) -> jax.Array:
+    """Applies `layer` to x (N, ...) in `layer.dtype`; the gradient of its bias is summed in float32."""
+    return _add_bias(layer, _multiply(layer, x))
+
+
+def _multiply(layer: nnx.Linear | nnx.LinearGeneral, x: jax.Array) -> jax.Array:
+    """Returns the product of x (N, ...) and the kernel of `layer`, its axes merged into a matrix.
+
+    XLA for CPUs copies a kernel before a product over several axes; other compilers do not care. Tensor parallelism
+    needs the axes, of which it splits the heads.
     """
-    kernel, features = layer.kernel[...].astype(layer.dtype), layer.bias.shape
+    kernel, n_features = layer.kernel[...].astype(layer.dtype), layer.bias.ndim
     if tensor_parallel():
-        out = jnp.tensordot(x, kernel, kernel.ndim - len(features))
-    else:
-        out = (x.reshape(x.shape[0], -1) @ kernel.reshape(-1, math.prod(features))).reshape(-1, *features)
+        return jnp.tensordot(x, kernel, kernel.ndim - n_features)
+    return x.reshape(x.shape[0], -1) @ kernel.reshape(-1, layer.bias.size)
+
+
+def _add_bias(layer: nnx.Linear | nnx.LinearGeneral, x: jax.Array) -> jax.Array:
+    """Returns x + bias, (N, *features); a product on a GPU adds a bias before it writes, if nothing is between them."""
     # The cast comes last, so its gradient comes first: a sum of tokens in bfloat16 loses most of them.
-    return out + jnp.broadcast_to(layer.bias[...], out.shape).astype(layer.dtype)
+    bias = jnp.broadcast_to(layer.bias[...].reshape(x.shape[1:]), x.shape).astype(layer.dtype)
+    return (x + bias).reshape(-1, *layer.bias.shape)
 
 
 def _by_token(layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -101,11 +120,8 @@ def _by_token(layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Arra
     return out.reshape(*x.shape[:2], *out.shape[1:])
 
 
-def layer_norm(cfg: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # The fast variance, E[x^2] - E[x]^2, cancels: off by 1e-4 where a mean is large.
-    return nnx.LayerNorm(
-        cfg.n_embd, epsilon=cfg.layer_norm_epsilon, use_fast_variance=False, dtype=jnp.dtype(cfg.dtype), rngs=rngs
-    )
+def make_norm(cfg: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(cfg.n_embd, epsilon=cfg.layer_norm_epsilon, rngs=rngs)
 
 
 def _residual_init(cfg: ModelConfig) -> nnx.Initializer:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
-from gpt2_flax.model.dropout import kept
+from gpt2_flax.model.dropout import kept, weight_number
 
 ROWS_OF = 64
 """Rows are padded to a multiple of this."""
@@ -367,7 +367,8 @@ def _dropped(options: _Options, seeds_ref: Any, queries: jax.Array, keys: jax.Ar
     """Zeroes what dropout drops, without scaling the rest."""
     if not options.rate:
         return x
-    return jnp.where(kept((seeds_ref[0], seeds_ref[1]), queries, keys, options.length, options.rate), x, 0.0)
+    numbers = weight_number(queries, keys, options.length)
+    return jnp.where(kept((seeds_ref[0], seeds_ref[1]), numbers, options.rate), x, 0.0)
 
 
 def _times(a: jax.Array, b: jax.Array) -> jax.Array:

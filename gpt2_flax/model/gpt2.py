@@ -16,8 +16,8 @@ from flax import nnx
 
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.data.packing import Batch
-from gpt2_flax.model.attention import causal_attention, choose, keep_attention
-from gpt2_flax.model.block import Block, layer_norm, normed, split_key
+from gpt2_flax.model.attention import causal_attention, choose, saves_attention
+from gpt2_flax.model.block import Block, make_norm, normed, split_key
 from gpt2_flax.model.dropout import dropout
 from gpt2_flax.model.embedding import copies, look_up
 from gpt2_flax.model.loss import LossSums, cross_entropy, logits
@@ -26,7 +26,7 @@ from gpt2_flax.parallel.rules import constrain_BTD
 
 _REMAT_POLICIES = {
     "selected": jax.checkpoint_policies.save_from_both_policies(
-        keep_attention, jax.checkpoint_policies.save_only_these_names("mlp")
+        saves_attention, jax.checkpoint_policies.save_only_these_names("mlp")
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -44,7 +44,7 @@ class GPT2(nnx.Module):
         self.wte = by_token(cfg.n_embd)
         self.wpe = embed(cfg.n_positions, cfg.n_embd, embedding_init=normal)
         self.h = jax.vmap(lambda key: Block(cfg, rngs=nnx.Rngs(key)))(jax.random.split(rngs.params(), cfg.n_layer))
-        self.ln_f = layer_norm(cfg, rngs)
+        self.ln_f = make_norm(cfg, rngs)
         if not cfg.tie_word_embeddings:  # drawn last, so that all else is as in a model that has none
             self.lm_head = by_token(cfg.n_embd)
 
