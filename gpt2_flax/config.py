@@ -49,7 +49,8 @@ class ModelConfig(Section):
     )
     attend_across_documents: bool = Field(False, description="see what comes before in the row, of other documents too")
     attention: Literal["auto", "xla", "flash", "cudnn", "splash"] = Field(
-        "auto", description="kernel: flash (GPU), cudnn (GPU, no dropout), splash (TPU, no dropout), xla; auto: the fastest"
+        "auto",
+        description="kernel: flash (GPU), cudnn (GPU, no dropout), splash (TPU, no dropout), xla; auto: the fastest",
     )
     layers: Literal["auto", "scanned", "unrolled"] = Field(
         "auto", description="scanned: compiled once; unrolled: all in line, faster on CPU; auto: by the device"

@@ -5,62 +5,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from attention_reference import assert_close, attend, draw, mesh_2x2x2, reference, with_gradients
 
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.errors import UserError
 from gpt2_flax.model import attention as module
-from gpt2_flax.model.attention import attention, causal_attention, keep_attention
+from gpt2_flax.model.attention import attention, saves_attention
 from gpt2_flax.model.gpt2 import GPT2
 
 CFG = ModelConfig(vocab_size=64, n_positions=2048, n_layer=2, n_head=2, n_embd=128, attn_pdrop=0.0)
-
-
-def reference(q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, segments_BT=None, keep_BHTT=None, rate=0.0):
-    """Attention and its gradients in float64, a head of a row at a time: (out, d_q, d_k, d_v)."""
-    q_BTHK, k_BTHK, v_BTHK, d_out_BTHK = (np.asarray(x, np.float64) for x in (q_BTHK, k_BTHK, v_BTHK, d_out_BTHK))
-    results = tuple(np.zeros_like(q_BTHK) for _ in range(4))
-    length, scale = q_BTHK.shape[1], 1 / np.sqrt(q_BTHK.shape[-1])
-    for b, h in np.ndindex(q_BTHK.shape[0], q_BTHK.shape[2]):
-        q, k, v, d_out = (x[b, :, h] for x in (q_BTHK, k_BTHK, v_BTHK, d_out_BTHK))
-        seen = np.tril(np.ones((length, length), bool))
-        if segments_BT is not None:
-            seen &= np.equal.outer(segments_BT[b], segments_BT[b])
-        weights = np.where(seen, np.exp(q @ k.T * scale), 0.0)
-        weights /= weights.sum(1, keepdims=True)
-        keep = 1.0 if keep_BHTT is None else np.asarray(keep_BHTT[b, h], np.float64) / (1 - rate)
-        d_weights = d_out @ v.T * keep
-        d_scores = weights * (d_weights - (weights * d_weights).sum(1, keepdims=True)) * scale
-        ours = (weights * keep) @ v, d_scores @ k, d_scores.T @ q, (weights * keep).T @ d_out
-        for result, value in zip(results, ours, strict=True):
-            result[b, :, h] = value
-    return results
-
-
-def draw(batch, length, heads, size, dtype=jnp.float32, seed=0):
-    """Queries, keys, values, a gradient of the result, and segments of several lengths, padding (0) last."""
-    random = np.random.default_rng(seed)
-    arrays = [jnp.asarray(random.normal(size=(batch, length, heads, size)), dtype) for _ in range(4)]
-    starts_BT = random.random((batch, length)) < 4 / length
-    segments_BT = (np.cumsum(starts_BT, 1) + 1).astype(np.int32)
-    segments_BT[-1, length - length // 5 :] = 0
-    return (*arrays, segments_BT)
-
-
-def with_gradients(kernel, q, k, v, d_out, segments=None, rate=0.0, key=None):
-    @jax.jit
-    def run(q, k, v, d_out):
-        out, backward = jax.vjp(lambda q, k, v: causal_attention(kernel, q, k, v, segments, rate, key), q, k, v)
-        return out, *backward(d_out)
-
-    return run(q, k, v, d_out)
-
-
-def assert_close(ours, expected, relative):
-    """Each array differs by at most `relative` of the largest number in it."""
-    for name, array, other in zip(("out", "d_q", "d_k", "d_v"), ours, expected, strict=True):
-        off = np.abs(np.asarray(array, np.float64) - other).max() / np.abs(other).max()
-        assert off < relative, f"{name} is off by {off:.1e}"
 
 
 def set_block(monkeypatch, size):
@@ -136,7 +89,7 @@ def test_attention_with_a_mask_equals_float64():
 def kept_BHTT(key, batch, heads, length, block, rate):
     """Which probabilities dropout keeps, read off the result: values are unit vectors, so it is the weights."""
     eye = jnp.broadcast_to(jnp.eye(length)[:, None], (batch, length, heads, length))
-    out_BTHK = causal_attention("xla", jnp.zeros_like(eye), jnp.zeros_like(eye), eye, None, rate, key)
+    out_BTHK = attend("xla", jnp.zeros_like(eye), jnp.zeros_like(eye), eye, None, rate, key)
     return np.asarray(out_BTHK).transpose(0, 2, 1, 3) > 0
 
 
@@ -167,20 +120,20 @@ def test_dropout_going_backward_is_that_of_going_forward(monkeypatch, documents)
 def test_dropout_is_decided_by_the_key(monkeypatch):
     set_block(monkeypatch, 16)
     q, k, v, _, _ = draw(1, 40, 2, 8)
-    run = jax.jit(lambda key: causal_attention("xla", q, k, v, None, 0.5, key))
+    run = jax.jit(lambda key: attend("xla", q, k, v, None, 0.5, key))
     np.testing.assert_array_equal(run(jax.random.key(1)), run(jax.random.key(1)))
     assert not np.allclose(run(jax.random.key(1)), run(jax.random.key(2)))
-    plain = causal_attention("xla", q, k, v)
-    np.testing.assert_array_equal(plain, causal_attention("xla", q, k, v, None, 0.5, None))
-    np.testing.assert_array_equal(plain, causal_attention("xla", q, k, v, None, 0.0, jax.random.key(1)))
+    plain = attend("xla", q, k, v)
+    np.testing.assert_array_equal(plain, attend("xla", q, k, v, None, 0.5, None))
+    np.testing.assert_array_equal(plain, attend("xla", q, k, v, None, 0.0, jax.random.key(1)))
 
 
 def test_dropout_keeps_the_mean(monkeypatch):
     set_block(monkeypatch, 8)
     q, k, v, _, _ = draw(1, 20, 1, 4)
-    run = jax.jit(jax.vmap(lambda key: causal_attention("xla", q, k, v, None, 0.3, key)))
+    run = jax.jit(jax.vmap(lambda key: attend("xla", q, k, v, None, 0.3, key)))
     outs = run(jax.random.split(jax.random.key(0), 4000))
-    errors = np.abs(outs.mean(0) - causal_attention("xla", q, k, v)) / (outs.std(0) / np.sqrt(4000) + 1e-7)
+    errors = np.abs(outs.mean(0) - attend("xla", q, k, v)) / (outs.std(0) / np.sqrt(4000) + 1e-7)
     assert errors.max() < 5  # standard errors
 
 
@@ -200,7 +153,7 @@ def test_xla_keeps_no_probabilities_for_the_backward_pass():
     def bytes_of(layers):
         def loss(x_BTHK):
             for _ in range(layers):
-                x_BTHK = causal_attention("xla", x_BTHK, x_BTHK, x_BTHK)
+                x_BTHK = attend("xla", x_BTHK, x_BTHK, x_BTHK)
             return (x_BTHK**2).sum()
 
         return jax.jit(jax.grad(loss)).lower(shape).compile().memory_analysis().temp_size_in_bytes
@@ -209,16 +162,18 @@ def test_xla_keeps_no_probabilities_for_the_backward_pass():
     assert (bytes_of(6) - bytes_of(2)) / 4 < 0.6 * (4 * batch * heads * length * length / 2)
 
 
-@pytest.mark.parametrize(("kernel", "run"), [("xla", r"= exp "), ("cudnn", "attention_fwd")])
+@pytest.mark.parametrize(
+    ("kernel", "run"), [("xla", r"= exp "), ("flash", "flash_forward"), ("cudnn", "attention_fwd")]
+)
 def test_what_rematerialisation_keeps_is_not_computed_again(cudnn, kernel, run):
     x, segments = jnp.zeros((1, 128, 2, 8), jnp.bfloat16), jnp.zeros((1, 128), jnp.int32)
 
     def times(policy):
-        layer = jax.checkpoint(lambda x: causal_attention(kernel, x, x, x, segments), policy=policy)
+        layer = jax.checkpoint(lambda x: attend(kernel, x, x, x, segments), policy=policy)
         return len(re.findall(run, str(jax.make_jaxpr(jax.grad(lambda x: layer(x).astype(jnp.float32).sum()))(x))))
 
-    assert times(keep_attention) == times(jax.checkpoint_policies.everything_saveable)
-    assert times(keep_attention) < times(jax.checkpoint_policies.nothing_saveable)
+    assert times(saves_attention) == times(jax.checkpoint_policies.everything_saveable)
+    assert times(saves_attention) < times(jax.checkpoint_policies.nothing_saveable)
 
 
 # Splash attention, interpreted
@@ -244,10 +199,6 @@ def test_splash_in_bfloat16(interpreted):
     assert_close(with_gradients("splash", *arrays, segments), reference(*arrays, segments), 2**-6)
 
 
-def mesh_2x2x2():
-    return jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-
-
 @pytest.mark.parametrize("kernel", ["xla", "splash"])
 def test_a_mesh_changes_nothing(interpreted, kernel):
     *arrays, segments = draw(4, 128, 2, 8)
@@ -271,7 +222,7 @@ def test_cudnn_gets_its_own_calls(cudnn, documents, mesh):
     x, segments = jax.ShapeDtypeStruct((8, 128, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((8, 128), jnp.int32)
 
     def loss(q, k, v, segments):
-        return causal_attention("cudnn", q, k, v, segments if documents else None).astype(jnp.float32).sum()
+        return attend("cudnn", q, k, v, segments if documents else None).astype(jnp.float32).sum()
 
     with jax.set_mesh(mesh_2x2x2()) if mesh else contextlib.nullcontext():
         text = lowered_for_gpu(jax.grad(loss, (0, 1, 2)), x, x, x, segments)
@@ -287,7 +238,7 @@ def test_layers_keep_no_mask_for_cudnn_each(cudnn):
     x, segments = jax.ShapeDtypeStruct((8, 128, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((8, 128), jnp.int32)
 
     def loss(x, segments):
-        x, _ = jax.lax.scan(lambda x, _: (causal_attention("cudnn", x, x, x, segments), None), x, length=3)
+        x, _ = jax.lax.scan(lambda x, _: (attend("cudnn", x, x, x, segments), None), x, length=3)
         return x.astype(jnp.float32).sum()
 
     with jax.set_mesh(mesh_2x2x2()):

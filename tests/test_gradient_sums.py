@@ -9,7 +9,7 @@ from flax import nnx
 from gpt2_flax.checkpoint.weights import model_from_weights, weights_of
 from gpt2_flax.config import MeshConfig, ModelConfig
 from gpt2_flax.data.packing import Batch
-from gpt2_flax.model.block import Attention, Mlp, layer_norm, normed
+from gpt2_flax.model.block import Attention, Mlp, make_norm, normed
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.parallel.mesh import make_mesh
 from gpt2_flax.parallel.rules import batch_sharding, path_of, tree_shardings
@@ -17,6 +17,7 @@ from gpt2_flax.parallel.rules import batch_sharding, path_of, tree_shardings
 N_TOKENS = 2**16
 CFG = ModelConfig(vocab_size=512, n_positions=128, n_layer=2, n_head=2, n_embd=64, dtype="bfloat16")
 SMALL = CFG.model_copy(update={"n_embd": 4, "n_head": 2, "n_layer": 1, "n_positions": 4})
+NORM = make_norm(SMALL, nnx.Rngs(0))
 
 
 def gradient_of_ones(module, output, x_BTD):
@@ -29,20 +30,20 @@ def x_BTD():
 
 
 def test_the_bias_of_a_linear_layer_gets_one_from_each_token(x_BTD):
-    mlp = gradient_of_ones(Mlp(SMALL, rngs=nnx.Rngs(0)), lambda mlp, x_BTD: mlp(x_BTD), x_BTD)
+    mlp = gradient_of_ones(Mlp(SMALL, rngs=nnx.Rngs(0)), lambda mlp, x_BTD: mlp(NORM, x_BTD), x_BTD)
     np.testing.assert_array_equal(mlp.c_proj.bias[...], N_TOKENS)
 
 
 def test_the_bias_of_a_linear_layer_with_heads_gets_one_from_each_token(x_BTD):
     def output(attention, x_BTD):
-        return attention(x_BTD, lambda q_BTHK, k_BTHK, v_BTHK, key: (q_BTHK, None), None)[0]
+        return attention(NORM, x_BTD, lambda qkv_BT3HK, key: (qkv_BT3HK[:, :, 0], None), None)[0]
 
     attention = gradient_of_ones(Attention(SMALL, rngs=nnx.Rngs(0)), output, x_BTD)
     np.testing.assert_array_equal(attention.c_proj.bias[...], N_TOKENS)
 
 
 def test_the_bias_of_a_layer_norm_gets_one_from_each_token(x_BTD):
-    norm = gradient_of_ones(layer_norm(SMALL, nnx.Rngs(0)), normed, x_BTD)
+    norm = gradient_of_ones(NORM, normed, x_BTD)
     np.testing.assert_array_equal(norm.bias[...], N_TOKENS)
 
 

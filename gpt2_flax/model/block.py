@@ -86,7 +86,7 @@ def _norm(norm: nnx.LayerNorm, x_ND: jax.Array) -> jax.Array:
 
 
 def _norm_and_linear(norm: nnx.LayerNorm, layer: nnx.Linear | nnx.LinearGeneral, x_ND: jax.Array) -> jax.Array:
-    """Returns `layer` of the norm of each token; only x_ND is saved for the backward pass, which computes the norm again."""
+    """Returns `layer` of the norm of each token; the backward pass computes the norm again, so that nobody saves it."""
     return _add_bias(layer, jax.checkpoint(lambda x_ND: _multiply(layer, _norm(norm, x_ND)))(x_ND))
 
 

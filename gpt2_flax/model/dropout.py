@@ -29,7 +29,7 @@ def head_seeds(key: jax.Array, n_rows: int, n_heads: int) -> jax.Array:
 
 
 def weight_number(queries: jax.Array, keys: jax.Array, length: int) -> jax.Array:
-    """Returns the number for `kept` of an attention weight, uint32, from int32 positions in a row of `length` tokens."""
+    """Returns the number of an attention weight for `kept`, uint32, from int32 positions in a row of `length`."""
     return (queries * length + keys).astype(jnp.uint32)
 
 

@@ -16,7 +16,8 @@ from flax import nnx
 
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.data.packing import Batch
-from gpt2_flax.model.attention import causal_attention, choose, saves_attention
+from gpt2_flax.model.attention import causal_attention, saves_attention
+from gpt2_flax.model.attention_choice import choose
 from gpt2_flax.model.block import Block, make_norm, normed, split_key
 from gpt2_flax.model.dropout import dropout
 from gpt2_flax.model.embedding import copies, look_up

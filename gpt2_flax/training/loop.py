@@ -16,7 +16,7 @@ from gpt2_flax.errors import ExitCode, UserError, io_error
 from gpt2_flax.inference.evaluate import evaluate
 from gpt2_flax.inference.evaluation import Evaluation
 from gpt2_flax.memory import out_of_memory
-from gpt2_flax.model.attention import choose
+from gpt2_flax.model.attention_choice import choose
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.parallel.auto_mesh import choose_mesh
 from gpt2_flax.parallel.feed import device_batch, prefetch, row_shards
