@@ -25,6 +25,8 @@ from gpt2_flax.model.loss import LossSums, cross_entropy, logits
 from gpt2_flax.parallel.mesh import platform
 from gpt2_flax.parallel.rules import constrain_BTD
 
+_FEW_LAYERS = 24
+
 _REMAT_POLICIES = {
     "selected": jax.checkpoint_policies.save_from_both_policies(
         saves_attention, jax.checkpoint_policies.save_only_these_names("mlp")
@@ -113,13 +115,28 @@ class GPT2(nnx.Module):
             block, key = block_and_key
             return block(x_BTD, attend, key)
 
-        # Unrolled is faster on a CPU; elsewhere compile time and memory decide.
-        unrolled = self.cfg.layers == "unrolled" or (self.cfg.layers == "auto" and platform() == "cpu")
+        unrolled, _ = unroll_layers(self.cfg, platform())
         if self.cfg.remat != "none":
             layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[self.cfg.remat], prevent_cse=unrolled)
         keys = None if key is None else jax.random.split(key, self.cfg.n_layer)
         x_BTD, _ = jax.lax.scan(layer, x_BTD, (self.h, keys), unroll=unrolled)
         return normed(self.ln_f, x_BTD)
+
+
+def unroll_layers(cfg: ModelConfig, platform: str) -> tuple[bool, str]:
+    """Returns whether layers stand in line in the program, instead of one in a loop, and why, to be shown.
+
+    A loop over layers copies what each saves for the backward pass into arrays of all layers and out again: of 124M
+    parameters at 32 x 1,024, 46 of 165 GB of memory traffic on an H200. It is compiled in half of the time, and the
+    deeper the model, the more that matters.
+    """
+    if cfg.layers != "auto":
+        return cfg.layers == "unrolled", "set by model.layers"
+    if platform == "cpu":
+        return True, "faster on a cpu"
+    if platform == "gpu" and cfg.n_layer <= _FEW_LAYERS:
+        return True, f"up to {_FEW_LAYERS} layers are faster so on a gpu"
+    return False, "compiled once for all"
 
 
 def _zero_rows_from(row: int, init: nnx.Initializer) -> nnx.Initializer:
