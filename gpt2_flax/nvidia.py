@@ -68,7 +68,7 @@ def processes() -> list[Process]:
 def driver_version() -> str | None:
     """Return the version of the kernel's driver, as `580.95.05`, None where it is not known."""
     try:
-        found = re.search(r"Kernel Module\D*?(\d+\.[\d.]+)", _DRIVER.read_text(encoding="utf-8", errors="replace"))
+        found = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", _DRIVER.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return None
     return found and found[1]

@@ -27,9 +27,8 @@ def crashing(report):
 
 def hanging(report):
     report.line("before", "it hung")
-    from gpt2_flax.doctor import rates
-
-    rates.time.sleep(600)
+    report._write = lambda record: time.sleep(600)
+    report.wrong("never said")
 
 
 def slow(report):

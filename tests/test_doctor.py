@@ -57,7 +57,10 @@ def nvidia_smi(tmp_path, monkeypatch):
     return make
 
 
-H100 = "0, GPU-aa, NVIDIA H100 80GB HBM3, 580.95.05, 81559, 70000\\n1, GPU-bb, NVIDIA H100 80GB HBM3, 580.95.05, 81559, 3\\n"
+H100 = (
+    "0, GPU-aa, NVIDIA H100 80GB HBM3, 580.95.05, 81559, 70000\\n"
+    "1, GPU-bb, NVIDIA H100 80GB HBM3, 580.95.05, 81559, 3\\n"
+)
 
 
 def test_gpus_and_processes_are_read(nvidia_smi):
@@ -81,7 +84,7 @@ def test_no_program_is_no_gpu_and_a_failing_one_says_why(nvidia_smi, monkeypatch
     nvidia_smi("No devices were found\\n")
     assert nvidia.gpus() == []
     nvidia_smi("Failed to initialize NVML: Driver/library version mismatch\\n", code=18)
-    with pytest.raises(OSError, match="^Failed to initialize NVML: Driver/library version mismatch$"):
+    with pytest.raises(OSError, match=r"^Failed to initialize NVML: Driver/library version mismatch$"):
         nvidia.gpus()
 
 
@@ -403,14 +406,13 @@ def test_steps_that_differ_are_counted(found, monkeypatch):
 
         return other, state, batch
 
+    monkeypatch.setattr(training, "_prepared", drifting)
     report, records = found
     training.determinism(report)
-    assert records[0]["differ"] == 0
+    assert records[0]["differ"] == 5
+    assert records[0]["text"].startswith("5 of ")
     assert 6 < records[0]["loss"] < 6.5  # a fresh model of 512 tokens: ln 512 is 6.24
-    monkeypatch.setattr(training, "_prepared", drifting)
-    training.determinism(report)
-    assert records[1]["differ"] == 5
-    assert "other bits" in records[2]["wrong"]
+    assert "other bits" in records[1]["wrong"]
 
 
 @pytest.mark.parametrize(
@@ -427,9 +429,7 @@ def test_steps_that_differ_are_counted(found, monkeypatch):
     ],
 )
 def test_suggestions_follow_from_what_fitted(measured, expected):
-    assert re.match(expected, training.suggestion(measured, 78 * GIB)) or re.search(
-        expected, training.suggestion(measured, 78 * GIB)
-    )
+    assert re.search(expected, training.suggestion(measured, 78 * GIB))
 
 
 def test_a_batch_that_does_not_fit_is_tried_with_remat_and_then_with_fewer_rows(found, monkeypatch):
@@ -472,8 +472,8 @@ def test_a_part_gives_what_it_found():
 def test_a_part_that_raises_crashes_or_hangs_keeps_what_it_found():
     raised, crashed = run_part(part("raising"), 30), run_part(part("crashing"), 30)
     start = time.monotonic()
-    hung = run_part(part("hanging", 4), 30)
-    assert time.monotonic() - start < 12
+    hung = run_part(part("hanging", 8), 30)
+    assert time.monotonic() - start < 60
     assert [outcome.status for outcome in (raised, crashed, hung)] == ["failed", "failed", "out of time"]
     assert [outcome.found[0]["text"] for outcome in (raised, crashed, hung)] == ["it failed", "it crashed", "it hung"]
     assert raised.wrong == ["raising failed: UserError: this is broken: here; fix it"]
@@ -481,27 +481,28 @@ def test_a_part_that_raises_crashes_or_hangs_keeps_what_it_found():
     (sentence,) = crashed.wrong
     assert sentence.startswith("crashing failed: its process ended with SIGSEGV")
     assert "about to crash" in crashed.log
-    assert hung.wrong == ["hanging hangs: no end after 4s"]
+    (sentence,) = hung.wrong
+    assert re.fullmatch(r"hanging hangs: no end after 8s at gpt2_flax/doctor/report\.py:\d+", sentence)
     assert "doctor_parts.py" in hung.log
 
 
 def test_a_part_skips_what_it_has_no_time_for():
-    outcome = run_part(part("slow"), 4)
+    outcome = run_part(part("slow"), 6)
     assert outcome.status == "done"
     assert not outcome.wrong
-    assert 1 <= len(outcome.found) < 25
+    assert 1 <= len(outcome.found) < 28
     assert len(outcome.found) + len(outcome.skipped) == 100
-    cut = run_part(part("hanging"), 3)
+    cut = run_part(part("hanging"), 5)
     assert cut.status == "out of time"
     assert not cut.wrong
-    assert cut.skipped == ["the rest of hanging, cut off after 3s: give more --seconds"]
+    assert cut.skipped == ["the rest of hanging, cut off after 5s: give more --seconds"]
 
 
 def test_one_part_does_not_stop_the_others(monkeypatch, tmp_path):
     parts = [part("good"), part("crashing"), part("wrong"), part("good")._replace(name="again")]
     monkeypatch.setattr(examination, "PARTS", parts)
     lines, output = [], tmp_path / "report.json"
-    with pytest.raises(UserError, match="^2 things wrong") as raised:
+    with pytest.raises(UserError, match=r"^2 things wrong") as raised:
         examine(60, output, lines.append)
     assert raised.value.exit_code == ExitCode.UNAVAILABLE == 69
     content = json.loads(output.read_text(encoding="utf-8"))
@@ -569,16 +570,14 @@ def test_the_whole_command_on_a_cpu(tmp_path):
         assert f"\n{line}" in f"\n{done.stdout}"
 
 
-def test_a_gpu_that_jax_does_not_see_is_exit_code_69(nvidia_smi, tmp_path, monkeypatch):
+def test_a_gpu_that_jax_does_not_see_is_exit_code_69(nvidia_smi, monkeypatch, capsys):
     nvidia_smi(H100, "", "0, 9.0\\n1, 9.0\\n")
-    command = [sys.executable, "-m", "gpt2_flax", "doctor", "--seconds", "10"]
-    done = subprocess.run(command, env=environment(PATH=os.environ["PATH"]), capture_output=True, text=True, timeout=60)
-    assert done.returncode == 69
-    assert "GPU 0 has 11.3 GiB of 79.6 GiB free but JAX takes 59.7 GiB" in done.stdout
-    assert "WRONG                     an NVIDIA GPU is here but JAX" in done.stdout
-    assert re.fullmatch(
-        r"error: \d things wrong with this machine or what is installed: gpt2-flax doctor; .*\n", done.stderr
-    )
+    monkeypatch.setattr(examination, "PARTS", examination.PARTS[:2])
+    assert cli._exit_code(["doctor"]) == 69
+    out, err = capsys.readouterr()
+    assert "GPU 0 has 11.3 GiB of 79.6 GiB free but JAX takes 59.7 GiB" in out
+    assert "WRONG                     an NVIDIA GPU is here but JAX" in out
+    assert re.fullmatch(r"error: \d things wrong with this machine or what is installed: gpt2-flax doctor; .*\n", err)
 
 
 def test_a_file_that_exists_is_kept(tmp_path, capsys):
@@ -605,4 +604,14 @@ def test_ctrl_c_ends_the_part_under_way(tmp_path):
     assert process.returncode == 130
     assert err.startswith("error: interrupted: gpt2-flax doctor")
     assert children
-    assert not any(Path(f"/proc/{child}/cmdline").exists() for child in children)
+    patience = time.monotonic() + 10
+    while any(is_running(child) for child in children) and time.monotonic() < patience:
+        time.sleep(0.1)
+    assert not any(is_running(child) for child in children)
+
+
+def is_running(process):
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes() != b""  # a zombie has none
+    except FileNotFoundError:
+        return False

@@ -151,7 +151,7 @@ def _ending(code: int, messages: str) -> str:
 
 def _place(messages: str) -> str:
     """Where the process was, in what `faulthandler` wrote: its innermost line of this package."""
-    found = re.search(r'File "[^"]*(gpt2_flax/[^"]+)", line (\d+)', messages)
+    found = re.search(r'File "[^"]*(gpt2_flax/(?!doctor/child)[^"]+)", line (\d+)', messages)
     return f" at {found[1]}:{found[2]}" if found else ""
 
 
