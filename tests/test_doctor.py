@@ -377,14 +377,14 @@ def test_a_collective_that_is_wrong_on_a_device_is_found(found, monkeypatch, nam
 
 
 def test_a_slow_device_is_named(found, monkeypatch):
-    monkeypatch.setattr(rates, "product_rate", lambda: 3e14)
+    monkeypatch.setattr(rates, "product_rate", lambda: 2.5e14)
     monkeypatch.setattr(rates, "_memory_rate", lambda: 3e12)
     monkeypatch.setattr(rates, "peak_flops", lambda kind, dtype: 989e12)
     monkeypatch.setattr(rates, "bandwidth", lambda kind: 3.35e12)
     report, records = found
     rates.rates(report)
-    assert records[0]["text"] == "300T FLOP/s, 30% of the data sheet's 989T FLOP/s"
-    assert records[1]["wrong"].startswith("the float32 product rate is 30% of the data sheet's: ")
+    assert records[0]["text"] == "250T FLOP/s, 25% of the data sheet's 989T FLOP/s"
+    assert records[1]["wrong"].startswith("the float32 product rate is 25% of the data sheet's: ")
     assert records[2]["text"] == "3 TB/s, 90% of the data sheet's 3.35 TB/s"
     assert len(records) == 3
 

@@ -25,7 +25,7 @@ class Hardware(NamedTuple):
 def backend(report: Report) -> None:
     """Report the platform and the devices of JAX, CUDA and cuDNN as loaded, and what is missing."""
     there = hardware()
-    messages = _Messages(() if there.tpus else ("'tpu'",))
+    messages = _Messages(("cuda", "tpu") if there.tpus else ("cuda",))
     import jax
 
     try:
@@ -97,12 +97,12 @@ def why_unseen(
 
 
 class _Messages(logging.Handler):
-    """Collects what JAX warns of, from before it is imported; messages with any of the words are left out."""
+    """Collects what JAX warns of, from before it is imported; of backends that fail quietly, only these count."""
 
-    def __init__(self, without: Sequence[str]):
+    def __init__(self, backends: Sequence[str]):
         super().__init__(logging.INFO)
         self.errors: list[str] = []
-        self._without = without
+        self._failures = [f"Unable to initialize backend '{name}'" for name in backends]
         logging.getLogger("jax").addHandler(self)
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.INFO)  # of backends that fail
 
@@ -110,8 +110,7 @@ class _Messages(logging.Handler):
         message = " ".join(record.getMessage().split())
         if record.exc_info and record.exc_info[1] is not None:
             message += f": {record.exc_info[1]}"
-        matters = record.levelno >= logging.WARNING or "Unable to initialize backend" in message
-        if matters and not any(word in message for word in self._without):
+        if record.levelno >= logging.WARNING or any(failure in message for failure in self._failures):
             self.errors.append(message)
 
 

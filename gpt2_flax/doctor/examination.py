@@ -48,6 +48,7 @@ PARTS = (
 _LEAST = 2.0  # seconds in which a part can say anything
 _COLUMN = 28
 _KILLED_AFTER = 5.0  # seconds past its limit, if a part does not end by itself
+_POLL = 0.05
 _LOG = 8000  # characters of its messages that are kept of a part that failed
 _CHILD = """import json, sys
 sys.path[:] = json.loads(sys.argv[3])  # the same package as here, whatever folder this is
@@ -84,8 +85,8 @@ def examine(seconds: float, output: Path | None, say: Callable[[str], None]) -> 
         elif left < _LEAST:
             outcome = Outcome(skipped=[f"{part.name}: no time left"])
         else:
-            with _note(f"{part.name}, {number} of {len(PARTS)} parts; at most {duration(left)} to go"):
-                outcome = run_part(part, left)
+            with _note(f"{part.name}, {number} of {len(PARTS)} parts", start + seconds) as tick:
+                outcome = run_part(part, left, tick)
         outcomes[part.name] = outcome
         for line in _lines(part, outcome):
             say(line)
@@ -107,8 +108,8 @@ def examine(seconds: float, output: Path | None, say: Callable[[str], None]) -> 
         raise UserError(ExitCode.UNAVAILABLE, what, "gpt2-flax doctor", "see the lines above that begin with WRONG")
 
 
-def run_part(part: Part, left: float) -> Outcome:
-    """Run a part in a process of its own, for as long as it may take and at most `left` seconds."""
+def run_part(part: Part, left: float, tick: Callable[[], object] = lambda: None) -> Outcome:
+    """Run a part in a process of its own, for as long as it may take and at most `left` seconds; call `tick` often."""
     limit, start = min(part.seconds, left), time.monotonic()
     with scratch_folder() as folder:
         records, log = folder / "records", folder / "log"
@@ -118,9 +119,10 @@ def run_part(part: Part, left: float) -> Outcome:
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
             )
         with cleaned_up(lambda: os.killpg(process.pid, signal.SIGKILL)):
-            try:
-                code = process.wait(limit + _KILLED_AFTER)
-            except subprocess.TimeoutExpired:
+            while (code := process.poll()) is None and time.monotonic() < start + limit + _KILLED_AFTER:
+                tick()
+                time.sleep(_POLL)
+            if code is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 code = process.wait()
         took = time.monotonic() - start
@@ -156,14 +158,14 @@ def _place(messages: str) -> str:
 
 
 @contextmanager
-def _note(doing: str) -> Iterator[None]:
-    """Shows on stderr what takes so long, if that is a terminal."""
+def _note(doing: str, end: float) -> Iterator[Callable[[], object]]:
+    """Shows on stderr what takes so long, and how long it may take, if that is a terminal; yields what updates it."""
     if not sys.stderr.isatty():
-        yield
+        yield lambda: None
         return
     status = Console(stderr=True).status(doing)
     with cleaned_up(status.stop), status:  # it has hidden the cursor
-        yield
+        yield lambda: status.update(f"{doing}; at most {duration(max(0.0, end - time.monotonic()))} to go")
 
 
 def _lines(part: Part, outcome: Outcome) -> Iterator[str]:

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import gpt2_flax
 from gpt2_flax import nvidia
 from gpt2_flax.doctor.report import Report
 from gpt2_flax.memory import host_bytes
@@ -13,7 +14,7 @@ from gpt2_flax.nvidia import Gpu, Process
 
 PLUGINS = {13: "jax-cuda13-plugin", 12: "jax-cuda12-plugin"}
 _PACKAGES = (
-    *("gpt2_flax", "jax", "jaxlib", *PLUGINS.values(), "jax-cuda13-pjrt", "jax-cuda12-pjrt", "libtpu", "flax", "optax"),
+    *("jax", "jaxlib", *PLUGINS.values(), "jax-cuda13-pjrt", "jax-cuda12-pjrt", "libtpu", "flax", "optax"),
     *("orbax-checkpoint", "numpy", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "nvidia-nccl-cu13", "nvidia-nccl-cu12"),
     *("torch", "transformers"),
 )
@@ -28,6 +29,7 @@ _TPUS = {  # Google's PCI numbers, as JAX knows them
 def machine(report: Report) -> None:
     """Report versions, machine, GPUs by their driver, and settings; and what of them does not go together."""
     installed = packages()
+    report.line("gpt2_flax", gpt2_flax.__version__)
     report.line("python", platform.python_version())
     for name, version in installed.items():
         report.line(name, version)

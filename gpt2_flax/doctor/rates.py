@@ -18,7 +18,7 @@ from gpt2_flax.parallel.devices import bandwidth, memory_bytes, peak_flops
 from gpt2_flax.parallel.mesh import platform
 from gpt2_flax.progress import si
 
-_LOW = 0.4  # share of the data sheet's rate below which something is wrong; usual are 0.6 to 0.95
+_LOW = 0.3  # share of the data sheet's rate below which something is wrong; usual are 0.5 to 0.95
 
 
 def rates(report: Report) -> None:

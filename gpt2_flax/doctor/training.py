@@ -25,6 +25,7 @@ from gpt2_flax.training.step import TrainState, initial_state, make_train_step, 
 _VOCABULARY = 21128  # of the published Chinese models
 _REMATS = ("none", "selected", "full")
 _STEPS = 3
+_ROWS_OF_A_CPU = 4
 _FIRST = 16  # rows; then twice as many, or a quarter if these do not fit
 _SAFE = 0.9  # share of the memory up to which a batch is suggested: other lengths of documents need other memory
 
@@ -34,8 +35,8 @@ Step = Callable[[TrainState, Batch], Any]
 def determinism(report: Report) -> None:
     """Report whether steps from the same state and batch end in the same bits, and with a finite loss."""
     tune_cpu()  # as training does
-    small = {"n_layer": 2} if platform() != "cpu" else _tiny()
-    config = _config(8, small)
+    # The same program as in `speed` on a CPU, so compiled once.
+    config = _config(_ROWS_OF_A_CPU, _tiny()) if platform() == "cpu" else _config(8, {"n_layer": 2})
     step, state, batch = _prepared(config)
     start = jax.tree.map(np.asarray, state)
     shardings = jax.tree.map(lambda array: array.sharding, state)
@@ -64,7 +65,7 @@ def speed(report: Report) -> None:
         report.line("model", "a tiny one, since this is a CPU")
     product, peak = product_rate(), peak_flops(device.device_kind, compute_dtype())
     measured: dict[int, tuple[str, float, float | None]] = {}  # of rows: remat, tokens/s, bytes
-    batches = [4 if on_cpu else _FIRST]
+    batches = [_ROWS_OF_A_CPU if on_cpu else _FIRST]
     for rows in report.affordable((f"{rows} x {length}", rows) for rows in batches):
         for remat in _REMATS:
             config = _config(rows, (_tiny() if on_cpu else {}) | {"remat": remat})
