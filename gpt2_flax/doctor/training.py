@@ -47,7 +47,7 @@ def determinism(report: Report) -> None:
             state, metrics = step(state, batch)
         ends.append([np.asarray(leaf) for leaf in jax.tree.leaves(state.model)])
     loss = float(metrics.loss)
-    differ = sum(int((one != other).sum()) for one, other in zip(*ends, strict=True))
+    differ = sum(int((one.view(np.uint32) != other.view(np.uint32)).sum()) for one, other in zip(*ends, strict=True))
     count = sum(leaf.size for leaf in ends[0])
     text = "the same bits" if differ == 0 else f"{differ:,} of {count:,} parameters differ"
     report.line(f"{_STEPS} steps twice", f"{text}, loss {loss:.4f}", differ=differ, parameters=count, loss=loss)
