@@ -14,6 +14,7 @@ class ExitCode(enum.IntEnum):
     USAGE = 64  # the command line itself
     DATA = 65  # a corpus, vocabulary, dataset or weight file is damaged or does not fit
     NO_INPUT = 66  # an input is missing
+    UNAVAILABLE = 69  # doctor has found something wrong with the machine or what is installed
     BUG = 70  # ours; the traceback is kept in a file
     OUT_OF_MEMORY = 71  # of the host or of a device
     CANT_CREATE = 73  # an output exists, is in use, or is not writable

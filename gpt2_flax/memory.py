@@ -26,7 +26,7 @@ def out_of_memory(error: BaseException, where: object, fix: str) -> UserError | 
         return None
     asked, limit = _bytes(_ASKED.search(message)), _bytes(_LIMIT.search(message))
     device = None if limit or not told else _device_bytes()
-    owner, size = ("a device", limit or device) if limit or device else ("this machine", _host_bytes())
+    owner, size = ("a device", limit or device) if limit or device else ("this machine", host_bytes())
     asked_for = f"{_shown(asked)} asked, " if asked else ""
     return UserError(ExitCode.OUT_OF_MEMORY, f"out of memory ({asked_for}{owner} has {_shown(size)})", where, fix)
 
@@ -47,7 +47,8 @@ def _device_bytes() -> int | None:
     return None
 
 
-def _host_bytes() -> int:
+def host_bytes() -> int:
+    """Return the memory that this process may use, in bytes: the machine's, or less where a limit is set."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     limits += [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
     with contextlib.suppress(OSError, ValueError):  # "max" is none

@@ -34,6 +34,7 @@ COMMANDS = [
     "serve",
     "push",
     "convert",
+    "doctor",
 ]
 
 

@@ -14,6 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     "cpu",
     "tpu",
+    "nvidia",
     "errors",
     "interruption",
     "memory",
@@ -31,6 +32,7 @@ LAYERS = [
     "inference",
     "training",
     "plan",
+    "doctor",
     "serve",
     "cli",
     "__main__",
@@ -38,6 +40,7 @@ LAYERS = [
 JAX_FREE = (
     "cpu",
     "tpu",
+    "nvidia",
     "compilation_cache",
     "errors",
     "interruption",

@@ -67,7 +67,7 @@ def raised(function):
     ids=range(10),
 )
 def test_what_was_asked_and_what_there_is(monkeypatch, error, what):
-    monkeypatch.setattr(memory, "_host_bytes", lambda: 3 * GIB)
+    monkeypatch.setattr(memory, "host_bytes", lambda: 3 * GIB)
     failure = out_of_memory(error, "here", "less")
     assert (failure.exit_code, failure.what, str(failure)) == (71, what, f"{what}: here; less")
     assert _exit_code(error) == 71  # what the processes of a run tell each other
@@ -91,7 +91,7 @@ def test_other_errors_are_none_of_memory(error):
 
 def test_the_memory_of_the_machine_is_at_most_what_the_system_has():
     total = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
-    assert 0 < memory._host_bytes() <= int(total.split()[1]) * 1024
+    assert 0 < memory.host_bytes() <= int(total.split()[1]) * 1024
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def greedy_program(arguments, body):
 )
 def test_every_command_ends_with_71_and_one_line(capsys, monkeypatch, corpus, tmp_path, command, function, fix):
     monkeypatch.setattr(function, lambda *arguments, **options: np.zeros(2**46))
-    monkeypatch.setattr(memory, "_host_bytes", lambda: 3 * GIB)
+    monkeypatch.setattr(memory, "host_bytes", lambda: 3 * GIB)
     arguments = command.format(corpus=corpus, new=tmp_path / "new").split()
     assert cli._exit_code(arguments) == 71
     expected = f"error: out of memory (512 TiB asked, this machine has 3 GiB): gpt2-flax {arguments[0]}; {fix}\n"

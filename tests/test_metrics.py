@@ -69,7 +69,7 @@ def trained(dataset_folder, tmp_path_factory):
     }
     config = parse_config(values, "test")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
-        patch.setattr(parallel_devices, "KINDS", (parallel_devices.Kind("cpu", 2, 1e-6, 1),))
+        patch.setattr(parallel_devices, "KINDS", (parallel_devices.Kind("cpu", 2, 1e-6, 1, 1),))
         loop.train(config)
     return config, printed.getvalue()
 

@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -189,6 +190,25 @@ def test_a_missing_compiler_is_named_with_what_installs_it(monkeypatch, name, ex
     refused(ExitCode.USAGE, rf"not installed.*pip install 'gpt2_flax\[{extra}\]'", devices_for, name)
 
 
+@pytest.mark.parametrize(
+    ("installed", "cuda", "cudnn"),
+    [((12,), "12.9.0", "9.10.0"), ((13,), "13.0.0", "9.12.0"), ((12, 13), "13.0.0", "9.12.0")],
+)
+def test_gpus_are_described_with_the_cuda_that_is_installed(monkeypatch, installed, cuda, cudnn):
+    there = [f"jax_plugins.xla_cuda{number}" for number in installed]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in there else None)
+    described = []
+    monkeypatch.setattr(
+        topology.topologies,
+        "get_topology_desc",
+        lambda **words: described.append(words["target_config"]) or types.SimpleNamespace(devices=[]),
+    )
+    devices_for("h200:8")
+    assert re.findall(r'(?:runtime|toolkit|driver)_version: "(.*)"', described[0]) == [cuda] * 3
+    assert re.findall(r'dnn_version: "(.*)"', described[0]) == [cudnn]
+    assert "memory_bandwidth: 4800000000000\n" in described[0]
+
+
 def test_no_topology_is_this_machine():
     assert devices_for(None) == jax.devices()
 
@@ -313,17 +333,26 @@ def test_tpus_are_known_by_name(name):
     assert peak_flops(devices[0].device_kind, "bfloat16")
 
 
+def has_plugin(cuda):
+    with contextlib.suppress(ModuleNotFoundError):
+        return importlib.util.find_spec(f"jax_plugins.xla_cuda{cuda}") is not None
+    return False
+
+
+compiles_for_gpus = pytest.mark.skipif(not has_plugin(12) and not has_plugin(13), reason="no JAX for GPUs, of any CUDA")
+
+
+@compiles_for_gpus
 @pytest.mark.parametrize("name", ["a100-40gb:8", "a100:8", "h100:8", "h200:32x8"])
 def test_descriptions_of_gpus_are_accepted(name):
-    pytest.importorskip("jax_plugins.xla_cuda12")
     devices = devices_for(name)
     assert len(devices) == math.prod(map(int, name.partition(":")[2].split("x")))
     assert memory_bytes(devices[0])
     assert peak_flops(devices[0].device_kind, "bfloat16")
 
 
+@compiles_for_gpus
 def test_a_gpu_is_compiled_for(small):
-    pytest.importorskip("jax_plugins.xla_cuda12")
     devices = devices_for("h200:8")
     compiled = compile_step(small, devices)
     assert compiled.fits

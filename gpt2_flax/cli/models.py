@@ -1,4 +1,4 @@
-"""What makes models: plan, train, keys, evaluate."""
+"""What makes models: doctor, plan, train, keys, evaluate."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,6 +8,23 @@ import typer
 from gpt2_flax.cli.app import Model, PathArgument, PathOption, Step, app, corpus_source, utf8
 from gpt2_flax.cli.text import Between, Encoding, Format, OnBad, TextField
 from gpt2_flax.text.documents import CorpusOptions
+
+
+@app.command()
+def doctor(
+    seconds: Annotated[float, typer.Option(min=10, help="Time for everything; what matters most comes first.")] = 280,
+    json: Annotated[
+        Path | None, PathOption("--json", metavar="FILE", help="Write all that is found to this new file.")
+    ] = None,
+) -> None:
+    """Examine this machine: versions, devices, speed, attention kernels, training. Run it first; attach it to reports.
+
+    Each thing that is wrong is a line WRONG with what to do, and the exit code is 69. Several GPUs of this machine are
+    tested together; other machines are not.
+    """
+    from gpt2_flax.doctor.examination import examine
+
+    examine(seconds, json, lambda line: print(line, flush=True))
 
 
 @app.command(epilog="The keys: gpt2-flax keys")

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
-from gpt2_flax import tpu
+from gpt2_flax import nvidia, tpu
 from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.parallel.devices import bandwidth
 
 KNOWN = (
     "v5e:2x4, v6e:16x16 (TPU, chips along two sides), v4:2x2x4, v5p:4x4x4 (three sides), "
@@ -24,7 +25,7 @@ KNOWN = (
 )
 _MOST_DEVICES = 10_000  # the largest TPU pod has 9,216
 _MOST_CPU_DEVICES = 256
-_DEVICE_FILES = ("nvidia[0-9]*", "dxg", "kfd", *tpu.DEVICE_FILES)
+_DEVICE_FILES = (*nvidia.DEVICE_FILES, "kfd", *tpu.DEVICE_FILES)
 _SIDES = {"v4": (3,), "v5e": (2,), "v5p": (3,), "v6e": (2,)}
 
 
@@ -36,8 +37,6 @@ class Gpu(NamedTuple):
     capability: tuple[int, int]
     memory: int
     """Bytes, as the driver counts them."""
-    bandwidth: int
-    """Bytes of memory a second."""
     multiprocessors: int
     lanes: int
     """float32 units of a multiprocessor."""
@@ -49,14 +48,16 @@ class Gpu(NamedTuple):
 
 _MIB = 2**20
 _GPUS = {
-    "a100-40gb": Gpu(
-        "NVIDIA A100-SXM4-40GB", (8, 0), 40960 * _MIB, 1_555 * 10**9, 108, 64, 164 * 1024, 40 * _MIB, 1.41
-    ),
-    "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 81920 * _MIB, 2_039 * 10**9, 108, 64, 164 * 1024, 40 * _MIB, 1.41),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 81559 * _MIB, 3_350 * 10**9, 132, 128, 228 * 1024, 50 * _MIB, 1.98),
-    "h200": Gpu("NVIDIA H200", (9, 0), 143771 * _MIB, 4_800 * 10**9, 132, 128, 228 * 1024, 50 * _MIB, 1.98),
+    "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 40960 * _MIB, 108, 64, 164 * 1024, 40 * _MIB, 1.41),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 81920 * _MIB, 108, 64, 164 * 1024, 40 * _MIB, 1.41),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 81559 * _MIB, 132, 128, 228 * 1024, 50 * _MIB, 1.98),
+    "h200": Gpu("NVIDIA H200", (9, 0), 143771 * _MIB, 132, 128, 228 * 1024, 50 * _MIB, 1.98),
 }
-_CUDA, _CUDNN = (12, 9, 0), (9, 10, 0)  # of the wheels that `jax[cuda12]` brings, or before
+# JAX's compilers for GPUs, the newer first like JAX, and CUDA and cuDNN of the wheels that they need, or before.
+_PLUGINS = {
+    "jax_plugins.xla_cuda13": ((13, 0, 0), (9, 12, 0)),
+    "jax_plugins.xla_cuda12": ((12, 9, 0), (9, 10, 0)),
+}
 
 
 def devices_for(name: str | None) -> Sequence[jax.Device]:
@@ -97,7 +98,7 @@ def _cpu_devices(count: int) -> Sequence[jax.Device]:
 
 
 def _tpu_devices(kind: str, sizes: tuple[int, ...]) -> Sequence[jax.Device]:
-    _need("libtpu", "tpu")
+    _installed(("libtpu",), "tpu")
     tpu.silence_libtpu()  # here no TPU is used
     # Hosts of four chips; small machines have one.
     options = {"chips_per_host_bounds": (2, 2, 1) if all(size % 2 == 0 for size in sizes[:2]) else (1, 1, 1)}
@@ -114,28 +115,30 @@ def _tpu_devices(kind: str, sizes: tuple[int, ...]) -> Sequence[jax.Device]:
 
 
 def _gpu_devices(gpu: Gpu, sizes: tuple[int, ...]) -> Sequence[jax.Device]:
-    _need("jax_plugins.xla_cuda12", "cuda")
+    plugin = _installed(tuple(_PLUGINS), nvidia.EXTRAS[13])
     hosts, gpus = sizes if len(sizes) == 2 else (1, sizes[0])
+    description = _description(gpu, *_PLUGINS[plugin])
     return topologies.get_topology_desc(
-        platform="cuda", topology_name="", topology=f"1x{hosts}x{gpus}", target_config=_description(gpu)
+        platform="cuda", topology_name="", topology=f"1x{hosts}x{gpus}", target_config=description
     ).devices
 
 
-def _need(module: str, extra: str) -> None:
-    try:
-        found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # of the package around it
-        found = None
-    if found is None:
-        fix = f"install it with `pip install 'gpt2_flax[{extra}]'`; no accelerator is needed"
-        raise UserError(ExitCode.USAGE, "the compiler for this topology is not installed", module.split(".")[-1], fix)
+def _installed(modules: tuple[str, ...], extra: str) -> str:
+    """Returns the first of `modules` that is installed; raises `UserError` (USAGE) with the extra if none is."""
+    for module in modules:
+        with contextlib.suppress(ModuleNotFoundError):  # of the package around it
+            if importlib.util.find_spec(module) is not None:
+                return module
+    fix = f"install it with `pip install 'gpt2_flax[{extra}]'`; no accelerator is needed"
+    what = "the compiler for this topology is not installed"
+    raise UserError(ExitCode.USAGE, what, modules[0].split(".")[-1], fix)
 
 
-def _description(gpu: Gpu) -> str:
+def _description(gpu: Gpu, cuda: tuple[int, ...], cudnn: tuple[int, ...]) -> str:
     """Returns XLA's `GpuTargetConfigProto` as text."""
     major, minor = gpu.capability
     features = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
-    cuda, cudnn = (".".join(map(str, version)) for version in (_CUDA, _CUDNN))
+    toolkit, dnn = (".".join(map(str, version)) for version in (cuda, cudnn))
     return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -154,7 +157,7 @@ gpu_device_info {{
   thread_dim_limit_z: 64
   registers_per_core_limit: {2**16}
   registers_per_block_limit: {2**16}
-  memory_bandwidth: {gpu.bandwidth}
+  memory_bandwidth: {bandwidth(gpu.kind):.0f}
   l2_cache_size: {gpu.l2}
   clock_rate_ghz: {gpu.gigahertz}
   device_memory_size: {gpu.memory}
@@ -162,13 +165,13 @@ gpu_device_info {{
   device_vendor: "NVIDIA Corporation"
   platform_version: "Compute Capability {major}.{minor}"
   name: "{gpu.kind}"
-  driver_version: "{cuda}"
-  runtime_version: "{cuda}"
-  compile_time_toolkit_version: "{cuda}"
-  dnn_version: "{cudnn}"
+  driver_version: "{toolkit}"
+  runtime_version: "{toolkit}"
+  compile_time_toolkit_version: "{toolkit}"
+  dnn_version: "{dnn}"
 }}
 platform_name: "CUDA"
-dnn_version_info {{ major: {_CUDNN[0]} minor: {_CUDNN[1]} patch: {_CUDNN[2]} }}
+dnn_version_info {{ major: {cudnn[0]} minor: {cudnn[1]} patch: {cudnn[2]} }}
 device_description_str: "{gpu.kind}"
 """
 

@@ -1,0 +1,183 @@
+"""What `gpt2-flax doctor` does: parts, the most important first, each in a process of its own with a limit.
+
+This process never touches a device. So a part that crashes or hangs costs only itself, a JAX that cannot be imported
+is found out as well, and each part has the memory of the devices to itself.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from rich.console import Console
+
+import gpt2_flax
+from gpt2_flax.doctor.report import Record
+from gpt2_flax.errors import ExitCode, UserError, printable
+from gpt2_flax.folders import scratch_folder, write_whole
+from gpt2_flax.interruption import cleaned_up
+from gpt2_flax.progress import duration
+
+
+class Part(NamedTuple):
+    """A part of the examination: `code` is the `module:function` that does it within `seconds`."""
+
+    name: str
+    code: str
+    seconds: float
+
+
+JAX = "jax"
+PARTS = (
+    Part("machine", "gpt2_flax.doctor.machine:machine", 60),
+    Part(JAX, "gpt2_flax.doctor.backend:backend", 60),
+    Part("rates", "gpt2_flax.doctor.rates:rates", 60),
+    Part("attention", "gpt2_flax.doctor.attention:attention", 100),
+    Part("determinism", "gpt2_flax.doctor.training:determinism", 75),
+    Part("collectives", "gpt2_flax.doctor.rates:collectives", 45),
+    Part("training", "gpt2_flax.doctor.training:speed", 150),
+)
+_LEAST = 2.0  # seconds in which a part can say anything
+_COLUMN = 28
+_KILLED_AFTER = 5.0  # seconds past its limit, if a part does not end by itself
+_POLL = 0.05
+_LOG = 8000  # characters of its messages that are kept of a part that failed
+_CHILD = """import json, sys
+sys.path[:] = json.loads(sys.argv[3])  # the same package as here, whatever folder this is
+from gpt2_flax.doctor import child
+child.run(*sys.argv[1:3])
+"""
+
+
+@dataclass
+class Outcome:
+    """What came of a part."""
+
+    status: Literal["done", "failed", "out of time", "skipped"] = "skipped"
+    seconds: float = 0.0
+    found: list[Record] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    log: str = ""
+    """The last messages of a part that did not come to its end."""
+
+
+def examine(seconds: float, output: Path | None, say: Callable[[str], None]) -> None:
+    """Examine this machine within `seconds`, say what is found, and write it to a new JSON file.
+
+    Raises `UserError`: CANT_CREATE when the file exists, UNAVAILABLE when something is wrong.
+    """
+    if output is not None and os.path.lexists(output):
+        raise UserError(ExitCode.CANT_CREATE, "output exists", output, "choose another name, or remove it")
+    start, outcomes = time.monotonic(), {}
+    for number, part in enumerate(PARTS, 1):
+        left = seconds - (time.monotonic() - start)
+        if JAX in outcomes and outcomes[JAX].status != "done":
+            outcome = Outcome(skipped=[f"{part.name}: JAX does not start"])
+        elif left < _LEAST:
+            outcome = Outcome(skipped=[f"{part.name}: no time left"])
+        else:
+            with _note(f"{part.name}, {number} of {len(PARTS)} parts", start + seconds) as tick:
+                outcome = run_part(part, left, tick)
+        outcomes[part.name] = outcome
+        for line in _lines(part, outcome):
+            say(line)
+    wrong = [sentence for outcome in outcomes.values() for sentence in outcome.wrong]
+    skipped = sum(len(outcome.skipped) for outcome in outcomes.values())
+    unseen = f", {skipped} skipped" if skipped else ""
+    say(f"{'result':<{_COLUMN}}{_count(wrong)} wrong{unseen}, in {duration(time.monotonic() - start)}")
+    if output is not None:
+        content = {
+            "gpt2_flax": gpt2_flax.__version__,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "seconds": round(time.monotonic() - start, 1),
+            "wrong": wrong,
+            "parts": {name: asdict(outcome) for name, outcome in outcomes.items()},
+        }
+        write_whole(output, (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode())
+    if wrong:
+        what = f"{_count(wrong)} wrong with this machine or what is installed"
+        raise UserError(ExitCode.UNAVAILABLE, what, "gpt2-flax doctor", "see the lines above that begin with WRONG")
+
+
+def run_part(part: Part, left: float, tick: Callable[[], object] = lambda: None) -> Outcome:
+    """Run a part in a process of its own, for as long as it may take and at most `left` seconds; call `tick` often."""
+    limit, start = min(part.seconds, left), time.monotonic()
+    with scratch_folder() as folder:
+        records, log = folder / "records", folder / "log"
+        command = [sys.executable, "-c", _CHILD, part.code, str(limit), json.dumps(sys.path)]
+        with open(records, "wb") as out, open(log, "wb") as err:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+            )
+        with cleaned_up(lambda: os.killpg(process.pid, signal.SIGKILL)):
+            while (code := process.poll()) is None and time.monotonic() < start + limit + _KILLED_AFTER:
+                tick()
+                time.sleep(_POLL)
+            if code is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                code = process.wait()
+        took = time.monotonic() - start
+        found = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines() if line[-1:] == "}"]
+        messages = log.read_text(encoding="utf-8", errors="replace")[-_LOG:]
+    outcome = Outcome("done" if code == 0 else "out of time" if took >= limit else "failed", round(took, 1))
+    outcome.found = [record for record in found if "name" in record]
+    outcome.wrong = [record["wrong"] for record in found if "wrong" in record]
+    outcome.skipped = [record["skipped"] for record in found if "skipped" in record]
+    if code == 0:
+        return outcome
+    outcome.log = messages
+    if outcome.status == "failed":
+        reasons = [record["failed"] for record in found if "failed" in record] or [_ending(code, messages)]
+        outcome.wrong.append(f"{part.name} failed: {reasons[0]}")
+    elif limit < part.seconds:
+        outcome.skipped.append(f"the rest of {part.name}, cut off after {duration(limit)}: give more --seconds")
+    else:
+        outcome.wrong.append(f"{part.name} hangs: no end after {duration(limit)}{_place(messages)}")
+    return outcome
+
+
+def _ending(code: int, messages: str) -> str:
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    last = [line for line in messages.splitlines() if line.strip() and not line.startswith((" ", "Extension modules"))]
+    return f"its process ended with {how}{_place(messages)}" + (f", after: {last[-1][:200]}" if last else "")
+
+
+def _place(messages: str) -> str:
+    """Where the process was, in what `faulthandler` wrote: its innermost line of this package."""
+    found = re.search(r'File "[^"]*(gpt2_flax/(?!doctor/child)[^"]+)", line (\d+)', messages)
+    return f" at {found[1]}:{found[2]}" if found else ""
+
+
+@contextmanager
+def _note(doing: str, end: float) -> Iterator[Callable[[], object]]:
+    """Shows on stderr what takes so long, and how long it may take, if that is a terminal; yields what updates it."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    status = Console(stderr=True).status(doing)
+    with cleaned_up(status.stop), status:  # it has hidden the cursor
+        yield lambda: status.update(f"{doing}; at most {duration(max(0.0, end - time.monotonic()))} to go")
+
+
+def _lines(part: Part, outcome: Outcome) -> Iterator[str]:
+    took = "" if outcome.status == "skipped" else f" in {duration(outcome.seconds)}"
+    yield f"{part.name:<{_COLUMN}}{outcome.status}{took}"
+    for record in outcome.found:
+        yield f"  {record['name']:<{_COLUMN - 2}}{printable(record['text'])}"
+    for what in outcome.skipped:
+        yield f"  {'skipped':<{_COLUMN - 2}}{printable(what)}"
+    for sentence in outcome.wrong:
+        yield f"  {'WRONG':<{_COLUMN - 2}}{printable(sentence)}"
+
+
+def _count(wrong: list[str]) -> str:
+    return f"{len(wrong) or 'nothing'}{' thing' if len(wrong) == 1 else ' things' if wrong else ''}"

@@ -1,0 +1,170 @@
+"""The training step itself on the first device: whether it repeats to the same bits, how fast it is, what fits.
+
+Dimension key: B rows, T sequence.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from gpt2_flax.config import Config, parse_config
+from gpt2_flax.cpu import tune_cpu
+from gpt2_flax.data.packing import Batch
+from gpt2_flax.doctor.rates import compute_dtype, product_rate
+from gpt2_flax.doctor.report import Report
+from gpt2_flax.memory import out_of_memory
+from gpt2_flax.model.flops import flops_per_token
+from gpt2_flax.parallel.devices import memory_bytes, peak_flops, peak_memory
+from gpt2_flax.parallel.feed import device_batch
+from gpt2_flax.parallel.mesh import make_mesh, platform
+from gpt2_flax.training.step import TrainState, initial_state, make_train_step, state_layout
+
+_VOCABULARY = 21128  # of the published Chinese models
+_REMATS = ("none", "selected", "full")
+_STEPS = 3
+_ROWS_OF_A_CPU = 4
+_FIRST = 16  # rows; then twice as many, or a quarter if these do not fit
+_SAFE = 0.9  # share of the memory up to which a batch is suggested: other lengths of documents need other memory
+
+Step = Callable[[TrainState, Batch], Any]
+
+
+def determinism(report: Report) -> None:
+    """Report whether steps from the same state and batch end in the same bits, and with a finite loss."""
+    tune_cpu()  # as training does
+    # The same program as in `speed` on a CPU, so compiled once.
+    config = _config(_ROWS_OF_A_CPU, _tiny()) if platform() == "cpu" else _config(8, {"n_layer": 2})
+    step, state, batch = _prepared(config)
+    start = jax.tree.map(np.asarray, state)
+    shardings = jax.tree.map(lambda array: array.sharding, state)
+    ends = []
+    for _ in range(2):
+        state = jax.tree.map(jax.device_put, start, shardings)
+        for _ in range(_STEPS):
+            state, metrics = step(state, batch)
+        ends.append([np.asarray(leaf) for leaf in jax.tree.leaves(state.model)])
+    loss = float(metrics.loss)
+    differ = sum(int((one.view(np.uint32) != other.view(np.uint32)).sum()) for one, other in zip(*ends, strict=True))
+    count = sum(leaf.size for leaf in ends[0])
+    text = "the same bits" if differ == 0 else f"{differ:,} of {count:,} parameters differ"
+    report.line(f"{_STEPS} steps twice", f"{text}, loss {loss:.4f}", differ=differ, parameters=count, loss=loss)
+    if not np.isfinite(loss) or int(metrics.skipped):
+        report.wrong(f"the loss or a gradient of a fresh model is not finite (loss {loss}): report this")
+    if differ and platform() == "cpu":
+        report.wrong("the same steps on this CPU end in other bits: test its memory, and report this")
+
+
+def speed(report: Report) -> None:
+    """Report tokens a second, MFU and memory of the default recipe, and which batch and remat suit the device."""
+    tune_cpu()  # as training does
+    on_cpu, length, device = platform() == "cpu", _length(), jax.local_devices()[0]
+    if on_cpu:
+        report.line("model", "a tiny one, since this is a CPU")
+    product, peak = product_rate(), peak_flops(device.device_kind, compute_dtype())
+    measured: dict[int, tuple[str, float, float | None]] = {}  # of rows: remat, tokens/s, bytes
+    batches = [_ROWS_OF_A_CPU if on_cpu else _FIRST]
+    for rows in report.affordable((f"{rows} x {length}", rows) for rows in batches):
+        for remat in _REMATS:
+            config = _config(rows, (_tiny() if on_cpu else {}) | {"remat": remat})
+            name = f"{rows} x {length}" + ("" if remat == "none" else f", remat {remat}")
+            try:
+                seconds, compiling = _seconds(config)
+            except Exception as error:
+                if (failure := out_of_memory(error, "", "")) is None:
+                    raise
+                report.line(name, f"does not fit: {failure.what}", fits=False)
+                continue
+            rate = rows * length / seconds
+            flops, memory = rate * flops_per_token(config.model, length), peak_memory([device])
+            text = f"{rate:,.0f} tokens/s, {flops / product:.0%} of the product rate"
+            text += f", MFU {flops / peak:.1%}" if peak else ""
+            text += f", {memory / 2**30:.1f} GiB at most" if memory else ""
+            values = {"rows": rows, "remat": remat, "tokens_a_second": rate, "seconds": seconds, "memory": memory}
+            values |= {"mfu": flops / peak if peak else None, "of_product_rate": flops / product}
+            report.line(name, f"{text}, compiled in {compiling:.0f} s", **values)
+            measured[rows] = remat, rate, memory
+            break
+        if rows == _FIRST:
+            batches.append(2 * rows if measured else rows // 4)
+    if not on_cpu:
+        report.line("suggestion", suggestion(measured, memory_bytes(device)))
+
+
+def suggestion(measured: dict[int, tuple[str, float, float | None]], available: float | None) -> str:
+    """Return which batch and remat suit a device, from remat, tokens/s and peak memory at some numbers of rows."""
+    if not measured:
+        return "a smaller batch or model: nothing tried fits"
+    rows, (remat, rate, _) = max(measured.items(), key=lambda item: item[1][1])
+    text = f"{rows} rows of {_length()} a device at a time with model.remat={remat}"
+    if len(measured) > 1:
+        fewest = min(measured)
+        few_remat, few_rate, few_memory = measured[fewest]
+        if rows > fewest and rate < 1.02 * few_rate:
+            text += f" (no faster than {fewest})"
+        most = max(measured)
+        most_remat, _, most_memory = measured[most]
+        if available and few_memory and most_memory and few_remat == most_remat and most_memory > few_memory:
+            a_row = (most_memory - few_memory) / (most - fewest)
+            fit = int(most + max(0, _SAFE * available - most_memory) / a_row) // 8 * 8
+            text += f"; about {fit} rows fit" if fit > most else ""
+    return f"{text}; for larger batches raise training.accumulation_steps"
+
+
+def _seconds(config: Config) -> tuple[float, float]:
+    """The time of a step, of three rounds the fastest, and the time until the first was done."""
+    start = time.perf_counter()
+    step, state, batch = _prepared(config)
+    state, metrics = step(state, batch)
+    jax.block_until_ready(metrics)
+    compiling, rounds = time.perf_counter() - start, []
+    for _ in range(3):
+        start = time.perf_counter()
+        for _ in range(_STEPS):
+            state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+        rounds.append((time.perf_counter() - start) / _STEPS)
+    return min(rounds), compiling
+
+
+def _prepared(config: Config) -> tuple[Step, TrainState, Batch]:
+    mesh = make_mesh(config.mesh, jax.local_devices()[:1])
+    jax.set_mesh(mesh)
+    layout = state_layout(config, mesh)
+    rows = config.data.global_batch_size
+    batch = device_batch(mesh, rows, lambda first, last: Batch(*(x_BT[first:last] for x_BT in _batch(config))))
+    return make_train_step(config, layout, mesh), initial_state(config, layout), batch
+
+
+def _batch(config: Config) -> Batch:
+    """Returns packed documents, of lengths as in Chinese news and comments: most short, some longer than a row."""
+    draw = np.random.default_rng(0)
+    n_rows, length = config.data.global_batch_size, config.data.seq_length
+    tokens_BT = draw.integers(5, config.model.vocab_size, (n_rows, length + 1)).astype(np.int32)
+    starts_BT = draw.random((n_rows, length)) < 1 / 265  # their mean
+    starts_BT[:, 0] = True
+    segments_BT = starts_BT.cumsum(1).astype(np.int32)
+    places_BT = np.broadcast_to(np.arange(length), (n_rows, length))
+    positions_BT = places_BT - np.maximum.accumulate(np.where(starts_BT, places_BT, 0), 1)
+    return Batch(tokens_BT[:, :-1], tokens_BT[:, 1:], segments_BT, positions_BT.astype(np.int32))
+
+
+def _config(rows: int, model: dict[str, Any]) -> Config:
+    """Returns the default recipe with another model, as `gpt2-flax train` would run it on one device."""
+    values = {
+        "output": "none",
+        "model": {"vocab_size": _VOCABULARY, "dtype": compute_dtype(), "n_positions": _length()} | model,
+        "data": {"dataset": "none", "seq_length": _length(), "global_batch_size": rows},
+        "training": {"total_steps": 1000},
+    }
+    return parse_config(values, "gpt2-flax doctor")
+
+
+def _tiny() -> dict[str, int]:
+    return {"vocab_size": 512, "n_layer": 2, "n_embd": 64, "n_head": 2}
+
+
+def _length() -> int:
+    return 128 if platform() == "cpu" else 1024
