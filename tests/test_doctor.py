@@ -317,10 +317,10 @@ def test_the_mask_is_the_one_that_a_kernel_used():
 def test_a_kernel_that_computes_wrong_numbers_or_fails_is_named(found, monkeypatch):
     right = kernels.causal_attention
 
-    def broken(kernel, q_BTHK, k_BTHK, v_BTHK, segments_BT=None, rate=0.0, key=None):
+    def broken(kernel, qkv_BT3HK, segments_BT=None, rate=0.0, key=None):
         if segments_BT is None:
             raise RuntimeError("no such\ninstruction")
-        return right(kernel, q_BTHK, k_BTHK, 1.001 * v_BTHK, segments_BT, rate, key)
+        return 1.001 * right(kernel, qkv_BT3HK, segments_BT, rate, key)
 
     monkeypatch.setattr(attention, "causal_attention", broken)
     report, records = found
@@ -332,7 +332,7 @@ def test_a_kernel_that_computes_wrong_numbers_or_fails_is_named(found, monkeypat
     lines = {record["name"]: record for record in records if "name" in record}
     assert lines["xla"]["text"] == "fails: RuntimeError: no such instruction"
     assert lines["xla documents"]["errors"]["out"] == pytest.approx(1e-3, rel=0.01)
-    assert lines["cudnn"]["runs"] is lines["splash"]["runs"] is False
+    assert lines["flash"]["runs"] is lines["cudnn"]["runs"] is lines["splash"]["runs"] is False
 
 
 def test_gradients_alone_can_be_wrong(found, monkeypatch):
@@ -343,9 +343,12 @@ def test_gradients_alone_can_be_wrong(found, monkeypatch):
         return v_BTHK
 
     half.defvjp(lambda v_BTHK: (v_BTHK, None), lambda kept, d_BTHK: (0.5 * d_BTHK,))
-    monkeypatch.setattr(
-        attention, "causal_attention", lambda kernel, q, k, v, *rest: right(kernel, q, k, half(v), *rest)
-    )
+
+    def broken(kernel, qkv_BT3HK, *rest):
+        q_BTHK, k_BTHK, v_BTHK = jnp.unstack(qkv_BT3HK, axis=2)
+        return right(kernel, jnp.stack([q_BTHK, k_BTHK, half(v_BTHK)], 2), *rest)
+
+    monkeypatch.setattr(attention, "causal_attention", broken)
     errors, _ = attention.examine(Case("xla", True, False), "float32")
     assert errors["dv"] == pytest.approx(0.5)
     assert max(errors[name] for name in ("out", "dq", "dk")) < 1e-6

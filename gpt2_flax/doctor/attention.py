@@ -14,7 +14,8 @@ from gpt2_flax.config import ModelConfig
 from gpt2_flax.doctor.rates import compute_dtype
 from gpt2_flax.doctor.report import Report
 from gpt2_flax.errors import UserError
-from gpt2_flax.model.attention import Kernel, causal_attention, choose
+from gpt2_flax.model.attention import Kernel, causal_attention
+from gpt2_flax.model.attention_choice import choose
 from gpt2_flax.parallel.mesh import platform
 
 _B, _T, _H, _K = 2, 256, 2, 64
@@ -79,7 +80,7 @@ def examine(case: Case, dtype: str) -> tuple[dict[str, float], float | None]:
     rate, key = (_RATE, jax.random.key(1)) if case.dropout else (0.0, None)
 
     def attend(q_BTHK, k_BTHK, v_BTHK):
-        return causal_attention(case.kernel, q_BTHK, k_BTHK, v_BTHK, segments_BT, rate, key)
+        return causal_attention(case.kernel, jnp.stack([q_BTHK, k_BTHK, v_BTHK], 2), segments_BT, rate, key)
 
     @jax.jit
     def both_ways(q_BTHK, k_BTHK, v_BTHK, d_out_BTHK):
