@@ -73,27 +73,50 @@ class Block(nnx.Module):
 
 # Both are quick to compute again from what went in, and would else keep up to five arrays of their own.
 _gelu = jax.checkpoint(partial(nnx.gelu, approximate=True))
-_norm = jax.checkpoint(nnx.LayerNorm.__call__)
+_norm = jax.checkpoint(lambda norm, x_ND: norm(x_ND).astype(x_ND.dtype))
 
 
 def normed(norm: nnx.LayerNorm, x_BTD: jax.Array) -> jax.Array:
-    """Returns the layer norm of each token, computed again going backward."""
+    """Returns the layer norm of each token in the dtype of x_BTD, computed again going backward."""
     return _by_token(partial(_norm, norm), x_BTD)
 
 
 def _linear(layer: nnx.Linear | nnx.LinearGeneral, x: jax.Array) -> jax.Array:
-    """Apply `layer` to x (N, ...) in `layer.dtype`; the gradient of its bias is summed in float32.
+    """Apply `layer` to x (N, ...) in `layer.dtype`; the gradients of its kernel and bias are summed in float32.
 
     Without tensor parallelism the axes of the kernel are merged into a matrix: XLA for CPUs copies the kernel before a
     product over several axes. For other compilers both products are the same.
     """
-    kernel, features = layer.kernel[...].astype(layer.dtype), layer.bias.shape
+    kernel, features = layer.kernel[...], layer.bias.shape
     if tensor_parallel():
-        out = jnp.tensordot(x, kernel, kernel.ndim - len(features))
+        out = _product(x, kernel, kernel.ndim - len(features))
     else:
-        out = (x.reshape(x.shape[0], -1) @ kernel.reshape(-1, math.prod(features))).reshape(-1, *features)
+        out_NF = _product(x.reshape(x.shape[0], -1), kernel.reshape(-1, math.prod(features)), 1)
+        out = out_NF.reshape(-1, *features)
     # The cast comes last, so its gradient comes first: a sum of tokens in bfloat16 loses most of them.
     return out + jnp.broadcast_to(layer.bias[...], out.shape).astype(layer.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, kernel: jax.Array, n_axes: int) -> jax.Array:
+    """Multiply x (N, ...) by the first `n_axes` axes of `kernel`, float32, in the dtype of x.
+
+    A gradient of the cast kernel would be rounded to that dtype on each device, and summed between devices in it:
+    every addition rounds again. The product adds up in float32 anyway, so here it is returned and summed so.
+    """
+    return jnp.tensordot(x, kernel.astype(x.dtype), n_axes)
+
+
+def _product_backward(n_axes, x_and_kernel, of_out):
+    x, kernel = x_and_kernel
+    outward = tuple(range(1, of_out.ndim)), tuple(range(n_axes, kernel.ndim))
+    of_x = jnp.tensordot(of_out, kernel.astype(x.dtype), outward)
+    add_up = partial(jnp.tensordot, axes=(0, 0), preferred_element_type=jnp.float32)
+    # XLA for CPUs fails at products of bfloat16 in float32 with more than one free axis on the right.
+    return of_x, jnp.moveaxis(add_up(of_out, x), -1, 0) if n_axes == 1 else add_up(x, of_out)
+
+
+_product.defvjp(lambda x, kernel, n_axes: (_product(x, kernel, n_axes), (x, kernel)), _product_backward)
 
 
 def _by_token(layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -103,9 +126,10 @@ def _by_token(layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Arra
 
 
 def layer_norm(cfg: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # The fast variance, E[x^2] - E[x]^2, cancels: off by 1e-4 where a mean is large.
+    # The fast variance, E[x^2] - E[x]^2, cancels: off by 1e-4 where a mean is large. Float32 is what a layer norm
+    # computes in anyway; in another dtype it would round its scale and bias first, and then their gradients.
     return nnx.LayerNorm(
-        cfg.n_embd, epsilon=cfg.layer_norm_epsilon, use_fast_variance=False, dtype=jnp.dtype(cfg.dtype), rngs=rngs
+        cfg.n_embd, epsilon=cfg.layer_norm_epsilon, use_fast_variance=False, dtype=jnp.float32, rngs=rngs
     )
 
 
