@@ -4,6 +4,7 @@ Bytes are those that each device sends when every collective goes around a ring.
 """
 
 import math
+import re
 from functools import partial
 
 import jax
@@ -16,6 +17,7 @@ from gpt2_flax.data.packing import Batch
 from gpt2_flax.parallel.collectives import Collective, collectives
 from gpt2_flax.parallel.mesh import make_mesh
 from gpt2_flax.parallel.rules import batch_sharding, path_of
+from gpt2_flax.parallel.topology import devices_for
 from gpt2_flax.training.step import make_train_step, state_layout
 
 
@@ -187,11 +189,12 @@ def step():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-def _compile(mesh, rows):
+def _compile(mesh, rows, **model):
     values = {
         "output": "run",
         "model": {"vocab_size": 21128, "dtype": "float32", "layers": "scanned"}
-        | dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0),
+        | dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
+        | model,
         "data": {"dataset": "dataset", "seq_length": LENGTH, "global_batch_size": rows},
         "training": {"total_steps": 100},
     }
@@ -263,3 +266,29 @@ def test_all_three_together_send_no_more_than_their_parts(step):
 def test_work_of_a_device_does_not_grow_with_devices(step):
     alone, eight = (step(shape, rows)[0].cost_analysis()["flops"] for shape, rows in (((1, 1, 1), 2), ((8, 1, 1), 16)))
     assert eight == pytest.approx(alone, rel=0.05)
+
+
+def compiled_for_gpus(**sizes):
+    """Returns what eight GPUs send in a step in bfloat16, the text of the program, and the sizes of parameters."""
+    pytest.importorskip("jax_plugins.xla_cuda12")
+    mesh = make_mesh(MeshConfig(**sizes), devices_for("h200:8"))
+    program, sizes = _compile(mesh, ROWS, dtype="bfloat16", attention="xla")
+    return sent(program), program.as_text(), sizes
+
+
+def test_gpus_sum_gradients_in_float32_once():
+    found, program, sizes = compiled_for_gpus(data=8)
+    assert found.keys() == {"all-reduce"}
+    assert found["all-reduce"] == pytest.approx(2 * 7 / 8 * sum(sizes.values()), rel=0.01)
+    assert not re.search(r"bf16\S* all-reduce", program)
+
+
+def test_gpus_gather_kernels_in_bfloat16_and_scatter_sums_of_gradients_in_float32():
+    found, _, sizes = compiled_for_gpus(fsdp=8)
+    embedding = sizes["wte/embedding"]
+    kernels = sum(size for path, size in sizes.items() if path.endswith("kernel"))
+    whole = sum(sizes.values()) - embedding - kernels
+    assert found["all-gather"] == pytest.approx(7 / 8 * (2 * kernels / 2 + embedding), rel=0.01)
+    assert found["reduce-scatter"] == pytest.approx(7 / 8 * (kernels + embedding), rel=0.01)
+    assert found["all-reduce"] == pytest.approx(2 * 7 / 8 * whole, rel=0.01)
+    assert found.keys() == {"all-gather", "reduce-scatter", "all-reduce"}

@@ -1,5 +1,7 @@
 """Sums over tokens, rows and devices are float32 whatever the compute dtype is: a bfloat16 sum of ones ends at 256."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,15 @@ def test_the_bias_of_a_linear_layer_with_heads_gets_one_from_each_token(x_BTD):
 
     attention = gradient_of_ones(Attention(SMALL, rngs=nnx.Rngs(0)), output, x_BTD)
     np.testing.assert_array_equal(attention.c_proj.bias[...], N_TOKENS)
+
+
+def test_the_kernel_of_a_linear_layer_gets_one_from_each_token():
+    def output(attention, x_BTD):
+        return attention(x_BTD, lambda q_BTHK, k_BTHK, v_BTHK, key: (jnp.ones_like(q_BTHK), None), None)[0]
+
+    tokens_BTD = jnp.ones((1, 257, SMALL.n_embd), jnp.bfloat16)  # in bfloat16, 257 is 256
+    attention = gradient_of_ones(Attention(SMALL, rngs=nnx.Rngs(0)), output, tokens_BTD)
+    np.testing.assert_array_equal(attention.c_proj.kernel[...], 257)
 
 
 def test_the_bias_of_a_layer_norm_gets_one_from_each_token(x_BTD):
@@ -96,8 +107,20 @@ def exact(batch):
 
 @pytest.mark.parametrize("sizes", [None, (8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
 def test_gradients_in_bfloat16_are_those_of_float32_within_a_hundredth(batch, exact, sizes):
-    mesh = None if sizes is None else make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))))
-    found = gradients("bfloat16", batch, mesh)
+    found = gradients("bfloat16", batch, None if sizes is None else mesh_of(sizes))
     assert found.keys() == exact.keys()
     errors = {path: np.linalg.norm(found[path] - exact[path]) / np.linalg.norm(exact[path]) for path in exact}
     assert max(errors.values()) < 0.01, errors
+
+
+@pytest.mark.parametrize("sizes", [None, (8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2)], ids=str)
+def test_no_gradient_of_a_parameter_is_ever_rounded_to_bfloat16(batch, sizes):
+    found = gradients("bfloat16", batch, None if sizes is None else mesh_of(sizes))
+    rounded = {path: (array == array.astype(jnp.bfloat16)).mean() for path, array in found.items()}
+    del rounded["wte/embedding"], rounded["wpe/embedding"]  # rows that no token used are 0
+    assert max(rounded.values()) < 0.1, rounded  # of float32 numbers by chance one in 65,536
+
+
+def mesh_of(sizes):
+    config = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    return make_mesh(config, jax.devices()[: math.prod(sizes)])

@@ -101,10 +101,10 @@ def _multiply(layer: nnx.Linear | nnx.LinearGeneral, x: jax.Array) -> jax.Array:
     XLA for CPUs copies a kernel before a product over several axes; other compilers do not care. Tensor parallelism
     needs the axes, of which it splits the heads.
     """
-    kernel, n_features = layer.kernel[...].astype(layer.dtype), layer.bias.ndim
+    kernel, n_features = layer.kernel[...], layer.bias.ndim
     if tensor_parallel():
-        return jnp.tensordot(x, kernel, kernel.ndim - n_features)
-    return x.reshape(x.shape[0], -1) @ kernel.reshape(-1, layer.bias.size)
+        return _product(x, kernel, kernel.ndim - n_features)
+    return _product(x.reshape(x.shape[0], -1), kernel.reshape(-1, layer.bias.size), 1)
 
 
 def _add_bias(layer: nnx.Linear | nnx.LinearGeneral, x: jax.Array) -> jax.Array:
@@ -112,6 +112,28 @@ def _add_bias(layer: nnx.Linear | nnx.LinearGeneral, x: jax.Array) -> jax.Array:
     # The cast comes last, so its gradient comes first: a sum of tokens in bfloat16 loses most of them.
     bias = jnp.broadcast_to(layer.bias[...].reshape(x.shape[1:]), x.shape).astype(layer.dtype)
     return (x + bias).reshape(-1, *layer.bias.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, kernel: jax.Array, n_axes: int) -> jax.Array:
+    """Multiply x (N, ...) by the first `n_axes` axes of `kernel`, float32, in the dtype of x.
+
+    A gradient of the cast kernel would be rounded to that dtype on each device, and summed between devices in it:
+    every addition rounds again. The product adds up in float32 anyway, so here it is returned and summed so.
+    """
+    return jnp.tensordot(x, kernel.astype(x.dtype), n_axes)
+
+
+def _product_backward(n_axes, x_and_kernel, of_out):
+    x, kernel = x_and_kernel
+    outward = tuple(range(1, of_out.ndim)), tuple(range(n_axes, kernel.ndim))
+    of_x = jnp.tensordot(of_out, kernel.astype(x.dtype), outward)
+    add_up = partial(jnp.tensordot, axes=(0, 0), preferred_element_type=jnp.float32)
+    # XLA for CPUs fails at products of bfloat16 in float32 with more than one free axis on the right.
+    return of_x, jnp.moveaxis(add_up(of_out, x), -1, 0) if n_axes == 1 else add_up(x, of_out)
+
+
+_product.defvjp(lambda x, kernel, n_axes: (_product(x, kernel, n_axes), (x, kernel)), _product_backward)
 
 
 def _by_token(layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

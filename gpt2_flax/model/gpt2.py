@@ -20,7 +20,7 @@ from gpt2_flax.model.attention import causal_attention, saves_attention
 from gpt2_flax.model.attention_choice import choose
 from gpt2_flax.model.block import Block, make_norm, normed, split_key
 from gpt2_flax.model.dropout import dropout
-from gpt2_flax.model.embedding import copies, look_up
+from gpt2_flax.model.embedding import copies, look_up, look_up_whole
 from gpt2_flax.model.loss import LossSums, cross_entropy, logits
 from gpt2_flax.parallel.mesh import platform
 from gpt2_flax.parallel.rules import constrain_BTD
@@ -102,10 +102,10 @@ class GPT2(nnx.Module):
         return self._blocks(x_BTD, attend, layers_key)
 
     def _embed(self, tokens_BT, positions_BT, key, embedding_RVD=None) -> jax.Array:
-        if positions_BT is None:
-            positions_BT = jnp.arange(tokens_BT.shape[1])[None]
         looked_up = self.wte(tokens_BT) if embedding_RVD is None else look_up(embedding_RVD, tokens_BT, self.cfg.dtype)
-        x_BTD = (looked_up + self.wpe(positions_BT)).astype(self.cfg.dtype)
+        wpe_ND = self.wpe.embedding[...]
+        by_position = wpe_ND[: tokens_BT.shape[1]] if positions_BT is None else look_up_whole(wpe_ND, positions_BT)
+        x_BTD = (looked_up + by_position).astype(self.cfg.dtype)
         return constrain_BTD(dropout(x_BTD, self.cfg.embd_pdrop, key))
 
     def _blocks(self, x_BTD, attend, key) -> jax.Array:
