@@ -48,15 +48,21 @@ def expected(x_BTD, embedding_VD, targets_BT, vocab_size):
     return sums, of_x_BTD, of_embedding_VD
 
 
-@partial(jax.jit, static_argnames=("vocab_size", "chunk"))
-def found(x_BTD, embedding_VD, targets_BT, vocab_size, chunk=None):
-    """Returns sums and gradients of twice the nats; `chunk` only tells traces apart."""
+@pytest.fixture
+def gpu(monkeypatch):
+    """Computes the loss as a GPU would: in bfloat16, training keeps float16 logits."""
+    monkeypatch.setattr(loss, "platform", lambda: "gpu")
+
+
+def found(x_BTD, embedding_VD, targets_BT, vocab_size):
+    """Returns sums and gradients of twice the nats."""
 
     def twice(x_BTD, embedding_VD):
         sums = cross_entropy(x_BTD, embedding_VD, targets_BT, vocab_size)
         return 2 * sums.nats, sums
 
-    (_, sums), gradients = jax.value_and_grad(twice, argnums=(0, 1), has_aux=True)(x_BTD, embedding_VD)
+    gradients_and_sums = jax.jit(jax.value_and_grad(twice, argnums=(0, 1), has_aux=True))
+    (_, sums), gradients = gradients_and_sums(x_BTD, embedding_VD)
     return jnp.stack(sums), *gradients
 
 
@@ -80,17 +86,17 @@ def assert_equal(arrays, expected_arrays, tolerance):
 def test_sums_and_gradients_equal_float64_numpy(n_rows, length, vocab_size, padding, chunk, ignored, seed):
     arrays = example(n_rows, length, 6, vocab_size, vocab_size + padding, ignored, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss, "CHUNK_TOKENS", chunk)
-        assert_equal(found(*arrays, vocab_size, chunk), expected(*arrays, vocab_size), 1e-5)
+        patch.setattr(loss, "chunk_tokens", lambda: chunk)
+        assert_equal(found(*arrays, vocab_size), expected(*arrays, vocab_size), 1e-5)
 
 
 @pytest.mark.parametrize("chunk", [3, 1024])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_sums_and_gradients_are_the_same_on_every_mesh(mesh, chunk, monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(loss, "chunk_tokens", lambda: chunk)
     arrays = example(8, 5, 16, vocab_size=65, padded=128)
     with on_mesh(MESHES[mesh]):
-        arrays_found = found(*arrays, 65, chunk)
+        arrays_found = found(*arrays, 65)
         sums = jax.jit(partial(cross_entropy, vocab_size=65))(*arrays)
     assert_equal(arrays_found, expected(*arrays, 65), 1e-5)
     np.testing.assert_allclose(sums, arrays_found[0], rtol=1e-6)
@@ -105,6 +111,67 @@ def test_bfloat16_hidden_states_give_the_gradients_of_float32_within_a_hundredth
     wanted = expected(x_BTD, embedding_VD, targets_BT, 100)
     assert_equal((sums, np.asarray(of_x_BTD, np.float32), of_embedding_VD), wanted, 1e-2)
     np.testing.assert_allclose(sums, wanted[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [3, 4096])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_float16_logits_give_the_sums_and_gradients_of_float64_on_every_mesh(mesh, chunk, gpu, monkeypatch):
+    monkeypatch.setattr(loss, "chunk_tokens", lambda: chunk)
+    x_BTD, embedding_VD, targets_BT = example(8, 5, 16, vocab_size=65, padded=128)
+    x_BTD, embedding_VD = x_BTD.astype(jnp.bfloat16), np.float32(embedding_VD.astype(jnp.bfloat16))
+    with on_mesh(MESHES[mesh]):
+        sums, of_x_BTD, of_embedding_VD = found(x_BTD, embedding_VD, targets_BT, 65)
+    assert (of_x_BTD.dtype, of_embedding_VD.dtype) == (jnp.bfloat16, jnp.float32)
+    wanted = expected(x_BTD, embedding_VD, targets_BT, 65)
+    # As above, the gradients of logits are bfloat16, and so are the sums over `tensor`.
+    assert_equal((sums, np.float32(of_x_BTD), of_embedding_VD), wanted, 1e-2)
+    np.testing.assert_allclose(sums, wanted[0], rtol=1e-4)
+
+
+def test_float16_logits_keep_the_label_in_float32(gpu):
+    """A likely label: float16 rounds its logit by 0.005, 40 times the loss, which the label's own logit must not be."""
+    x_BTD = np.ones((1, 8, 2), jnp.bfloat16)
+    embedding_VD = np.zeros((64, 2), np.float32)
+    embedding_VD[5] = 13, 5 / 1024
+    arrays = x_BTD, embedding_VD, np.full((1, 8), 5)
+    np.testing.assert_allclose(found(*arrays, 64)[0], expected(*arrays, 64)[0], rtol=0.02)
+
+
+def test_float16_logits_do_not_make_predictions_right_that_were_not(gpu):
+    """Of two likely tokens 0 to 1/64 apart, as far as float16 numbers are at 16, the label is one."""
+    draw, cases = np.random.default_rng(0), 512
+    tokens_N2 = np.stack([draw.permutation(128)[:2] for _ in range(cases)])
+    embedding_VD = np.zeros((128, 2 * cases), np.float32)  # the rough logit of each case, and what is added to it
+    embedding_VD[tokens_N2.T, np.arange(cases)] = 16
+    embedding_VD[tokens_N2.T, cases + np.arange(cases)] = draw.uniform(0, 1 / 64, (2, cases)).astype(jnp.bfloat16)
+    x_BTD = np.tile(np.eye(cases), 2)[None].astype(jnp.bfloat16)
+    labels_BT = tokens_N2[:, 0][None]
+    right = expected(x_BTD, embedding_VD, labels_BT, 128)[0][1]
+    assert found(x_BTD, embedding_VD, labels_BT, 128)[0][1] == pytest.approx(right, abs=0.06 * cases)
+    rounded_VN = (embedding_VD @ np.float32(x_BTD[0]).T).astype(np.float16)
+    overcount = (rounded_VN[labels_BT[0], np.arange(cases)] == rounded_VN.max(0)).sum() - right
+    assert overcount > 0.2 * cases  # had the label's logit been rounded like the others
+
+
+def float16_logits(n_tokens, dtype, gradients):
+    """Returns whether the traced loss makes float16 arrays as wide as the vocabulary, and whether float32 products."""
+
+    def nats(x_BTD, embedding_VD):
+        return cross_entropy(x_BTD, embedding_VD, jnp.zeros(x_BTD.shape[:2], jnp.int32), 256).nats
+
+    arrays = jax.ShapeDtypeStruct((1, n_tokens, 64), dtype), jax.ShapeDtypeStruct((256, 64), jnp.float32)
+    text = str(jax.make_jaxpr(jax.grad(nats, (0, 1)) if gradients else nats)(*arrays))
+    return [f"{kind}[{n_tokens},256] = dot_general" in text for kind in ("f16", "f32")]
+
+
+def test_only_training_in_bfloat16_on_a_gpu_makes_float16_logits(monkeypatch):
+    traced = {}
+    for platform in ("cpu", "gpu", "tpu"):
+        monkeypatch.setattr(loss, "platform", lambda name=platform: name)
+        for dtype in ("bfloat16", "float32"):
+            for gradients in (False, True):
+                traced[platform, dtype, gradients] = float16_logits(32, dtype, gradients)[0]
+    assert [case for case, float16 in traced.items() if float16] == [("gpu", "bfloat16", True)]
 
 
 def test_all_targets_ignored_is_no_loss_and_no_gradient():
@@ -126,6 +193,21 @@ def test_huge_logits_stay_finite():
     x_BTD, embedding_VD, targets_BT = example(2, 4, 8, vocab_size=30, padded=32)
     arrays = x_BTD * 1e3, embedding_VD, targets_BT
     assert_equal(found(*arrays, 30), expected(*arrays, 30), 1e-5)
+
+
+def test_float16_logits_beyond_65504_stay_finite(gpu):
+    x_BTD, embedding_VD, targets_BT = example(2, 4, 8, vocab_size=30, padded=32)
+    arrays = (x_BTD * 1e4).astype(jnp.bfloat16), embedding_VD * 1e2, targets_BT
+    assert expected(*arrays, 30)[0][0] / (targets_BT != IGNORE).sum() > 65504
+    for array in found(*arrays, 30):
+        assert np.isfinite(np.float32(array)).all()
+
+
+def test_a_hidden_state_that_is_no_number_makes_a_loss_that_is_none(gpu):
+    """Training skips such a step."""
+    x_BTD, embedding_VD, targets_BT = example(2, 4, 8, vocab_size=30, padded=32, ignored=0)
+    x_BTD[1, 2, 3] = np.nan
+    assert np.isnan(found(x_BTD.astype(jnp.bfloat16), embedding_VD, targets_BT, 30)[0][0])
 
 
 @pytest.mark.parametrize("mesh", MESHES)
