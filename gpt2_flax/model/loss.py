@@ -3,9 +3,9 @@
 The gradient of a chunk is computed next to its loss, from the same logits: three matrix products, none of them twice.
 On a mesh every device chunks the rows that it has, against the part of the vocabulary that `tensor` gives it.
 
-Training in bfloat16 on a GPU, logits are float16: memory traffic is what the loss costs there, and float16 halves it.
-Bfloat16 would too, but with 8 bits instead of 11 it moves gradients by 2.5e-3; float16 moves them by less than 1e-3.
-Statistics, the label's logit and sums stay float32.
+Training in bfloat16 on a GPU writes logits in float16 and reads them twice, not three times: the loss is bound by memory
+there. Maxima, sums and the label's logit stay float32. Float16 has 11 bits: against float32 logits a loss moves by 3e-5
+at most, and gradients are as exact. Bfloat16 has 8: 5e-4, and the head's gradient is twice as far from the exact one.
 
 Dimension key: B batch, T sequence, C chunks, N tokens of one, D n_embd, R parts that the rows are in, V vocabulary,
 padded to a multiple of 128, or a device's part of it.
@@ -30,7 +30,7 @@ def chunk_tokens() -> int:
 
     Few, so that their logits are small next to the activations: 83 MiB of float32 for a vocabulary of 21,248, on GPUs
     166 MiB of float16. There each chunk reads and writes the matrix's float32 gradient: 4,096 tokens a chunk instead of
-    1,024 save 4 GB of memory traffic and 400 launches a step of 32 x 1,024 tokens.
+    1,024 save 5.4 GB of memory traffic and 320 launches a step of 32 x 1,024 tokens.
     """
     return 4096 if platform() == "gpu" else 1024
 
@@ -47,7 +47,8 @@ def cross_entropy(x_BTD: jax.Array, embedding_VD: jax.Array, targets_BT: jax.Arr
     """Returns the summed loss of predicting `targets_BT` (IGNORE is skipped) from hidden states and the head's matrix.
 
     `embedding_VD`, float32, may be its `copies`. Products run in the dtype of `x_BTD` and add up in float32, as do the
-    softmax, the sums and the gradient of the matrix. Only `nats` has a gradient.
+    softmax, the sums and the gradient of the matrix; for logits that are trained on, see above. Only `nats` has a
+    gradient.
     """
     return _cross_entropy(x_BTD, copies(embedding_VD), targets_BT, vocab_size)
 
@@ -151,7 +152,7 @@ def _narrow_logits(x_ND, narrow_VD, rows_N, is_label_NV):
 
     The label's own logit is float32 in both, so that no loss is negative, and a tie that rounding makes is none.
     """
-    # Hidden states come from the last norm, so float16 holds them, and more exactly than bfloat16 did.
+    # Hidden states come from the last norm: none is beyond float16's 65,504, and others are exact in it down to 6e-5.
     x_ND = x_ND.astype(jnp.float16)
     label_logits_N = jnp.einsum("ND,ND->N", x_ND, narrow_VD[rows_N], preferred_element_type=jnp.float32)
     # The product itself is asked for float16: cuBLAS would write float32 and leave the rounding to another pass.
