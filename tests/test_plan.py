@@ -20,6 +20,7 @@ from gpt2_flax.config import MeshConfig, parse_config
 from gpt2_flax.config_file import load_config
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.model import loss
 from gpt2_flax.parallel import topology
 from gpt2_flax.parallel.devices import memory_bytes, peak_flops
 from gpt2_flax.parallel.mesh import make_mesh
@@ -133,6 +134,12 @@ def test_activations_shrink_with_remat_and_with_parts():
     assert 1 < kept["full"].activations / (128 * 1024 * 768 * 12 * 2) < 2
     halved = memory(published(2, "training.accumulation_steps=2"), ONE)
     assert halved.activations == pytest.approx(kept["none"].activations / 2, rel=0.05)
+
+
+@pytest.mark.parametrize(("platform", "bytes_of_a_chunk"), [("cpu", 1024 * 4), ("gpu", 4096 * 2)])
+def test_logits_are_counted_in_the_chunks_and_the_dtype_of_the_platform(platform, bytes_of_a_chunk, monkeypatch):
+    monkeypatch.setattr(loss, "platform", lambda: platform)
+    assert memory(published(2), ONE).loss == 2 * 21248 * bytes_of_a_chunk
 
 
 def test_devices_that_share_products_keep_less_each():

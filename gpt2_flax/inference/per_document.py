@@ -18,7 +18,7 @@ from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import utf8_name
 from gpt2_flax.inference.evaluation import Evaluation
 from gpt2_flax.model.gpt2 import GPT2
-from gpt2_flax.model.loss import CHUNK_TOKENS, logits
+from gpt2_flax.model.loss import chunk_tokens, logits
 from gpt2_flax.parallel.feed import device_batch, prefetch, row_shards
 from gpt2_flax.text.corpus import corpus_units
 from gpt2_flax.text.documents import CorpusOptions
@@ -120,7 +120,7 @@ def _each_target(model: GPT2, batch: Batch, rows_a_device: int) -> tuple[jax.Arr
     """Returns nats_BT, float32, and whether the most likely prediction was right, of targets that are not IGNORE."""
     x_BTD = model.hidden(batch.tokens_BT, batch.segments_BT, batch.positions_BT)
     n_rows, length = batch.targets_BT.shape
-    columns = max(1, CHUNK_TOKENS // rows_a_device)
+    columns = max(1, chunk_tokens() // rows_a_device)
 
     def chunked(array_BT: jax.Array) -> jax.Array:
         missing = -length % columns

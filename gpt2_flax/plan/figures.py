@@ -169,13 +169,18 @@ def _of_one_part(model: ModelConfig, n_rows: int, seq_length: int, tensor: int) 
     residuals = {id(variable): variable for variable in forward.outvars if id(variable) not in given}
     x_BTD = jax.ShapeDtypeStruct((n_rows, seq_length, model.n_embd), jnp.dtype(model.dtype))
     head = jax.make_jaxpr(jax.grad(loss, (0, 1)))(x_BTD, shapes, ids_BT).jaxpr
-    largest = max(size(variable) for variable in _made(head) if variable.aval.shape[-1:] == (model.padded_vocab_size,))
+    widths = (model.padded_vocab_size,)
+    largest = max(size(variable) for variable in _products(head) if variable.aval.shape[-1:] == widths)
     return sum(map(size, residuals.values())), 2 * largest
 
 
-def _made(jaxpr: Any) -> Iterator[Any]:
-    """Yields all variables that a traced function makes, those of the functions it calls too."""
+def _products(jaxpr: Any) -> Iterator[Any]:
+    """Yields what the matrix products of a traced function make, those of the functions it calls too.
+
+    Other arrays of that size are fused: they are in no memory.
+    """
     for equation in jaxpr.eqns:
-        yield from equation.outvars
+        if equation.primitive.name == "dot_general":
+            yield from equation.outvars
         for inner in jaxprs_in_params(equation.params):
-            yield from _made(inner)
+            yield from _products(inner)
