@@ -13,7 +13,7 @@ PACKAGE = ROOT / "gpt2_flax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     "cpu",
-    "tpu",
+    "accelerators",
     "errors",
     "interruption",
     "memory",
@@ -37,7 +37,7 @@ LAYERS = [
 ]
 JAX_FREE = (
     "cpu",
-    "tpu",
+    "accelerators",
     "compilation_cache",
     "errors",
     "interruption",

@@ -9,13 +9,12 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
 
-from gpt2_flax import tpu
+from gpt2_flax.accelerators import silence_libtpu
 from gpt2_flax.errors import ExitCode, UserError, quote
 
 KNOWN = (
@@ -24,7 +23,6 @@ KNOWN = (
 )
 _MOST_DEVICES = 10_000  # the largest TPU pod has 9,216
 _MOST_CPU_DEVICES = 256
-_DEVICE_FILES = ("nvidia[0-9]*", "dxg", "kfd", *tpu.DEVICE_FILES)
 _SIDES = {"v4": (3,), "v5e": (2,), "v5p": (3,), "v6e": (2,)}
 
 
@@ -66,8 +64,6 @@ def devices_for(name: str | None) -> Sequence[jax.Device]:
     Raises `UserError`: USAGE for an unknown name or a missing extra.
     """
     if name is None:
-        if not any(True for pattern in _DEVICE_FILES for _ in Path("/dev").glob(pattern)):
-            jax.config.update("jax_platforms", "cpu")  # plugins that look for what is not there complain at length
         return jax.devices()
     kind, _, shape = name.partition(":")
     sizes = tuple(map(int, shape.split("x"))) if re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})*", shape) else ()
@@ -97,8 +93,8 @@ def _cpu_devices(count: int) -> Sequence[jax.Device]:
 
 
 def _tpu_devices(kind: str, sizes: tuple[int, ...]) -> Sequence[jax.Device]:
-    _need("libtpu", "tpu")
-    tpu.silence_libtpu()  # here no TPU is used
+    _need("tpu", "libtpu")
+    silence_libtpu()  # here no TPU is used
     # Hosts of four chips; small machines have one.
     options = {"chips_per_host_bounds": (2, 2, 1) if all(size % 2 == 0 for size in sizes[:2]) else (1, 1, 1)}
     if kind == "v4":
@@ -114,21 +110,26 @@ def _tpu_devices(kind: str, sizes: tuple[int, ...]) -> Sequence[jax.Device]:
 
 
 def _gpu_devices(gpu: Gpu, sizes: tuple[int, ...]) -> Sequence[jax.Device]:
-    _need("jax_plugins.xla_cuda12", "cuda")
+    _need("cuda", "jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
     hosts, gpus = sizes if len(sizes) == 2 else (1, sizes[0])
     return topologies.get_topology_desc(
         platform="cuda", topology_name="", topology=f"1x{hosts}x{gpus}", target_config=_description(gpu)
     ).devices
 
 
-def _need(module: str, extra: str) -> None:
-    try:
-        found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # of the package around it
-        found = None
-    if found is None:
+def _need(extra: str, *modules: str) -> None:
+    """Raises `UserError` (USAGE) unless one of the modules is installed."""
+    if not any(map(_is_installed, modules)):
         fix = f"install it with `pip install 'gpt2_flax[{extra}]'`; no accelerator is needed"
-        raise UserError(ExitCode.USAGE, "the compiler for this topology is not installed", module.split(".")[-1], fix)
+        what, where = "the compiler for this topology is not installed", modules[-1].split(".")[-1]
+        raise UserError(ExitCode.USAGE, what, where, fix)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
 
 
 def _description(gpu: Gpu) -> str:

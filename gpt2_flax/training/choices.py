@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 from gpt2_flax.config import Config
 from gpt2_flax.model.attention import choose
 from gpt2_flax.parallel.mesh import platform
+from gpt2_flax.training.compiler_options import compiler_options
 
 
 def choices(config: Config, mesh: Mesh) -> dict[str, str]:
@@ -21,4 +22,5 @@ def choices(config: Config, mesh: Mesh) -> dict[str, str]:
             documents=not config.model.attend_across_documents,
             platform=platform(),
         )
-    return {"attention": f"{kernel}: {why}"}
+    options = " ".join(f"{name}={str(value).lower()}" for name, value in compiler_options(config, mesh).items())
+    return {"attention": f"{kernel}: {why}"} | ({"compiler options": options} if options else {})
