@@ -80,6 +80,12 @@ def devices_for(name: str | None) -> Sequence[jax.Device]:
     return _gpu_devices(_GPUS[kind], sizes) if kind in _GPUS else _tpu_devices(kind, sizes)
 
 
+def bandwidth(name: str) -> int | None:
+    """Returns the bytes of memory a second of each GPU of a topology, None for other devices."""
+    gpu = _GPUS.get(name.partition(":")[0])
+    return gpu and gpu.bandwidth
+
+
 def _cpu_devices(count: int) -> Sequence[jax.Device]:
     jax.config.update("jax_platforms", "cpu")
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -111,6 +117,8 @@ def _tpu_devices(kind: str, sizes: tuple[int, ...]) -> Sequence[jax.Device]:
 
 def _gpu_devices(gpu: Gpu, sizes: tuple[int, ...]) -> Sequence[jax.Device]:
     _need("cuda", "jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+    # What was compiled for GPUs that are not here JAX keeps but cannot read again, and it would warn of that.
+    jax.config.update("jax_enable_compilation_cache", False)
     hosts, gpus = sizes if len(sizes) == 2 else (1, sizes[0])
     return topologies.get_topology_desc(
         platform="cuda", topology_name="", topology=f"1x{hosts}x{gpus}", target_config=_description(gpu)

@@ -23,4 +23,4 @@ def choices(config: Config, mesh: Mesh) -> dict[str, str]:
             platform=platform(),
         )
     options = " ".join(f"{name}={str(value).lower()}" for name, value in compiler_options(config, mesh).items())
-    return {"attention": f"{kernel}: {why}"} | ({"compiler options": options} if options else {})
+    return {"attention": f"{kernel}: {why}"} | ({"XLA options": options} if options else {})

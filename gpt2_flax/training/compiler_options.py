@@ -24,13 +24,16 @@ def compiler_options(config: Config, mesh: Mesh) -> dict[str, bool | int]:
             return {}
     options: dict[str, bool | int] = {}
     if mesh.size > 1:
-        # XLA combines collectives up to 30 MiB. Of a small model that is all layers together, so that everything is
-        # sent after the backward pass; of a large one it is less than a layer.
+        # XLA combines collectives up to 30 MiB of results. Of a small model that is all layers together, so that all
+        # of them wait for the last gradient or for the first product; of a large model it is less than a layer.
         in_layers = config.model.parameters - config.model.embedding_parameters
         layer = jnp.dtype(config.model.dtype).itemsize * in_layers // config.model.n_layer
-        options["xla_gpu_enable_latency_hiding_scheduler"] = True
-        for kind in ("all_reduce", "reduce_scatter", "all_gather"):
-            options[f"xla_gpu_{kind}_combine_threshold_bytes"] = layer
+        options |= {
+            "xla_gpu_enable_latency_hiding_scheduler": True,
+            "xla_gpu_all_reduce_combine_threshold_bytes": layer,
+            "xla_gpu_all_gather_combine_threshold_bytes": layer,
+            "xla_gpu_reduce_scatter_combine_threshold_bytes": layer // mesh.shape["fsdp"],
+        }
     if config.training.deterministic:
         options["xla_gpu_exclude_nondeterministic_ops"] = True
     users = _flags_of_environment()
