@@ -17,8 +17,8 @@ SUMS = "xla_gpu_all_reduce_combine_threshold_bytes"
 
 
 def config_of(**sections):
-    """Four layers, three million parameters, plain attention: compiled for GPUs in seconds, and without cuDNN."""
-    model = {"vocab_size": 512, "n_positions": 256, "n_layer": 4, "n_head": 4, "n_embd": 256, "attention": "xla"}
+    """Six layers, five million parameters, plain attention: compiled for GPUs in seconds, and without cuDNN."""
+    model = {"vocab_size": 512, "n_positions": 256, "n_layer": 6, "n_head": 4, "n_embd": 256, "attention": "xla"}
     values = {
         "output": "run",
         "model": model | {"layers": "unrolled"} | dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0),
@@ -59,7 +59,7 @@ def test_gradients_of_eight_gpus_are_sent_while_products_run(h200s, monkeypatch)
     same_size, exposed = sent(config, h200s)
     assert size == same_size
     assert hidden > 0.6
-    assert exposed < 0.3
+    assert exposed < 0.2
 
 
 def test_parameters_shared_by_eight_gpus_are_gathered_while_products_run(h200s):
