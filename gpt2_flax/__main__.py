@@ -19,11 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         speak_utf8()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    from gpt2_flax.accelerators import silence_what_is_not_here
     from gpt2_flax.compilation_cache import keep_compiled_programs
-    from gpt2_flax.tpu import silence_libtpu_without_tpu
 
     keep_compiled_programs()
-    silence_libtpu_without_tpu()
+    silence_what_is_not_here()
     sys.exit(_exit_code(arguments))
 
 

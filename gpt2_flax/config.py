@@ -188,6 +188,9 @@ class TrainingConfig(Section):
     total_steps: int = Field(gt=0, description="optimizer steps of the whole run")
     accumulation_steps: int = Field(1, gt=0, description="parts a batch is computed in, one after the other")
     seed: int = Field(0, ge=0, lt=2**32, description="of initial weights, data order and dropout")
+    deterministic: bool = Field(
+        False, description="on GPUs, take only kernels that give the same bits each time; slower, see README.md"
+    )
     log_every: int = Field(10, gt=0, description="steps between lines of metrics")
     evaluate_every: int = Field(1000, gt=0, description="steps between evaluations on validation splits")
     evaluation_batches: int = Field(

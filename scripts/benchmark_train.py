@@ -1,17 +1,21 @@
 """Measures training steps of GPT-2 against `transformers` in PyTorch, on the same machine in one run.
 
 Each variant runs in a process of its own, in turn, round after round, so that a machine that slows down slows all down.
-All do the same: forward, backward, clipping at norm 1 and AdamW for a batch of rows, without dropout.
+All do the same: forward, backward, clipping at norm 1 and AdamW for a batch of rows.
 
-    gpt2_flax            this package, rows without documents' borders as in the others
-    gpt2_flax documents  the same with attention inside documents, four in a row
-    torch                GPT2LMHeadModel, SDPA attention, fused AdamW
-    torch compiled       the same under torch.compile
+    gpt2_flax               this package, without dropout, rows without documents' borders as in torch
+    gpt2_flax documents     the same with attention inside documents, four in a row
+    torch                   GPT2LMHeadModel, SDPA attention, fused AdamW, without dropout
+    torch compiled          the same under torch.compile
+    gpt2_flax recipe        the default recipe: dropout 0.1 in embedding, attention and residuals, four documents a row
+    torch dropout           torch with the same dropout, without documents
+    torch dropout compiled  the same under torch.compile
 
     tokens/s   of the median step; in brackets the slowest and the fastest round
     TFLOP/s    what the model needs a step (12 matrix products a layer and the head, attention over whole rows; what is
                computed twice counts once), over the time of a step
     of peak    these over what a plain matrix product of the same type does on this machine in the same run
+    ours       tokens/s of gpt2_flax over those of the line; of a line with dropout, tokens/s of gpt2_flax recipe
 
     python scripts/benchmark_train.py                                       # CPU: 124M, 4 x 128 and 1 x 1024, float32
     python scripts/benchmark_train.py --sizes base xlarge --shapes 32x1024 64x1024          # GPU: bfloat16
@@ -40,8 +44,11 @@ SIZES = {  # layers, width, heads
     "large": (36, 1280, 20),
     "xlarge": (48, 1600, 25),
 }
-VARIANTS = ("gpt2_flax", "gpt2_flax documents", "torch", "torch compiled")
-OURS = VARIANTS[:2]
+VARIANTS = (
+    *("gpt2_flax", "gpt2_flax documents", "torch", "torch compiled"),
+    *("gpt2_flax recipe", "torch dropout", "torch dropout compiled"),
+)
+OURS = tuple(variant for variant in VARIANTS if variant.startswith("gpt2_flax"))
 
 
 class Task(NamedTuple):
@@ -57,9 +64,9 @@ class Task(NamedTuple):
     options: tuple[str, ...]  # section.key=value, for this package
 
 
-def measure(task: Task) -> dict[str, float]:
-    """Returns the seconds of a median step, and the matrix products' FLOP/s, of a variant."""
-    step, product = (jax_step if task.variant in OURS else torch_step)(task)
+def measure(task: Task) -> dict[str, Any]:
+    """Returns the seconds of a median step, the matrix products' FLOP/s and the choices of a variant."""
+    step, product, chosen = (jax_step if task.variant in OURS else torch_step)(task)
     step()  # compiles
     step()
     times = []
@@ -67,7 +74,7 @@ def measure(task: Task) -> dict[str, float]:
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(times), "peak": peak(product)}
+    return {"seconds": statistics.median(times), "peak": peak(product), "choices": chosen}
 
 
 def peak(product: Callable[[], float]) -> float:
@@ -78,6 +85,10 @@ def peak(product: Callable[[], float]) -> float:
         flops = product()
         rates.append(flops / (time.perf_counter() - start))
     return max(rates[1:])
+
+
+def dropout_of(variant: str) -> float:
+    return 0.1 if "recipe" in variant or "dropout" in variant else 0.0
 
 
 def config_of(task: Task) -> Any:
@@ -91,8 +102,8 @@ def config_of(task: Task) -> Any:
         "model": {
             **{"vocab_size": task.vocab_size, "n_positions": task.length, "dtype": task.dtype},
             **{"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head},
-            **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0),
-            "attend_across_documents": task.variant != "gpt2_flax documents",
+            **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout_of(task.variant)),
+            "attend_across_documents": task.variant == "gpt2_flax",
         },
         "data": {"dataset": "none", "seq_length": task.length, "global_batch_size": task.rows},
         "training": {"total_steps": 10_000},
@@ -103,7 +114,7 @@ def config_of(task: Task) -> Any:
         return load_config(Path(file.name), task.options)
 
 
-def jax_step(task: Task) -> tuple[Callable[[], None], Callable[[], float]]:
+def jax_step(task: Task) -> tuple[Callable[[], None], Callable[[], float], dict[str, str]]:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -112,6 +123,7 @@ def jax_step(task: Task) -> tuple[Callable[[], None], Callable[[], float]]:
     from gpt2_flax.data.packing import Batch
     from gpt2_flax.parallel.auto_mesh import choose_mesh
     from gpt2_flax.parallel.mesh import make_mesh
+    from gpt2_flax.training.choices import choices
     from gpt2_flax.training.step import initial_state, make_train_step, state_layout
 
     tune_cpu()  # as `gpt2-flax train` does
@@ -121,7 +133,7 @@ def jax_step(task: Task) -> tuple[Callable[[], None], Callable[[], float]]:
     layout = state_layout(config, mesh)
     tokens_BT = np.random.default_rng(0).integers(task.vocab_size, size=(task.rows, task.length + 1)).astype(np.int32)
     places_BT = np.broadcast_to(np.arange(task.length, dtype=np.int32), (task.rows, task.length))
-    segments_BT = 1 + (4 * places_BT // task.length if task.variant == "gpt2_flax documents" else 0 * places_BT)
+    segments_BT = 1 + (0 * places_BT if config.model.attend_across_documents else 4 * places_BT // task.length)
     batch = Batch(tokens_BT[:, :-1], tokens_BT[:, 1:], segments_BT, places_BT)
     train_step = make_train_step(config, layout, mesh)
     state = [initial_state(config, layout)]
@@ -138,10 +150,10 @@ def jax_step(task: Task) -> tuple[Callable[[], None], Callable[[], float]]:
         jax.block_until_ready(times(x))
         return 2.0 * n**3
 
-    return step, product
+    return step, product, choices(config, mesh)
 
 
-def torch_step(task: Task) -> tuple[Callable[[], None], Callable[[], float]]:
+def torch_step(task: Task) -> tuple[Callable[[], None], Callable[[], float], dict[str, str]]:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -152,12 +164,12 @@ def torch_step(task: Task) -> tuple[Callable[[], None], Callable[[], float]]:
     config = GPT2Config(
         **{"vocab_size": task.vocab_size, "n_positions": task.length, "attn_implementation": "sdpa"},
         **{"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "use_cache": False},
-        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0),
+        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout_of(task.variant)),
     )
     model = GPT2LMHeadModel(config).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     tokens_BT = torch.randint(task.vocab_size, (task.rows, task.length), device=device)
-    run = torch.compile(model) if task.variant == "torch compiled" else model
+    run = torch.compile(model) if task.variant.endswith("compiled") else model
 
     def step() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=task.dtype == "bfloat16"):
@@ -175,10 +187,10 @@ def torch_step(task: Task) -> tuple[Callable[[], None], Callable[[], float]]:
         (x @ x)[0, 0].item()
         return 2.0 * n**3
 
-    return step, product
+    return step, product, {}
 
 
-def run_apart(task: Task) -> dict[str, float] | None:
+def run_apart(task: Task) -> dict[str, Any] | None:
     """Measures in a process of its own; None when that fails, as for want of memory."""
     command = [sys.executable, __file__, "--task", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -192,7 +204,7 @@ def run_apart(task: Task) -> dict[str, float] | None:
 def compare(args: argparse.Namespace, size: str, shapes: list[tuple[int, int]]) -> None:
     """Prints the variants' best of `shapes`, all of one length."""
     length = shapes[0][1]
-    found: dict[tuple[str, int], list[dict[str, float]]] = {}
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     failed = set()
     for _ in range(args.rounds):
         for variant in args.variants:
@@ -211,7 +223,7 @@ def compare(args: argparse.Namespace, size: str, shapes: list[tuple[int, int]]) 
     print(
         f"\n{size}, {wanted}, {args.dtype}, vocabulary {args.vocab_size:,}; matrix product {ceiling / 1e12:.3f} TFLOP/s"
     )
-    print(f"  {'':20}{'rows':>5}{'tokens/s':>12}{'':22}{'TFLOP/s':>10}{'of peak':>9}{'gpt2_flax':>11}")
+    print(f"  {'':24}{'rows':>5}{'tokens/s':>12}{'':22}{'TFLOP/s':>10}{'of peak':>9}{'ours':>8}")
     speeds: dict[str, float] = {}
     lines = []
     for variant in args.variants:
@@ -227,10 +239,13 @@ def compare(args: argparse.Namespace, size: str, shapes: list[tuple[int, int]]) 
         lines.append((variant, rows, best))
     for variant, rows, best in lines:
         rate = speeds[variant]
-        ratio = f"{speeds[OURS[0]] / rate:.2f}x" if OURS[0] in speeds else ""
+        ours = "gpt2_flax recipe" if dropout_of(variant) else "gpt2_flax"
+        ratio = f"{speeds[ours] / rate:.2f}x" if ours in speeds else ""
         spread = f"({min(best):,.0f} to {max(best):,.0f})"
         done = rate * flops
-        print(f"  {variant:20}{rows:5}{rate:12,.0f} {spread:21}{done / 1e12:10.3f}{done / ceiling:9.1%}{ratio:>11}")
+        print(f"  {variant:24}{rows:5}{rate:12,.0f} {spread:21}{done / 1e12:10.3f}{done / ceiling:9.1%}{ratio:>8}")
+        for name, choice in found[variant, rows][0]["choices"].items():
+            print(f"    {name} {choice}")
     sys.stdout.flush()
 
 
@@ -248,13 +263,10 @@ def model_flops(size: str, length: int, vocab_size: int) -> int:
 def scaling(args: argparse.Namespace) -> None:
     """Prints work and exchange of each device as devices are added, the rows of each device the same."""
     import jax
-    import jax.numpy as jnp
 
-    from gpt2_flax.data.packing import Batch
     from gpt2_flax.parallel.collectives import collectives
     from gpt2_flax.parallel.mesh import make_mesh
-    from gpt2_flax.parallel.rules import batch_sharding
-    from gpt2_flax.training.step import make_train_step, state_layout
+    from gpt2_flax.plan.ahead_of_time import lower_step
 
     size, (rows, length) = args.sizes[0], args.shapes[0]
     print(f"{size}, {rows} x {length} on each device, compiled for 1 to 8 devices that this CPU simulates")
@@ -264,11 +276,7 @@ def scaling(args: argparse.Namespace) -> None:
         for axis in ("data", "fsdp") if count > 1 else ("data",):
             options = (*args.options, f"mesh.{axis}={count}")
             config = config_of(Task(OURS[0], size, rows * count, length, args.vocab_size, args.dtype, 0, options))
-            mesh = make_mesh(config.mesh, jax.devices()[:count])
-            rows_BT = jax.ShapeDtypeStruct((rows * count, length), jnp.int32, sharding=batch_sharding(mesh))
-            with jax.set_mesh(mesh):
-                layout = state_layout(config, mesh)
-                compiled = make_train_step(config, layout, mesh).lower(layout, Batch(*[rows_BT] * 4)).compile()
+            compiled = lower_step(config, make_mesh(config.mesh, jax.devices()[:count])).compile()
             flops = compiled.cost_analysis()["flops"]
             alone = alone or flops
             sent = collectives(compiled.as_text())
@@ -291,10 +299,11 @@ def ahead_of_time(args: argparse.Namespace) -> None:
                 found = compile_step(config_of(task), devices, optimize=True)
                 fits = "fits" if found.fits else "does not fit"
                 print(
-                    f"  {size:8}{variant:20}{f'{rows} x {length}':>12}{found.total / 2**30:14.1f}{fits:>16}"
+                    f"  {size:8}{variant:24}{f'{rows} x {length}':>12}{found.total / 2**30:14.1f}{fits:>16}"
                     f"{found.seconds:12.0f}s",
-                    flush=True,
                 )
+                for name, choice in found.choices.items():
+                    print(f"    {name} {choice}", flush=True)
 
 
 def shape(text: str) -> tuple[int, int]:

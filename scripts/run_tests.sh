@@ -6,8 +6,8 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
 extras=dev,export,gguf,push,quickstart,corpora,ray,serve
-# To compile for TPUs without one; its only builds are for this platform.
-[ "$(uname -sm)" != "Linux x86_64" ] || extras+=,tpu
+# To compile for TPUs and GPUs without one; the only builds are for this platform.
+[ "$(uname -sm)" != "Linux x86_64" ] || extras+=,tpu,cuda-compiler
 make_environment .test-environment "$extras"
 ruff check .
 ruff format --check .

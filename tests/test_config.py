@@ -51,6 +51,7 @@ KEYS = [
     "training.total_steps",
     "training.accumulation_steps",
     "training.seed",
+    "training.deterministic",
     "training.log_every",
     "training.evaluate_every",
     "training.evaluation_batches",

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "gpt2_flax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     "cpu",
-    "tpu",
     "nvidia",
+    "accelerators",
     "errors",
     "interruption",
     "memory",
@@ -39,8 +39,8 @@ LAYERS = [
 ]
 JAX_FREE = (
     "cpu",
-    "tpu",
     "nvidia",
+    "accelerators",
     "compilation_cache",
     "errors",
     "interruption",

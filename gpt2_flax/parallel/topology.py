@@ -9,13 +9,13 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
 
-from gpt2_flax import nvidia, tpu
+from gpt2_flax import nvidia
+from gpt2_flax.accelerators import silence_libtpu
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.parallel.devices import bandwidth
 
@@ -25,7 +25,6 @@ KNOWN = (
 )
 _MOST_DEVICES = 10_000  # the largest TPU pod has 9,216
 _MOST_CPU_DEVICES = 256
-_DEVICE_FILES = (*nvidia.DEVICE_FILES, "kfd", *tpu.DEVICE_FILES)
 _SIDES = {"v4": (3,), "v5e": (2,), "v5p": (3,), "v6e": (2,)}
 
 
@@ -67,8 +66,6 @@ def devices_for(name: str | None) -> Sequence[jax.Device]:
     Raises `UserError`: USAGE for an unknown name or a missing extra.
     """
     if name is None:
-        if not any(True for pattern in _DEVICE_FILES for _ in Path("/dev").glob(pattern)):
-            jax.config.update("jax_platforms", "cpu")  # plugins that look for what is not there complain at length
         return jax.devices()
     kind, _, shape = name.partition(":")
     sizes = tuple(map(int, shape.split("x"))) if re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})*", shape) else ()
@@ -99,7 +96,7 @@ def _cpu_devices(count: int) -> Sequence[jax.Device]:
 
 def _tpu_devices(kind: str, sizes: tuple[int, ...]) -> Sequence[jax.Device]:
     _installed(("libtpu",), "tpu")
-    tpu.silence_libtpu()  # here no TPU is used
+    silence_libtpu()  # here no TPU is used
     # Hosts of four chips; small machines have one.
     options = {"chips_per_host_bounds": (2, 2, 1) if all(size % 2 == 0 for size in sizes[:2]) else (1, 1, 1)}
     if kind == "v4":
@@ -116,6 +113,8 @@ def _tpu_devices(kind: str, sizes: tuple[int, ...]) -> Sequence[jax.Device]:
 
 def _gpu_devices(gpu: Gpu, sizes: tuple[int, ...]) -> Sequence[jax.Device]:
     plugin = _installed(tuple(_PLUGINS), nvidia.EXTRAS[13])
+    # What was compiled for GPUs that are not here JAX keeps but cannot read again, and it would warn of that.
+    jax.config.update("jax_enable_compilation_cache", False)
     hosts, gpus = sizes if len(sizes) == 2 else (1, sizes[0])
     description = _description(gpu, *_PLUGINS[plugin])
     return topologies.get_topology_desc(

@@ -8,18 +8,20 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from gpt2_flax.config import Config, MeshConfig, parse_config
 from gpt2_flax.data.packing import Batch
-from gpt2_flax.errors import UserError
+from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.parallel.auto_mesh import choose_mesh
 from gpt2_flax.parallel.collectives import Collective, collectives
 from gpt2_flax.parallel.devices import memory_bytes
 from gpt2_flax.parallel.mesh import make_mesh
 from gpt2_flax.parallel.rules import batch_sharding
 from gpt2_flax.plan.figures import bytes_on_a_device
+from gpt2_flax.training.choices import choices
 from gpt2_flax.training.start import check_rows
-from gpt2_flax.training.step import make_train_step, state_layout
+from gpt2_flax.training.step import TrainState, make_train_step, state_layout
 
 Note = Callable[[str], AbstractContextManager]
 """A context in which people are told what takes so long."""
@@ -37,6 +39,8 @@ class Compiled:
     mesh: MeshConfig
     why: str
     """Of the mesh, in words."""
+    choices: Mapping[str, str]
+    """As `training.choices`."""
     seconds: float
     arguments: int
     """State and batch."""
@@ -63,27 +67,40 @@ class Change:
     compiled: Compiled
 
 
+def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
+    """Trace the step of a config whose `model.vocab_size` is known, for the devices of a mesh.
+
+    Raises `UserError` (USAGE) when the program calls cuDNN and it is not installed.
+    """
+    layout, batch = _arguments(config, mesh)
+    with jax.set_mesh(mesh):
+        try:
+            return make_train_step(config, layout, mesh).lower(layout, batch)
+        except RuntimeError as error:
+            if "cuDNN" not in str(error):
+                raise
+            fix = "install it with `pip install 'gpt2_flax[cuda]'`, or set model.attention = xla; no GPU is needed"
+            raise UserError(ExitCode.USAGE, "the program calls cuDNN, which is not installed", "cuDNN", fix) from None
+
+
 def compile_step(config: Config, devices: Sequence[jax.Device], optimize: bool = False) -> Compiled:
     """Compiles the step of a config whose `model.vocab_size` is known, quickly unless `optimize`.
 
-    Raises `UserError` (CONFIG) when the mesh does not suit the devices or the batch.
+    Raises `UserError`: CONFIG when the mesh does not suit the devices or the batch, and as `lower_step`.
     """
     sizes, why = choose_mesh(config, devices)
     mesh = make_mesh(sizes, devices)
     check_rows(config, mesh)
     start = time.perf_counter()
-    with jax.set_mesh(mesh):
-        layout = state_layout(config, mesh)
-        shape = (config.data.global_batch_size, config.data.seq_length)
-        batch = Batch(*[jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))] * len(Batch._fields))
-        lowered = make_train_step(config, layout, mesh).lower(layout, batch)
-        arguments = bytes_on_a_device((layout, batch))
-        compiled, refused = None, 0
-        try:
-            compiled = lowered.compile(compiler_options=None if optimize else {"optimization_level": _QUICK})
-        except jax.errors.JaxRuntimeError as error:
-            refused = _bytes_refused(str(error), arguments)
-    result = Compiled(sizes, why, time.perf_counter() - start, arguments, refused, memory_bytes(devices[0]), None)
+    lowered = lower_step(config, mesh)
+    arguments = bytes_on_a_device(_arguments(config, mesh))
+    compiled, refused = None, 0
+    try:
+        compiled = lowered.compile(compiler_options=None if optimize else {"optimization_level": _QUICK})
+    except jax.errors.JaxRuntimeError as error:
+        refused = _bytes_refused(str(error), arguments)
+    seconds, chosen = time.perf_counter() - start, choices(config, mesh)
+    result = Compiled(sizes, why, chosen, seconds, arguments, refused, memory_bytes(devices[0]), None)
     if compiled is None:
         return result
     stats = compiled.memory_analysis()
@@ -94,6 +111,13 @@ def compile_step(config: Config, devices: Sequence[jax.Device], optimize: bool =
         temporaries=stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes,
         collectives=collectives(compiled.as_text()),
     )
+
+
+def _arguments(config: Config, mesh: Mesh) -> tuple[TrainState, Batch]:
+    """Return the state and the batch of a step, as shapes with shardings."""
+    shape = (config.data.global_batch_size, config.data.seq_length)
+    rows_BT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+    return state_layout(config, mesh), Batch(*[rows_BT] * len(Batch._fields))
 
 
 def smallest_change(config: Config, devices: Sequence[jax.Device], optimize: bool, note: Note) -> Change | None:

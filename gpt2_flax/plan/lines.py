@@ -94,6 +94,8 @@ def _compiled_lines(config: Config, devices: Sequence[jax.Device], optimize: boo
     with _note("compiling"):
         compiled = compile_step(config, devices, optimize)
     yield _mesh_line(compiled.mesh, compiled.why)
+    for name, choice in compiled.choices.items():
+        yield _line(name, choice)
     yield from _step_lines(compiled, optimize)
     if compiled.fits:
         known = compiled.available is not None

@@ -16,13 +16,13 @@ from gpt2_flax.errors import ExitCode, UserError, io_error
 from gpt2_flax.inference.evaluate import evaluate
 from gpt2_flax.inference.evaluation import Evaluation
 from gpt2_flax.memory import out_of_memory
-from gpt2_flax.model.attention_choice import choose
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.parallel.auto_mesh import choose_mesh
 from gpt2_flax.parallel.feed import device_batch, prefetch, row_shards
-from gpt2_flax.parallel.mesh import make_mesh, platform
+from gpt2_flax.parallel.mesh import make_mesh
 from gpt2_flax.parallel.watchdog import Watchdog
 from gpt2_flax.training.agreement import agree_on_start, check_shared
+from gpt2_flax.training.choices import choices
 from gpt2_flax.training.metrics import MetricsLog, StepReport
 from gpt2_flax.training.profiler import Profiler
 from gpt2_flax.training.samples import Samples, check_prompts
@@ -45,8 +45,8 @@ class _Stage(NamedTuple):
     config: Config
     mixture: Mixture
     mesh: Mesh
-    choices: tuple[str, ...]
-    """What was chosen for the model and its devices, and why, a line each."""
+    chosen: Mapping[str, str]
+    """What was chosen for the model and its devices, and why, by name."""
 
 
 def train(
@@ -137,27 +137,15 @@ def _check(config: Config, mixture: Mixture, before: Sequence[Config], devices: 
     config = with_vocab_size(config, mixture)
     sizes, why = choose_mesh(config, devices or jax.devices())
     mesh = make_mesh(sizes, devices)
-    choices = _choices(config, mesh, why)
+    chosen = choices(config, mesh)
+    if mesh.size > 1:
+        chosen = {"mesh": f"{' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}: {why}"} | chosen
     check_rows(config, mesh)
     check_prompts(config, mixture.tokenizer_folder)
     for stage in before:
         if stage.output == config.init_from:
             check_fits(config, stage.model)
-    return _Stage(config, mixture, mesh, choices)
-
-
-def _choices(config: Config, mesh: Mesh, why_mesh: str) -> tuple[str, ...]:
-    with jax.set_mesh(mesh):
-        kernel, why = choose(
-            config.model,
-            config.data.seq_length,
-            dropout=True,
-            documents=not config.model.attend_across_documents,
-            platform=platform(),
-        )
-    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    of_mesh = (f"mesh {sizes}: {why_mesh}",) if mesh.size > 1 else ()
-    return *of_mesh, f"attention {kernel}: {why}"
+    return _Stage(config, mixture, mesh, chosen)
 
 
 def _train(
@@ -189,8 +177,8 @@ def _train(
             more = "" if name else "; to go on add training.total_steps=N --allow-change training.total_steps"
             say(f"{config.output} has all its {total} steps{more}")
         else:
-            for choice in stage.choices:
-                say(choice)
+            for what, choice in stage.chosen.items():
+                say(f"{what} {choice}")
             profiler = stack.enter_context(Profiler(profile_steps, run.tensorboard, int(start[0].step), say))
             with _naming_checkpoint(run):
                 _run(stage, store, log, profiler, stop, watchdog, *start)

@@ -33,6 +33,7 @@ FREE_TO_CHANGE = (
     "model.layers",
     "model.remat",
     "training.accumulation_steps",
+    "training.deterministic",
     "training.log_every",
     "training.evaluate_every",
     "training.evaluation_batches",

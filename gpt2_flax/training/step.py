@@ -20,6 +20,7 @@ from gpt2_flax.data.packing import IGNORE, Batch
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.model.loss import LossSums
 from gpt2_flax.parallel.rules import batch_sharding, tree_shardings
+from gpt2_flax.training.compiler_options import compiler_options
 from gpt2_flax.training.optimizer import learning_rate, make_optimizer
 
 
@@ -124,6 +125,7 @@ def make_train_step(
         donate_argnums=0,
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, NamedSharding(mesh, P())),
+        compiler_options=compiler_options(config, mesh),
     )
 
 

@@ -1,0 +1,115 @@
+"""The text of a compiled program (`compiled.as_text()`): its computations, what they run and how often.
+
+The text is that of XLA's optimized HLO for CPU, GPU or TPU: one computation after another, one instruction a line.
+"""
+
+import re
+from collections.abc import Iterator
+from math import prod
+from typing import NamedTuple
+
+_COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+)\b.*\{\s*$")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)")
+_CALLS = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+
+Computations = dict[str, list[str]]
+"""The lines of each computation by its name; "ENTRY" is the program."""
+
+
+class Instruction(NamedTuple):
+    """One line of a computation, such as `%sum = f32[4]{0} add(%a, %b), metadata=...`."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    """Names."""
+    attributes: str
+    """What follows the operands."""
+    is_root: bool
+    """Whether the instruction is the result of its computation."""
+
+
+def computations(hlo: str) -> Computations:
+    """Split a program into its computations."""
+    found: Computations = {}
+    lines: list[str] = []
+    for line in hlo.splitlines():
+        if line.startswith(" "):
+            lines.append(line)
+        elif header := _COMPUTATION.match(line):
+            lines = found["ENTRY" if line.startswith("ENTRY") else header[1]] = []
+    return found
+
+
+def instruction(line: str) -> Instruction | None:
+    """Parse a line of a computation; None for a line that is no instruction."""
+    if not (found := _INSTRUCTION.match(line)):
+        return None
+    root, name, shape, opcode, rest = found.groups()
+    depth = 1
+    for end, character in enumerate(rest):  # noqa: B007 - the place of the parenthesis that closes the operands
+        depth += (character == "(") - (character == ")")
+        if not depth:
+            break
+    operands = re.findall(r"%([\w.\-]+)", rest[:end]) or re.findall(r"([\w.\-]+)(?:,|$)", rest[:end])
+    return Instruction(name, shape, opcode, tuple(operands), rest[end + 1 :], bool(root))
+
+
+def callees(line: str, within: Computations) -> Iterator[tuple[str, int]]:
+    """Yield the computations that an instruction runs, and how often each time."""
+    times = _trips(line, within) if " while(" in line else 1
+    for name in _CALLS.findall(line):
+        yield name, times
+    for names in _BRANCHES.findall(line):
+        yield from ((name.strip().lstrip("%"), 1) for name in names.split(","))
+
+
+def bytes_of(shape: str) -> int:
+    """Return the bytes of an array or of all arrays of a tuple."""
+    bits = 0
+    for dtype, sizes in _ARRAY.findall(shape):
+        width = re.search(r"\d+", dtype)  # f32, bf16, f8e4m3fn, s4; pred takes a byte
+        bits += (int(width[0]) if width else 8) * prod(int(size) for size in sizes.split(",") if size)
+    return bits // 8
+
+
+def elements(shape: str) -> list[str]:
+    """Return the elements of a tuple's shape; the shape itself if it is an array's."""
+    if not shape.startswith("("):
+        return [shape]
+    depth, parts = 0, [""]
+    for character in shape[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _trips(line: str, within: Computations) -> int:
+    """Returns how often the body of a while loop runs, 1 when nothing says it."""
+    if known := re.search(r"known_trip_count\W+n\W+(\d+)", line):
+        return int(known[1])
+    # A TPU's compiler leaves a condition, element i of the loop's state < constant, and adds a constant to it a trip,
+    # more than 1 when it has unrolled the loop; it counts from 0.
+    named = dict(re.findall(r"\b(condition|body)=%?([\w.\-]+)", line))
+    condition, body = (_definitions(within.get(named.get(key), [])) for key in ("condition", "body"))
+    compared = re.search(r"compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", condition.get("ROOT", ""))
+    element = compared and re.search(r"index=(\d+)", condition.get(compared[1], ""))
+    end = compared and re.search(r"constant\((\d+)\)", condition.get(compared[2], ""))
+    if not (element and end):
+        return 1
+    state = re.sub(r"/\*.*?\*/", "", body.get("ROOT", "").partition(" tuple(")[2]).partition(")")[0].split(",")
+    added = re.search(r"add\(\S+ %?([\w.\-]+)\)", body.get(state[int(element[1])].strip().lstrip("%"), ""))
+    step = added and re.search(r"constant\((\d+)\)", body.get(added[1], ""))
+    return -(-int(end[1]) // (int(step[1]) if step else 1))
+
+
+def _definitions(lines: list[str]) -> dict[str, str]:
+    """Returns the instructions of a computation by their names, and as "ROOT" the one that is its result."""
+    matches = [re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line) for line in lines]
+    return {"ROOT" if found[1] else found[2]: found.string for found in matches if found}

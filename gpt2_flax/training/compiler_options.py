@@ -1,0 +1,63 @@
+"""The options that XLA compiles the training step with on GPUs."""
+
+import os
+import re
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gpt2_flax.config import Config
+from gpt2_flax.parallel.mesh import platform
+
+
+def compiler_options(config: Config, mesh: Mesh) -> dict[str, bool | int]:
+    """Return options by name; none on CPUs and TPUs.
+
+    Options that the environment's XLA_FLAGS name and options that the compiler does not know are left out.
+    """
+    with jax.set_mesh(mesh):
+        if platform() != "gpu":
+            return {}
+    options: dict[str, bool | int] = {}
+    if mesh.size > 1:
+        # XLA combines collectives up to 30 MiB of results. Of a small model that is all layers together, so that all
+        # of them wait for the last gradient or for the first product; of a large model it is less than a layer.
+        in_layers = config.model.parameters - config.model.embedding_parameters
+        layer = jnp.dtype(config.model.dtype).itemsize * in_layers // config.model.n_layer
+        options |= {
+            "xla_gpu_enable_latency_hiding_scheduler": True,
+            # Without an estimate of their times XLA may put all products into the time of one collective.
+            "xla_gpu_enable_analytical_latency_estimator": True,
+            "xla_gpu_all_reduce_combine_threshold_bytes": layer,
+            "xla_gpu_all_gather_combine_threshold_bytes": layer,
+            "xla_gpu_reduce_scatter_combine_threshold_bytes": layer // mesh.shape["fsdp"],
+        }
+    if config.training.deterministic:
+        options["xla_gpu_exclude_nondeterministic_ops"] = True
+    users = _flags_of_environment()
+    return {name: value for name, value in options.items() if name not in users and _is_known(name, value, mesh)}
+
+
+def _flags_of_environment() -> set[str]:
+    """Return the names in XLA_FLAGS, which holds flags or, as XLA reads it, the name of a file with flags."""
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    if flags and not flags.startswith("-") and Path(flags).is_file():
+        flags = Path(flags).read_text(encoding="utf-8", errors="replace")
+    return set(re.findall(r"--(\w+)", flags))
+
+
+@cache
+def _is_known(name: str, value: bool | int, mesh: Mesh) -> bool:
+    """Whether the compiler has an option: XLA drops options between versions and then refuses to compile."""
+    zero = jax.jit(lambda: jnp.zeros(()), out_shardings=NamedSharding(mesh, P()))
+    try:
+        zero.lower().compile(compiler_options={name: value})
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        return False
+    return True

@@ -1,0 +1,293 @@
+"""Sums the memory traffic of a compiled training step, for accelerators that need not be here.
+
+Every kernel of the optimized program counts what it reads and what it writes, as often as its loop runs. Nothing is
+taken to stay in a cache. A kernel that takes slices out of an array reads the slices, and one that updates a part of
+an array in place writes the part. The time is an estimate: bytes over the bandwidth of the data sheet, so that
+products, which are bound by arithmetic, take longer.
+
+    python scripts/step_traffic.py --topology h200:1 --shape 32x1024
+    python scripts/step_traffic.py --topology h200:1 --shape 32x1024 --options model.layers=scanned \
+        --variant "no dropout" model.attn_pdrop=0 --variant unrolled model.layers=unrolled    # before and after
+    python scripts/step_traffic.py --hlo program.txt --topology h200:1
+
+--options hold for all variants. Without --variant there is one, the default recipe.
+"""
+
+import argparse
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache, cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent))
+from benchmark_train import SIZES, Task, config_of, shape
+
+from gpt2_flax.parallel.hlo import Instruction, bytes_of, callees, computations, elements, instruction
+
+GROUPS = (
+    "attention",
+    "products of layers",
+    "products of the loss",
+    "elementwise of layers",
+    "elementwise of the loss",
+    "optimizer",
+    "collectives",
+    "copies",
+)
+COLLECTIVES = re.compile(r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?")
+# They run nothing: names, views, or the end of what was counted at its start.
+FREE = {"parameter", "get-tuple-element", "tuple", "constant", "bitcast", "after-all", "partition-id", "replica-id"}
+FREE |= {"opt-barrier", "add-dependency", "domain"}
+RUNS_OTHERS = {"while", "conditional", "call", "async-start"}
+SLICES = {"dynamic-slice", "slice", "gather"}
+MOVES = FREE | SLICES | {"copy", "copy-start", "transpose", "reshape", "concatenate", "pad", "dynamic-update-slice"}
+MOVES |= {"broadcast", "iota", "convert"}
+
+
+class Kernel(NamedTuple):
+    """An instruction that runs on a device: how often a step, its bytes in all, and its group."""
+
+    launches: int
+    bytes: int
+    group: str
+
+
+class Program:
+    """A compiled program, read from its text."""
+
+    def __init__(self, hlo: str) -> None:
+        self._hlo, self._within = hlo, computations(hlo)
+
+    def kernels(self) -> Iterator[Kernel]:
+        """Yield what a step runs."""
+        yield from self._kernels("ENTRY", 1)
+
+    def _kernels(self, name: str, times: int) -> Iterator[Kernel]:
+        shapes = {one.name: one.shape for one in self._instructions(name)}
+        for one in self._instructions(name):
+            if one.opcode in RUNS_OTHERS:
+                for callee, trips in callees(f" = {one.opcode}( {one.attributes}", self._within):
+                    yield from self._kernels(callee, times * trips)
+            elif one.opcode not in FREE and not one.opcode.endswith("-done"):
+                yield Kernel(times, times * self._traffic(one, shapes), self._group(one))
+
+    @cache  # noqa: B019 - a program lives as long as this process
+    def _instructions(self, name: str) -> list[Instruction]:
+        return [one for line in self._within.get(name, ()) if (one := instruction(line))]
+
+    def _fused(self, one: Instruction) -> list[Instruction]:
+        called = re.search(r"\bcalls=%?([\w.\-]+)", one.attributes) if one.opcode == "fusion" else None
+        return self._instructions(called[1]) if called else []
+
+    def _traffic(self, one: Instruction, shapes: dict[str, str]) -> int:
+        """Return the bytes that a kernel reads and writes."""
+        if fused := self._fused(one):
+            return _read_in(fused) + _written_in(fused)
+        result, operands = bytes_of(_without_workspace(one)), [bytes_of(shapes.get(name, "")) for name in one.operands]
+        if one.opcode in SLICES:
+            return 2 * result + sum(operands[1:])
+        if one.opcode == "dynamic-update-slice":
+            return 2 * operands[1]
+        if one.opcode == "scatter":
+            return 3 * operands[2] + operands[1]
+        if one.opcode.endswith("-start"):  # the shape of most names operands as well as results
+            parts = elements(one.shape)
+            result = bytes_of(parts[0 if len(parts) == 1 or one.opcode == "copy-start" else 1])
+        return result + sum(operands)
+
+    def _group(self, one: Instruction) -> str:
+        if COLLECTIVES.fullmatch(one.opcode):
+            return "collectives"
+        fused = self._fused(one)
+        # Of scalars, the places of slices are computed.
+        if {inner.opcode for inner in fused or [one] if "[]" not in inner.shape} <= MOVES:
+            return "copies"
+        frames = self._frames(one)
+        modules = [frame.module for frame in frames]
+        # Dropout of the residual stream has its place in attention.py too.
+        of_attention = {frame.function for frame in frames if frame.module in ("attention", "flash")} - {"dropout"}
+        if of_attention or re.search(r"cudnn|xla\.gpu\.triton", one.attributes):
+            return "attention"
+        if "optimizer" in modules or any("optax" in frame.path for frame in frames) or modules[:1] == ["step"]:
+            return "optimizer"
+        whose = "of the loss" if "loss" in modules else "of layers"
+        return f"{'products' if self._multiplies(one) else 'elementwise'} {whose}"
+
+    def _multiplies(self, one: Instruction) -> bool:
+        return one.opcode == "dot" or "__cublas" in one.attributes or any(map(self._multiplies, self._fused(one)))
+
+    def _frames(self, one: Instruction) -> tuple["Frame", ...]:
+        """Return where an instruction was traced, the innermost call first."""
+        number = re.search(r"stack_frame_id=(\d+)", one.attributes)
+        found, number = [], int(number[1]) if number else 0
+        while number in self._stacks:
+            frame, number = self._stacks[number]
+            found.append(frame)
+        return tuple(found)
+
+    @cached_property
+    def _stacks(self) -> dict[int, tuple["Frame", int]]:
+        """Each frame by its number, with the number of its caller."""
+        files = dict(re.findall(r'^(\d+) "(.*)"$', _table(self._hlo, "FileNames"), re.M))
+        functions = dict(re.findall(r'^(\d+) "(.*)"$', _table(self._hlo, "FunctionNames"), re.M))
+        places = re.findall(
+            r"^(\d+) \{file_name_id=(\d+) function_name_id=(\d+)", _table(self._hlo, "FileLocations"), re.M
+        )
+        frames = {
+            place: Frame(files[file], Path(files[file]).stem, functions[function].partition(".")[0])
+            for place, file, function in places
+        }
+        stacks = re.compile(r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?", re.M)
+        found = stacks.findall(_table(self._hlo, "StackFrames"))
+        # The text counts parents from 1 more than frames, so that 1 is none.
+        return {int(number): (frames[place], int(parent or 1) - 1) for number, place, parent in found}
+
+
+class Frame(NamedTuple):
+    """A call on the stack of what traced an instruction."""
+
+    path: str
+    module: str
+    function: str
+
+
+def _table(hlo: str, name: str) -> str:
+    return hlo.partition(f"\n{name}\n")[2].partition("\n\n")[0]
+
+
+def _without_workspace(one: Instruction) -> str:
+    """Return the shape of a kernel's results; libraries get scratch memory as one more."""
+    if one.opcode != "custom-call":
+        return one.shape
+    first, *others = elements(one.shape)
+    return " ".join([first, *(shape for shape in others if not re.match(r"\s*[su]8\[", shape))])
+
+
+def _read_in(fused: list[Instruction]) -> int:
+    """Return what a fused kernel reads of its parameters."""
+    users = defaultdict(list)
+    for one in fused:
+        for place, name in enumerate(one.operands):
+            users[name].append((one, place))
+
+    def read(name: str, whole: int) -> int:
+        parts = 0
+        for user, place in users[name]:
+            if user.opcode == "bitcast":
+                parts += read(user.name, whole)
+            elif user.opcode in SLICES and place == 0:
+                parts += bytes_of(user.shape)
+            elif user.opcode in ("dynamic-update-slice", "scatter") and place == 0:
+                # In place. A scatter adds to what is there.
+                parts += bytes_of(by_name[user.operands[2]].shape) if user.opcode == "scatter" else 0
+            else:
+                return whole
+        return min(parts, whole)
+
+    by_name = {one.name: one for one in fused}
+    return sum(read(one.name, bytes_of(one.shape)) for one in fused if one.opcode == "parameter")
+
+
+def _written_in(fused: list[Instruction]) -> int:
+    """Return what a fused kernel writes."""
+    by_name = {one.name: one for one in fused}
+
+    def written(one: Instruction) -> int:
+        if one.opcode == "tuple":
+            return sum(written(by_name[name]) for name in one.operands)
+        if one.opcode == "bitcast":
+            return written(by_name[one.operands[0]])
+        if one.opcode == "dynamic-update-slice":
+            return bytes_of(by_name[one.operands[1]].shape)
+        if one.opcode == "scatter" and _source(by_name[one.operands[0]], by_name).opcode == "parameter":
+            return bytes_of(by_name[one.operands[2]].shape)
+        return bytes_of(one.shape)
+
+    return sum(written(one) for one in fused if one.is_root)
+
+
+def _source(one: Instruction, by_name: dict[str, Instruction]) -> Instruction:
+    return _source(by_name[one.operands[0]], by_name) if one.opcode == "bitcast" else one
+
+
+class Total(NamedTuple):
+    """A variant's launches and bytes by group, and its peak memory in bytes, None of a text."""
+
+    groups: dict[str, tuple[int, int]]
+    memory: int | None
+
+
+def total(hlo: str, memory: int | None = None) -> Total:
+    """Sum a program's kernels."""
+    groups = dict.fromkeys(GROUPS, (0, 0))
+    for kernel in Program(hlo).kernels():
+        launches, size = groups[kernel.group]
+        groups[kernel.group] = launches + kernel.launches, size + kernel.bytes
+    return Total(groups, memory)
+
+
+def table(totals: dict[str, Total], bandwidth: int | None) -> Iterator[str]:
+    """Yield the lines of a table: the groups below one another, the variants side by side."""
+    width = max(26, *(len(name) + 2 for name in totals))
+    yield f"{'':26}" + "".join(f"{name:>{width}}" for name in totals)
+    yield f"{'':26}" + "".join(f"{'launches':>{width - 12}}{'GB':>12}" for _ in totals)
+
+    def line(name: str, cells: Iterator[tuple[int, int]]) -> str:
+        return f"{name:26}" + "".join(f"{count:>{width - 12},}{size / 1e9:>12,.2f}" for count, size in cells)
+
+    for group in GROUPS:
+        if any(found.groups[group][0] for found in totals.values()):
+            yield line(group, (found.groups[group] for found in totals.values()))
+    sums = [tuple(map(sum, zip(*found.groups.values(), strict=True))) for found in totals.values()]
+    yield line("all", iter(sums))
+    if bandwidth:
+        times = (f"{1e3 * size / bandwidth:>{width},.1f}" for _, size in sums)
+        yield f"{f'ms at {bandwidth / 1e12:.2f} TB/s':26}" + "".join(times)
+    if all(found.memory for found in totals.values()):
+        yield f"{'GiB of temporaries':26}" + "".join(
+            f"{found.memory / 2**30:>{width},.2f}" for found in totals.values()
+        )
+
+
+def compiled(args: argparse.Namespace, options: list[str]) -> Total:
+    from gpt2_flax.parallel.auto_mesh import choose_mesh
+    from gpt2_flax.parallel.mesh import make_mesh
+    from gpt2_flax.parallel.topology import devices_for
+    from gpt2_flax.plan.ahead_of_time import lower_step
+
+    rows, length = args.shape
+    devices = devices_for(args.topology)
+    task = ("gpt2_flax recipe", args.size, rows * len(devices), length, args.vocab_size, "bfloat16", 0)
+    config = config_of(Task(*task, (*args.options, *options)))
+    program = lower_step(config, make_mesh(choose_mesh(config, devices)[0], devices)).compile()
+    return total(program.as_text(), program.memory_analysis().temp_size_in_bytes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--topology", default="h200:1", help="as in gpt2-flax plan (default: %(default)s)")
+    parser.add_argument("--shape", type=shape, default=(32, 1024), help="ROWSxLENGTH of each device (default: 32x1024)")
+    parser.add_argument("--size", default="base", choices=SIZES, help="of the model (default: base)")
+    parser.add_argument("--vocab-size", type=int, default=21128, help="(default: %(default)s)")
+    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="of this package's config")
+    parser.add_argument(
+        "--variant", nargs="+", action="append", default=[], metavar=("NAME", "KEY=VALUE"), help="repeatable"
+    )
+    parser.add_argument("--hlo", nargs="+", type=Path, default=[], help="texts of compiled programs instead")
+    args = parser.parse_args()
+    from gpt2_flax.parallel.devices import bandwidth
+    from gpt2_flax.parallel.topology import devices_for
+
+    totals = {path.stem: total(path.read_text(encoding="utf-8")) for path in args.hlo}
+    if not args.hlo:
+        for name, *options in args.variant or [["default recipe"]]:
+            totals[name] = compiled(args, [*args.options, *options])
+    for line in table(totals, bandwidth(devices_for(args.topology)[0].device_kind)):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
