@@ -46,7 +46,7 @@ def test_the_bias_of_a_linear_layer_with_heads_gets_one_from_each_token(x_BTD):
 
 def test_the_kernel_of_a_linear_layer_gets_one_from_each_token():
     def output(attention, x_BTD):
-        return attention(x_BTD, lambda q_BTHK, k_BTHK, v_BTHK, key: (jnp.ones_like(q_BTHK), None), None)[0]
+        return attention(NORM, x_BTD, lambda qkv_BT3HK, key: (jnp.ones_like(qkv_BT3HK[:, :, 0]), None), None)[0]
 
     tokens_BTD = jnp.ones((1, 257, SMALL.n_embd), jnp.bfloat16)  # in bfloat16, 257 is 256
     attention = gradient_of_ones(Attention(SMALL, rngs=nnx.Rngs(0)), output, tokens_BTD)
