@@ -418,6 +418,20 @@ def test_steps_that_differ_are_counted(found, monkeypatch):
     assert "other bits" in records[1]["wrong"]
 
 
+def test_on_a_gpu_the_deterministic_step_is_tried_too(found, monkeypatch):
+    monkeypatch.setattr(training, "platform", lambda: "gpu")
+    monkeypatch.setattr(training, "_differences", lambda config: (7, 10, 6.2, 0))
+    report, records = found
+    training.determinism(report)
+    assert [record.get("name") for record in records] == [
+        "3 steps twice",
+        "3 steps twice, training.deterministic",
+        None,
+    ]
+    # Without being asked for the same bits a GPU may give others.
+    assert records[2]["wrong"] == "with training.deterministic the same steps end in other bits: report this"
+
+
 @pytest.mark.parametrize(
     ("measured", "expected"),
     [

@@ -35,8 +35,26 @@ Step = Callable[[TrainState, Batch], Any]
 def determinism(report: Report) -> None:
     """Report whether steps from the same state and batch end in the same bits, and with a finite loss."""
     tune_cpu()  # as training does
+    on_cpu = platform() == "cpu"
     # The same program as in `speed` on a CPU, so compiled once.
-    config = _config(_ROWS_OF_A_CPU, _tiny()) if platform() == "cpu" else _config(8, {"n_layer": 2})
+    config = _config(_ROWS_OF_A_CPU, _tiny()) if on_cpu else _config(8, {"n_layer": 2})
+    forced = config.model_copy(update={"training": config.training.model_copy(update={"deterministic": True})})
+    cases = [("as configured", config), ("training.deterministic", forced)]
+    for case in report.affordable(cases[:1] if on_cpu else cases):
+        differ, count, loss, skipped = _differences(case)
+        text = "the same bits" if differ == 0 else f"{differ:,} of {count:,} parameters differ"
+        line = f"{_STEPS} steps twice" + ("" if case is config else ", training.deterministic")
+        report.line(line, f"{text}, loss {loss:.4f}", differ=differ, parameters=count, loss=loss)
+        if not np.isfinite(loss) or skipped:
+            report.wrong(f"the loss or a gradient of a fresh model is not finite (loss {loss}): report this")
+        if differ and on_cpu:
+            report.wrong("the same steps on this CPU end in other bits: test its memory, and report this")
+        elif differ and case is forced:
+            report.wrong("with training.deterministic the same steps end in other bits: report this")
+
+
+def _differences(config: Config) -> tuple[int, int, float, int]:
+    """Return how many of how many parameters differ between two runs of the same steps, the loss, and steps skipped."""
     step, state, batch = _prepared(config)
     start = jax.tree.map(np.asarray, state)
     shardings = jax.tree.map(lambda array: array.sharding, state)
@@ -46,15 +64,8 @@ def determinism(report: Report) -> None:
         for _ in range(_STEPS):
             state, metrics = step(state, batch)
         ends.append([np.asarray(leaf) for leaf in jax.tree.leaves(state.model)])
-    loss = float(metrics.loss)
     differ = sum(int((one.view(np.uint32) != other.view(np.uint32)).sum()) for one, other in zip(*ends, strict=True))
-    count = sum(leaf.size for leaf in ends[0])
-    text = "the same bits" if differ == 0 else f"{differ:,} of {count:,} parameters differ"
-    report.line(f"{_STEPS} steps twice", f"{text}, loss {loss:.4f}", differ=differ, parameters=count, loss=loss)
-    if not np.isfinite(loss) or int(metrics.skipped):
-        report.wrong(f"the loss or a gradient of a fresh model is not finite (loss {loss}): report this")
-    if differ and platform() == "cpu":
-        report.wrong("the same steps on this CPU end in other bits: test its memory, and report this")
+    return differ, sum(leaf.size for leaf in ends[0]), float(metrics.loss), int(metrics.skipped)
 
 
 def speed(report: Report) -> None:

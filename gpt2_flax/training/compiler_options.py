@@ -22,8 +22,8 @@ def compiler_options(config: Config, mesh: Mesh) -> dict[str, bool | int]:
     with jax.set_mesh(mesh):
         if platform() != "gpu":
             return {}
-    # Products by cuBLASLt add biases and apply GELU before they write; Triton's leave that to other kernels: 5 of 131 GB
-    # of memory traffic in a step of the base model. Nor is there then one to be chosen by a race, anew in each run.
+    # Products by cuBLASLt add biases and apply GELU before they write. Triton's leave that to other kernels, 5 GB of
+    # memory traffic in a step of the base model, and which of them runs is decided by a race.
     options: dict[str, bool | int] = {"xla_gpu_enable_triton_gemm": False}
     if mesh.size > 1:
         # XLA combines collectives up to 30 MiB of results. Of a small model that is all layers together, so that all
