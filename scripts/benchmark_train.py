@@ -291,7 +291,7 @@ def ahead_of_time(args: argparse.Namespace) -> None:
 
     devices = devices_for(args.topology)
     print(f"compiled for {args.topology}, {args.dtype}, vocabulary {args.vocab_size:,}")
-    print(f"  {'':8}{'':20}{'rows':>12}{'GiB a device':>14}{'':>16}{'compiled in':>13}")
+    print(f"  {'':8}{'':24}{'rows':>12}{'GiB a device':>14}{'':>16}{'compiled in':>13}")
     for size in args.sizes:
         for rows, length in args.shapes:
             for variant in (variant for variant in args.variants if variant in OURS):

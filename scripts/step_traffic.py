@@ -87,6 +87,8 @@ class Program:
         if fused := self._fused(one):
             return _read_in(fused) + _written_in(fused)
         result, operands = bytes_of(_without_workspace(one)), [bytes_of(shapes.get(name, "")) for name in one.operands]
+        if one.opcode == "custom-call":  # a library or a kernel of ours: an array that is given twice is read once
+            return result + _read_by_kernel(one, shapes)
         if one.opcode in SLICES:
             return 2 * result + sum(operands[1:])
         if one.opcode == "dynamic-update-slice":
@@ -107,8 +109,7 @@ class Program:
             return "copies"
         frames = self._frames(one)
         modules = [frame.module for frame in frames]
-        # Dropout of the residual stream has its place in attention.py too.
-        of_attention = {frame.function for frame in frames if frame.module in ("attention", "flash")} - {"dropout"}
+        of_attention = {"attention", "flash", "flash_triton"} & set(modules)
         if of_attention or re.search(r"cudnn|xla\.gpu\.triton", one.attributes):
             return "attention"
         if "optimizer" in modules or any("optax" in frame.path for frame in frames) or modules[:1] == ["step"]:
@@ -164,6 +165,14 @@ def _without_workspace(one: Instruction) -> str:
         return one.shape
     first, *others = elements(one.shape)
     return " ".join([first, *(shape for shape in others if not re.match(r"\s*[su]8\[", shape))])
+
+
+def _read_by_kernel(one: Instruction, shapes: dict[str, str]) -> int:
+    """Return what a kernel that XLA did not make reads: not an array whose place a result takes."""
+    aliases = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", one.attributes)
+    replaced = set(map(int, re.findall(r": \((\d+),", aliases[1]))) if aliases else set()
+    read = {name for place, name in enumerate(one.operands) if place not in replaced}
+    return sum(bytes_of(shapes.get(name, "")) for name in read)
 
 
 def _read_in(fused: list[Instruction]) -> int:

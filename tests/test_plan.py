@@ -366,6 +366,15 @@ def test_a_gpu_is_compiled_for(small):
     assert memory_fraction(devices, compiled) is None
 
 
+def test_a_missing_cudnn_is_named_with_what_installs_it(small):
+    pytest.importorskip("jax_plugins.xla_cuda12")
+    if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cudnn"):
+        pytest.skip("cuDNN is installed")
+    calls_it = changed(small, model__attention="cudnn", model__attn_pdrop=0.0, model__dtype="bfloat16")
+    text = r"cuDNN, which is not installed.*pip install 'gpt2_flax\[cuda\]'"
+    refused(ExitCode.USAGE, text, compile_step, calls_it, devices_for("h200:1"))
+
+
 @pytest.mark.parametrize("gpu", topology._GPUS.values())
 def test_every_gpu_is_in_the_table_of_devices(gpu):
     assert peak_flops(gpu.kind, "bfloat16")
@@ -405,6 +414,7 @@ def test_the_command_compiles_and_says_what_fits(run, config, tmp_path, monkeypa
     code, out, _ = run(path, "--topology", "cpu:8")
     assert code == ExitCode.OK
     assert re.search(r"^memory a device +[\d.]+ [kM]B: [\d.]+ [kM]B state and batch", out, re.M)
+    assert re.search(r"^attention +xla: ", out, re.M)
     assert re.search(r"^sent a step +all-reduce", out, re.M)
     assert "epochs" in out
     with_memory(monkeypatch, 1)

@@ -32,8 +32,6 @@ def compiler_options(config: Config, mesh: Mesh) -> dict[str, bool | int]:
         layer = jnp.dtype(config.model.dtype).itemsize * in_layers // config.model.n_layer
         options |= {
             "xla_gpu_enable_latency_hiding_scheduler": True,
-            # Without an estimate of their times XLA may put all products into the time of one collective.
-            "xla_gpu_enable_analytical_latency_estimator": True,
             "xla_gpu_all_reduce_combine_threshold_bytes": layer,
             "xla_gpu_all_gather_combine_threshold_bytes": layer,
             "xla_gpu_reduce_scatter_combine_threshold_bytes": layer // mesh.shape["fsdp"],
