@@ -3,9 +3,9 @@
 The gradient of a chunk is computed next to its loss, from the same logits: three matrix products, none of them twice.
 On a mesh every device chunks the rows that it has, against the part of the vocabulary that `tensor` gives it.
 
-Training in bfloat16 on a GPU writes logits in float16 and reads them twice, not three times: memory bounds the loss
-there. Maxima, sums and the label's logit stay float32. Float16 has 11 bits: against float32 logits a loss moves by 3e-5
-at most, and gradients are as exact. Bfloat16 has 8: 5e-4, and the head's gradient is twice as far from the exact one.
+Training in bfloat16 on a GPU writes logits in float16, because the loss is bound by memory there. Maxima, sums and the
+label's logit stay float32. Float16 has 11 bits: against float32 logits a loss moves by 3e-5 at most, and gradients are
+as exact. Bfloat16 has 8: a loss moves by 5e-4, and the head's gradient is twice as far from the exact one.
 
 Dimension key: B batch, T sequence, C chunks, N tokens of one, D n_embd, R parts that the rows are in, V vocabulary,
 padded to a multiple of 128, or a device's part of it.
