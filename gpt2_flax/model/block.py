@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.model.dropout import dropout
 from gpt2_flax.model.norm import layer_norm
+from gpt2_flax.parallel.mesh import platform
 from gpt2_flax.parallel.rules import constrain_BTD, tensor_parallel
 
 Attend = Callable[[jax.Array, jax.Array | None], tuple[jax.Array, Any]]
@@ -87,7 +88,12 @@ def _norm(norm: nnx.LayerNorm, x_ND: jax.Array) -> jax.Array:
 
 def _norm_and_linear(norm: nnx.LayerNorm, layer: nnx.Linear | nnx.LinearGeneral, x_ND: jax.Array) -> jax.Array:
     """Returns `layer` of the norm of each token; the backward pass computes the norm again, so that nobody saves it."""
-    return _add_bias(layer, jax.checkpoint(lambda x_ND: _multiply(layer, _norm(norm, x_ND)))(x_ND))
+
+    def multiply(x_ND):
+        return _multiply(layer, _norm(norm, x_ND))
+
+    # XLA for CPUs sees that the norm comes again and saves it all the same, one percent slower for the detour.
+    return _add_bias(layer, (multiply if platform() == "cpu" else jax.checkpoint(multiply))(x_ND))
 
 
 def _linear(layer: nnx.Linear | nnx.LinearGeneral, x: jax.Array) -> jax.Array:
