@@ -183,3 +183,11 @@ def test_flash_by_the_kind_of_gpu(monkeypatch, capability, expected):
 def test_without_a_gpu_there_is_no_compute_capability(monkeypatch):
     monkeypatch.undo()
     assert module._compute_capability() is None
+
+
+def test_without_the_backend_of_the_flash_kernel_others_are_taken(monkeypatch):
+    monkeypatch.setattr(module, "_TRITON", "jax.experimental.pallas.none_such")
+    assert auto(CFG, platform="gpu") == ("cudnn", "the fastest on a gpu")
+    kernel, why = auto(CFG.model_copy(update={"attn_pdrop": 0.1}), platform="gpu")
+    assert kernel == "xla"
+    assert why.endswith("has no Triton backend for Pallas, and the flash kernel needs one")

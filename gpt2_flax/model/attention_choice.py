@@ -1,5 +1,6 @@
 """Which implementation of attention suits a model, its rows and the device."""
 
+import importlib.util
 import re
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from gpt2_flax.config import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.model.attention import Kernel
 
+_TRITON = "jax.experimental.pallas.triton"  # deprecated since JAX 0.11, but there in 0.12
 _WIDEST_FLASH_HEAD = 128  # accumulators of wider ones do not fit into registers
 
 
@@ -62,6 +64,9 @@ def _flash_obstacle(cfg: ModelConfig, platform: str) -> _Obstacle | None:
     if cfg.dtype != "bfloat16":
         need = "the flash kernel needs bfloat16"
         return _Obstacle(f"model.dtype is {cfg.dtype}", need, "model.dtype = bfloat16")
+    if importlib.util.find_spec(_TRITON) is None:
+        fact = f"JAX {jax.__version__} has no Triton backend for Pallas"
+        return _Obstacle(fact, "the flash kernel needs one", "model.attention = auto")
     if cfg.head_size > _WIDEST_FLASH_HEAD:
         need = f"the flash kernel needs at most {_WIDEST_FLASH_HEAD}"
         return _Obstacle(f"heads are {cfg.head_size} wide (n_embd / n_head)", need, "another model.n_head")

@@ -1,5 +1,9 @@
 """The kernels of `model.flash`, in Pallas for its Triton backend: FlashAttention-2 (arXiv:2307.08691).
 
+JAX 0.11 has deprecated that backend for Mosaic GPU, and 0.12 still has it. Triton compiles one kernel for GPUs from
+compute capability 8.0 on, with the tensor instructions of Hopper on Hopper. Of the Mosaic kernels at hand, those of
+tokamax, there is one for each generation of GPUs; they have no dropout, and need Python 3.12.
+
 Dimension key: B rows, T tokens, H heads, K head size; of a program Q queries, S keys.
 """
 

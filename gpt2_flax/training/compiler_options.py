@@ -28,6 +28,7 @@ def compiler_options(config: Config, mesh: Mesh) -> dict[str, bool | int]:
     if mesh.size > 1:
         # XLA combines collectives up to 30 MiB of results. Of a small model that is all layers together, so that all
         # of them wait for the last gradient or for the first product; of a large model it is less than a layer.
+        # Here it is a layer as it is gathered, in the compute dtype; its gradients, float32, are then in two parts.
         in_layers = config.model.parameters - config.model.embedding_parameters
         layer = jnp.dtype(config.model.dtype).itemsize * in_layers // config.model.n_layer
         options |= {
