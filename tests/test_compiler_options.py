@@ -13,6 +13,7 @@ from gpt2_flax.training.choices import choices
 from gpt2_flax.training.compiler_options import compiler_options
 
 SCHEDULER = "xla_gpu_enable_latency_hiding_scheduler"
+PRODUCTS = {"xla_gpu_enable_triton_gemm": False}
 SUMS = "xla_gpu_all_reduce_combine_threshold_bytes"
 
 
@@ -41,6 +42,7 @@ def h200s():
 
 @pytest.fixture(autouse=True)
 def no_flags(monkeypatch):
+    jax.devices()  # simulated by a flag, and made once for all tests
     monkeypatch.setenv("XLA_FLAGS", "")
 
 
@@ -77,13 +79,13 @@ def test_thresholds_are_the_bytes_of_a_layer(h200s):
     assert layer <= options[SUMS] == options["xla_gpu_all_gather_combine_threshold_bytes"] < 1.01 * layer
     assert layer // 4 <= options["xla_gpu_reduce_scatter_combine_threshold_bytes"] < 1.01 * layer / 4
     assert options[SCHEDULER] is True
-    assert compiler_options(config_of(), make_mesh(config_of().mesh, h200s[:1])) == {}
+    assert compiler_options(config_of(), make_mesh(config_of().mesh, h200s[:1])) == PRODUCTS
 
 
 def test_cpus_get_no_options():
     config = config_of(training={"deterministic": True})
     assert compiler_options(config, make_mesh(config.mesh, jax.devices())) == {}
-    assert list(choices(config, make_mesh(config.mesh, jax.devices()))) == ["attention"]
+    assert list(choices(config, make_mesh(config.mesh, jax.devices()))) == ["attention", "layers"]
 
 
 @pytest.mark.parametrize("in_file", [False, True])
@@ -111,6 +113,16 @@ def test_options_that_the_compiler_dropped_are_left_out(h200s, monkeypatch):
 def test_determinism_is_asked_of_the_compiler_and_shown(h200s):
     config = config_of(training={"deterministic": True})
     mesh = make_mesh(config.mesh, h200s[:1])
-    assert compiler_options(config, mesh) == {"xla_gpu_exclude_nondeterministic_ops": True}
+    assert compiler_options(config, mesh) == PRODUCTS | {"xla_gpu_exclude_nondeterministic_ops": True}
     assert choices(config, mesh)["XLA options"] == "xla_gpu_exclude_nondeterministic_ops=true"
     assert "attention" in compile_step(config_of(model={"n_layer": 1}), h200s[:1]).choices
+
+
+@pytest.mark.parametrize(("remat", "times"), [("none", 1), ("selected", 1), ("full", 2)])
+def test_flash_attention_is_run_again_only_where_nothing_is_saved(h200s, remat, times):
+    model = {"n_layer": 2, "attention": "auto", "attn_pdrop": 0.1, "remat": remat}
+    config = config_of(model=model, data={"global_batch_size": 2})
+    hlo = lower_step(config, make_mesh(config.mesh, h200s[:1])).compile().as_text()
+    kernels = [line for line in hlo.splitlines() if "custom-call(" in line and "xla.gpu.triton" in line]
+    count = {name: sum(f"/{name}/" in line for line in kernels) for name in ("flash_forward", "flash_d_query")}
+    assert count == {"flash_forward": 2 * times, "flash_d_query": 2}

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from gpt2_flax.config import Config, parse_config
 from gpt2_flax.cpu import tune_cpu
@@ -55,15 +56,16 @@ def determinism(report: Report) -> None:
 
 def _differences(config: Config) -> tuple[int, int, float, int]:
     """Return how many of how many parameters differ between two runs of the same steps, the loss, and steps skipped."""
-    step, state, batch = _prepared(config)
-    start = jax.tree.map(np.asarray, state)
-    shardings = jax.tree.map(lambda array: array.sharding, state)
-    ends = []
-    for _ in range(2):
-        state = jax.tree.map(jax.device_put, start, shardings)
-        for _ in range(_STEPS):
-            state, metrics = step(state, batch)
-        ends.append([np.asarray(leaf) for leaf in jax.tree.leaves(state.model)])
+    with jax.set_mesh(_mesh(config)):
+        step, state, batch = _prepared(config)
+        start = jax.tree.map(np.asarray, state)
+        shardings = jax.tree.map(lambda array: array.sharding, state)
+        ends = []
+        for _ in range(2):
+            state = jax.tree.map(jax.device_put, start, shardings)
+            for _ in range(_STEPS):
+                state, metrics = step(state, batch)
+            ends.append([np.asarray(leaf) for leaf in jax.tree.leaves(state.model)])
     differ = sum(int((one.view(np.uint32) != other.view(np.uint32)).sum()) for one, other in zip(*ends, strict=True))
     return differ, sum(leaf.size for leaf in ends[0]), float(metrics.loss), int(metrics.skipped)
 
@@ -127,22 +129,26 @@ def suggestion(measured: dict[int, tuple[str, float, float | None]], available: 
 def _seconds(config: Config) -> tuple[float, float]:
     """The time of a step, of three rounds the fastest, and the time until the first was done."""
     start = time.perf_counter()
-    step, state, batch = _prepared(config)
-    state, metrics = step(state, batch)
-    jax.block_until_ready(metrics)
-    compiling, rounds = time.perf_counter() - start, []
-    for _ in range(3):
-        start = time.perf_counter()
-        for _ in range(_STEPS):
-            state, metrics = step(state, batch)
-        jax.block_until_ready((state, metrics))
-        rounds.append((time.perf_counter() - start) / _STEPS)
+    with jax.set_mesh(_mesh(config)):
+        step, state, batch = _prepared(config)
+        state, metrics = step(state, batch)
+        jax.block_until_ready(metrics)
+        compiling, rounds = time.perf_counter() - start, []
+        for _ in range(3):
+            start = time.perf_counter()
+            for _ in range(_STEPS):
+                state, metrics = step(state, batch)
+            jax.block_until_ready((state, metrics))
+            rounds.append((time.perf_counter() - start) / _STEPS)
     return min(rounds), compiling
 
 
+def _mesh(config: Config) -> Mesh:
+    return make_mesh(config.mesh, jax.local_devices()[:1])
+
+
 def _prepared(config: Config) -> tuple[Step, TrainState, Batch]:
-    mesh = make_mesh(config.mesh, jax.local_devices()[:1])
-    jax.set_mesh(mesh)
+    mesh = _mesh(config)
     layout = state_layout(config, mesh)
     rows = config.data.global_batch_size
     batch = device_batch(mesh, rows, lambda first, last: Batch(*(x_BT[first:last] for x_BT in _batch(config))))
