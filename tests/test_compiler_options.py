@@ -114,7 +114,7 @@ def test_determinism_is_asked_of_the_compiler_and_shown(h200s):
     config = config_of(training={"deterministic": True})
     mesh = make_mesh(config.mesh, h200s[:1])
     assert compiler_options(config, mesh) == PRODUCTS | {"xla_gpu_exclude_nondeterministic_ops": True}
-    assert choices(config, mesh)["XLA options"] == "xla_gpu_exclude_nondeterministic_ops=true"
+    assert choices(config, mesh)["XLA options"].endswith("xla_gpu_exclude_nondeterministic_ops=true")
     assert "attention" in compile_step(config_of(model={"n_layer": 1}), h200s[:1]).choices
 
 
