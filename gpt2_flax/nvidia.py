@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-DEVICE_FILES = ("nvidia[0-9]*", "dxg")  # in /dev; the second is that of Windows' Linux
+DEVICE_FILES = ("nvidia[0-9]*", "dxg")  # in /dev; Windows' Linux (WSL) has the second
 DRIVERS = {13: 580, 12: 525}
 """The oldest driver for each CUDA: https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html"""
 CAPABILITIES = {13: 7.5, 12: 5.2}

@@ -124,3 +124,16 @@ def silence(caplog):
     transformers.utils.logging.disable_propagation()
     # Of the call: by now `caplog.records` has begun anew.
     assert [one.message for one in caplog.get_records("call") if one.name.startswith("transformers")] == []
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Interprets the Pallas kernels of attention, so that they run on a CPU."""
+    import jax
+
+    from gpt2_flax.model import attention
+
+    monkeypatch.setattr(attention, "_INTERPRET", True)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()

@@ -177,14 +177,6 @@ def test_what_rematerialisation_keeps_is_not_computed_again(cudnn, kernel, run):
 # Splash attention, interpreted
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    monkeypatch.setattr(module, "_INTERPRET", True)
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
 @pytest.mark.parametrize(("length", "documents"), [(128, False), (256, True), (384, True)])
 def test_splash_equals_float64(interpreted, length, documents):
     *arrays, segments = draw(2, length, 2, 16)

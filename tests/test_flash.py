@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.data.packing import Batch
-from gpt2_flax.model import attention as attention_module
 from gpt2_flax.model import gpt2 as gpt2_module
 from gpt2_flax.model.attention import saves_attention
 from gpt2_flax.model.dropout import dropout, head_seeds, kept, weight_number
@@ -111,14 +110,6 @@ def test_blocks_outside_a_document_are_not_read():
 
 
 # In the model
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    monkeypatch.setattr(attention_module, "_INTERPRET", True)
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
 
 
 @pytest.mark.parametrize("documents", [False, True])

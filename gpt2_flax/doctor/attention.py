@@ -22,7 +22,7 @@ _B, _T, _H, _K = 2, 256, 2, 64
 _ROW = ModelConfig().n_positions  # tokens of a row in the default recipe
 _RATE = ModelConfig().attn_pdrop
 _LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}
-"""Norm of the error over that of the result. bfloat16 has 8 bits; results of 4e-3 to 1e-2 are usual."""
+"""The largest norm of an error, over the norm of the right result. bfloat16 has 8 bits: 4e-3 to 1e-2 are usual."""
 _LETTERS = ("out", "dq", "dk", "dv")
 
 

@@ -109,7 +109,7 @@ def _blockwise_forward(rate: float, q_BTHK, k_BTHK, v_BTHK, segments_BT, seeds_B
         out_BHTK = _product("BHTS,BHSK->BHTK", weights_BHTS, v_BHTK[:, :, :stop]) / sums_BHT1
         outs.append(out_BHTK.astype(q_BTHK.dtype))
         log_sums.append(highest_BHT1 + jnp.log(sums_BHT1))
-    # Named here, where the backward pass begins, for `keep_attention`.
+    # Named here, where the backward pass begins, for `saves_attention`.
     out_BTHK = checkpoint_name(jnp.concatenate(outs, 2).swapaxes(1, 2), "attention")
     log_sums_BHT1 = checkpoint_name(jnp.concatenate(log_sums, 2), "attention")
     return out_BTHK, (q_BTHK, k_BTHK, v_BTHK, segments_BT, seeds_BH2, out_BTHK, log_sums_BHT1)

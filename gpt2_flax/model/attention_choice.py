@@ -115,7 +115,7 @@ def _splash_obstacle(rate: float, platform: str, length: int) -> _Obstacle | Non
 
 
 def _compute_capability() -> tuple[int, ...] | None:
-    """That of the first GPU, () when it is not NVIDIA's, None without one: then the program is compiled for another."""
+    """Returns the compute capability of the first GPU, () if NVIDIA did not make it, and None if no GPU is here."""
     try:
         capability = jax.local_devices(backend="gpu")[0].compute_capability
     except RuntimeError:

@@ -92,7 +92,7 @@ def sum_by_id(x_ND: jax.Array, ids_N: jax.Array, n_ids: int) -> jax.Array:
     """Returns sums_VD, float32: to each of `n_ids` ids the sum of the rows of x_ND that have it.
 
     Unlike a scatter, always in the same order: the rows are sorted by id and cut into blocks; in each block one product
-    adds up those of an id, and another adds up the blocks that an id has rows in. Exact products: float32 stays so.
+    adds up the rows of each id, and another product adds up the blocks of an id. Float32 rows are multiplied exactly.
     """
     exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     ids_N = jnp.pad(ids_N, (0, -ids_N.size % _BLOCK), constant_values=n_ids)

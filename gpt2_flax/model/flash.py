@@ -3,7 +3,7 @@
 A document is a run of one segment number, so two positions for each token say all about documents: where its own
 starts, and where it ends. Blocks of keys outside the documents of a block of queries are skipped. Dropout is a hash
 (`model.dropout.kept`), computed again in the backward pass. Nothing is added atomically, so the same inputs give the
-same bits. The kernels are those of `model.flash_triton`; others need to offer the same `forward` and `backward`.
+same bits. `model.flash_triton` holds the kernels; another compiler needs the same functions `forward` and `backward`.
 
 Dimension key: B rows, T tokens, H heads, K head size.
 """

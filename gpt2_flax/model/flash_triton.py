@@ -1,8 +1,8 @@
 """The kernels of `model.flash`, in Pallas for its Triton backend: FlashAttention-2 (arXiv:2307.08691).
 
 JAX 0.11 has deprecated that backend for Mosaic GPU, and 0.12 still has it. Triton compiles one kernel for GPUs from
-compute capability 8.0 on, with the tensor instructions of Hopper on Hopper. Of the Mosaic kernels at hand, those of
-tokamax, there is one for each generation of GPUs; they have no dropout, and need Python 3.12.
+compute capability 8.0 on, and uses Hopper's tensor instructions on Hopper. tokamax has Mosaic kernels, a separate one
+for each generation of GPUs. These kernels have no dropout and need Python 3.12.
 
 Dimension key: B rows, T tokens, H heads, K head size; of a program Q queries, S keys.
 """
@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The tiles of the three kernels: the output, the gradient of queries, that of keys and values."""
+    """The tiles of the three kernels: for the output, the gradient of queries, and the gradients of keys and values."""
 
     forward: Tile
     d_query: Tile
@@ -161,7 +161,7 @@ _SEEDS = pl.BlockSpec((None, None, 2), lambda i, h, b: (b, h, 0))
 
 
 def _specs(length: int, size: int, tokens: int, number: Callable[[Any], Any]) -> tuple[_Specs, _Specs]:
-    """Returns the specs of the block `number(i)` of so many tokens, and those of whole rows."""
+    """Returns the specs of block `number(i)`, which has `tokens` tokens, and the specs of whole rows."""
 
     def specs(tokens: int, at: Callable[[Any], Any]) -> _Specs:
         return _Specs(
@@ -262,7 +262,7 @@ def _d_key_value_kernel(
 
 
 def _of_queries(tile: Tile, start_ref: Any) -> tuple[jax.Array, jax.Array, tuple]:
-    """Returns queries_Q, start_Q and the blocks of keys for `_over`, of a program of which the last comes first."""
+    """Returns queries_Q, start_Q and the blocks of keys for `_over`; program 0 has the last block of queries."""
     number = pl.num_programs(0) - 1 - pl.program_id(0)
     queries_Q, at = _block(number, tile.queries)
     first, last = number * tile.queries, number * tile.queries + tile.queries - 1
@@ -273,7 +273,7 @@ def _of_queries(tile: Tile, start_ref: Any) -> tuple[jax.Array, jax.Array, tuple
 
 
 def _over(blocks: tuple, step: Callable, carry: Any) -> Any:
-    """Runs `step(masked, number, carry)` for numbers in three stretches, of which the middle one needs no mask."""
+    """Runs `step(masked, number, carry)` for the blocks of three stretches; only the middle stretch needs no mask."""
     begin, inner, outer, end = blocks
     for lower, upper, masked in ((begin, inner, True), (inner, outer, False), (outer, end, True)):
         carry = jax.lax.fori_loop(lower, upper, partial(step, masked), carry)

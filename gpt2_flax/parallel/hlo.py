@@ -1,6 +1,6 @@
 """The text of a compiled program (`compiled.as_text()`): its computations, what they run and how often.
 
-The text is that of XLA's optimized HLO for CPU, GPU or TPU: one computation after another, one instruction a line.
+XLA writes its optimized HLO for CPUs, GPUs and TPUs so: one computation after another, one instruction a line.
 """
 
 import re
