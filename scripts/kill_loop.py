@@ -196,7 +196,7 @@ class KillLoop:
             self._end_of(self._start())
         lines = metrics_of(self.run_folder)
         times = [line["time"] for line in lines]
-        self.span, self.start_seconds = 0.4 * (times[-1] - times[0]), 2.0
+        self.span, self.start_seconds = 0.3 * (times[-1] - times[0]), 2.0
         self.expected = {(line["step"], "train/loss" in line): numbers_of(line) for line in lines}
         self.kept, self.reference = committed(self.run_folder), self.run_folder
 
@@ -343,7 +343,7 @@ class KillLoop:
         if aside != self.spoilt:
             raise Failure(f"{run}: damaged/ holds {sorted(aside)}, not {sorted(self.spoilt)}")
         log = self._log().with_suffix(".check.log")
-        if wait(fork(lambda: compare_states(self.reference, run), log)) or wait(fork(lambda: verify(run), log)):
+        if wait(fork(lambda: (compare_states(self.reference, run), verify(run)), log)):
             raise Failure(f"{run}: {last_line(log)}")
         self.runs, self.numbers = self.runs + 1, self.numbers + len(lines)
 
@@ -387,7 +387,7 @@ def arrays_of(step: Path) -> dict[str, tuple[str, bytes]]:
             place = step.absolute() / item
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(place).item_metadata)
             for path, leaf in jax.tree_util.tree_leaves_with_path(reader.restore(place, restore_args=as_numpy)):
-                found[item + jax.tree_util.keystr(path)] = (leaf.dtype.name, leaf.tobytes())
+                found["/".join([item, *(key.key for key in path)])] = (leaf.dtype.name, leaf.tobytes())
     return found
 
 
