@@ -198,6 +198,11 @@ class TrainingConfig(Section):
     )
     save_every: int = Field(1000, gt=0, description="steps between checkpoints")
     keep_checkpoints: int = Field(3, gt=0, description="newest checkpoints kept; older ones are deleted")
+    keep_best: int = Field(1, ge=0, description="checkpoints of lowest validation loss kept beside the newest")
+    keep_every: int = Field(0, ge=0, description="keep each checkpoint whose step is a multiple of it; 0: none")
+    patience: int = Field(
+        0, ge=0, description="the run ends after so many evaluations without a lower validation loss; 0: never"
+    )
     max_skipped_steps: int = Field(
         5, gt=0, description="the run ends after so many steps in a row whose loss or gradient was not finite"
     )
