@@ -45,16 +45,16 @@ def equal(one, other):
     return jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one, other))
 
 
-def largest_file(folder, step):
-    """Of those that hold numbers: what each process wrote first lies elsewhere, and is not read again if it is small."""
-    return max((folder / str(step) / "model" / "d").iterdir(), key=lambda path: path.stat().st_size)
+def data_files(folder, step):
+    """Files that hold numbers: orbax keeps what each process wrote, and what it made of that, and reads not all."""
+    return [path for path in (folder / str(step) / "model").rglob("d/*") if path.is_file()]
 
 
 def flip_a_bit(folder, step):
-    path = largest_file(folder, step)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
+    for path in data_files(folder, step):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
 
 
 def newest(store, config=CFG):
@@ -107,11 +107,11 @@ def test_a_step_under_the_name_of_another_is_found(folder):
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
 def test_missing_and_truncated_files_are_found(folder, damage):
-    path = largest_file(folder, 4)
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:5] if damage == "truncated" else b"")
+    for path in data_files(folder, 4):
+        if damage == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:5] if damage == "truncated" else b"")
     with CheckpointStore(folder, tell=lambda line: None) as store:
         assert newest(store) == 3
 

@@ -35,7 +35,7 @@ SAVED = "checkpoint"  # in a record of metrics.jsonl: the step that was committe
 
 def set_aside(path: Path, run: Path) -> Path:
     """Move a damaged file or folder to `damaged/` of its run, under the first free name, which is returned."""
-    place = run / "damaged"
+    place = RunFolder(run).damaged
     place.mkdir(exist_ok=True)
     target = next(new for number in itertools.count() if not (new := place / f"{path.name}-{number}").exists())
     return path.rename(target)
@@ -61,6 +61,7 @@ class RunFolder:
         self.config = self.path / "config.toml"
         self.tokenizer = self.path / "tokenizer"
         self.checkpoints = self.path / "checkpoints"
+        self.damaged = self.path / "damaged"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.samples = self.path / "samples.txt"
@@ -162,7 +163,7 @@ class RunFolder:
     def lost_checkpoint(self) -> int | None:
         """Returns the newest step that was ever committed if no checkpoint is there, None if none ever was."""
         saved = [record[SAVED] for record in self._records() if type(record.get(SAVED)) is int]
-        for folder in (self.path / "damaged", self.path / "sha256"):  # the latter is of older versions
+        for folder in (self.damaged, self.path / "sha256"):  # the latter is of older versions
             names = [path.name.partition("-")[0].partition(".")[0] for path in folder.glob("*")]
             saved += [int(name) for name in names if name.isdecimal()]
         return None if self.last_checkpoint() is not None else max(saved, default=None)

@@ -34,8 +34,8 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     return {"content": content, "sha256": _sha256(content)}
 
 
-def read_meta(step_folder: Path) -> dict[str, Any]:
-    """Return the content that was written. Raises `Damaged`; PermissionError when it may not be read."""
+def read_meta(step_folder: Path, step: int) -> dict[str, Any]:
+    """Return the content that was written for a step. Raises `Damaged`; PermissionError when it may not be read."""
     try:
         written = json.loads((step_folder / "meta" / "metadata").read_bytes())
     except PermissionError:
@@ -49,7 +49,7 @@ def read_meta(step_folder: Path) -> dict[str, Any]:
     content = written["content"]
     if written["sha256"] != _sha256(content):
         raise Damaged("the sha256 of its metadata differs")
-    if str(content["step"]) != step_folder.name:
+    if content["step"] != step:
         raise Damaged(f"it is step {content['step']}")
     return content
 

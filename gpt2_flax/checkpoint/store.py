@@ -91,7 +91,7 @@ class CheckpointStore:
 
     def meta(self, step: int) -> dict[str, Any]:
         """Return what was saved beside the arrays. Raises `Damaged`."""
-        return _together(lambda: read_meta(self.folder / str(step)))
+        return _together(lambda: read_meta(self.folder / str(step), step))
 
     def save(self, step: int, model: Any, opt_state: Any | None, meta: Mapping[str, Any]) -> None:
         """Start to write a step; return when the arrays may change.
@@ -239,7 +239,7 @@ class CheckpointStore:
         readable = {}
         for step in self.steps():
             with contextlib.suppress(Damaged):
-                readable[step] = read_meta(self.folder / str(step)).get("metrics", {}).get(VALIDATION_LOSS)
+                readable[step] = read_meta(self.folder / str(step), step).get("metrics", {}).get(VALIDATION_LOSS)
         if not readable or max(readable) != max(self.steps()):
             return
         rated = sorted((loss, -step) for step, loss in readable.items() if isinstance(loss, float))

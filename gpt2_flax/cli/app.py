@@ -78,6 +78,9 @@ ModelArgument = partial(PathArgument, callback=existing_model)
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that an earlier call made.")]
 Model = Annotated[Path, ModelArgument(help="A run folder, RUN/checkpoints/STEP, or a transformers folder.")]
 Step = Annotated[int | None, typer.Option(help="Which checkpoint of a run; the newest when left out.")]
+Best = Annotated[
+    bool, typer.Option("--best", help="The checkpoint of a run that has the lowest validation loss, not the newest.")
+]
 Bos = Annotated[
     str | None, typer.Option(callback=utf8, help="Token that begins a document, if the tokenizer's files do not say.")
 ]

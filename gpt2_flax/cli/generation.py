@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gpt2_flax.cli.app import Model, PathOption, Step, app, utf8
+from gpt2_flax.cli.app import Best, Model, PathOption, Step, app, utf8
 
 
 @app.command()
@@ -36,6 +36,7 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Same seed, same text.")] = 0,
     step: Step = None,
+    best: Best = False,
 ) -> None:
     """Continue texts."""
     from gpt2_flax.cli.prompts import read_prompts, warn_of_unknown
@@ -55,7 +56,7 @@ def generate(
     from gpt2_flax.inference.generate import Generator, with_text_only
     from gpt2_flax.inference.sampling import Sampling
 
-    generator = Generator(load_source(model, step))
+    generator = Generator(load_source(model, step, best=best))
     warn_of_unknown(generator.tokenizer, prompts)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram)
     sampling = with_text_only(sampling, generator.tokenizer, generator.decoder.cfg.vocab_size, unknown=allow_unknown)
@@ -77,6 +78,7 @@ def serve(
     max_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens that a text may ask for.")] = 512,
     max_concurrent: Annotated[int, typer.Option(min=1, help="Most requests that run or wait.")] = 4,
     step: Step = None,
+    best: Best = False,
 ) -> None:
     """Serve a page to play with, and OpenAI's /v1/completions.
 
@@ -99,4 +101,4 @@ def serve(
     name = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
     limits = Limits(max_tokens=max_tokens, max_concurrent=max_concurrent)
     with listen(host, port) as listener:  # first, because it is what fails most and takes no time
-        run(load_source(model, step), name, listener, limits)
+        run(load_source(model, step, best=best), name, listener, limits)

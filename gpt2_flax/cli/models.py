@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from gpt2_flax.cli.app import Model, PathArgument, PathOption, Step, app, corpus_source, utf8
+from gpt2_flax.cli.app import Best, Model, PathArgument, PathOption, Step, app, corpus_source, utf8
 from gpt2_flax.cli.text import Between, Encoding, Format, OnBad, TextField
 from gpt2_flax.text.documents import CorpusOptions
 
@@ -104,6 +104,41 @@ def plan(
 
 
 @app.command()
+def checkpoints(
+    run: Annotated[Path, PathArgument(help="A run folder.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every array and compare it with its checksum; 74 if one differs.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
+) -> None:
+    """List the checkpoints of a run: step, date, losses, size, state.
+
+    Nothing is changed. A damaged checkpoint is passed over by all other commands; `train` moves it to RUN/damaged.
+    """
+    import json as json_format
+    import time
+
+    from gpt2_flax.checkpoint.listing import list_checkpoints
+    from gpt2_flax.checkpoint.run_folder import RunFolder
+    from gpt2_flax.errors import ExitCode, UserError
+    from gpt2_flax.progress import si
+
+    found = list_checkpoints(RunFolder(run), verify)
+    if json:
+        print(json_format.dumps([one._asdict() for one in found], indent=1))
+    else:
+        print(f"{'step':>9}  {'saved':<19}  {'loss':>8}  {'validation':>10}  {'size':>8}  state")
+        for one in found:
+            saved = "-" if one.time is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.time))
+            losses = ["-" if loss is None else f"{loss:.4f}" for loss in (one.train_loss, one.validation_loss)]
+            state = one.state if one.damage is None else f"{one.state}: {one.damage}"
+            print(f"{one.step:>9}  {saved:<19}  {losses[0]:>8}  {losses[1]:>10}  {si(one.bytes, 'B'):>8}  {state}")
+    if damaged := ", ".join(str(one.step) for one in found if one.state == "damaged"):
+        fix = "train passes them over; export or evaluate another step"
+        raise UserError(ExitCode.IO, f"damaged checkpoints: {damaged}", run, fix)
+
+
+@app.command()
 def keys() -> None:
     """List every key of a training config with its default."""
     from pydantic_core import PydanticUndefined
@@ -137,6 +172,7 @@ def evaluate(
     encoding: Encoding = "auto",
     on_error: OnBad = "stop",
     step: Step = None,
+    best: Best = False,
 ) -> None:
     """Print loss, perplexity, bits per character and accuracy on text that was not trained on.
 
@@ -147,6 +183,6 @@ def evaluate(
     from gpt2_flax.inference.evaluate import evaluate_source
 
     options = CorpusOptions(format, separator, field, encoding, on_error)
-    source = load_source(model, step)
+    source = load_source(model, step, best=best)
     result = evaluate_source(source, data, seq_length, batch_size, batches, options, split, per_document)
     print(f"{result}  tokens {result.tokens:,}")

@@ -81,16 +81,13 @@ def start_or_resume(
     run = RunFolder(config.output)
     watchdog.agree({f"the checkpoints in {store.folder}": " ".join(map(str, store.steps())) or "none"})
 
-    def read(step: int) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
+    def read(step: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         meta = store.meta(step)
         if not run.has_config() and "config" in meta:
             _check_same(parse_config(meta["config"], f"checkpoint {step}"), config, run, allow_change)
         if "data.dataset" not in allow_change:
             _check_datasets(meta, mixture)
-        arrays = {"model": layout.model, "opt_state": layout.opt_state}
-        if _has_ended(config, step, meta):  # by the configured model, or its config is not the run's
-            return meta, store.check_layout(step, **arrays)
-        return meta, store.restore(step, **arrays)
+        return meta, store.restore(step, model=layout.model, opt_state=layout.opt_state)
 
     found = store.newest(read)
     if found is None:
@@ -101,18 +98,13 @@ def start_or_resume(
         return Start(_initial_state(config, layout, mixture, say, watchdog))
     step, (meta, restored) = found
     best = Best(**meta["best"]) if "best" in meta else Best()
-    if restored is None:
+    if step >= config.training.total_steps or best.ends(config.training.patience):
         return Start(None, meta["samples_seen"], best)
     _check_disk(config, layout, store)
     say(f"resumed from step {step} of {config.output}{_repeated(config, step)}")
     count, skipped = (jax.device_put(jnp.int32(n), layout.step.sharding) for n in (step, meta.get("skipped", 0)))
     state = TrainState(restored["model"], restored["opt_state"], count, skipped)
     return Start(state, meta["samples_seen"], best, meta.get("evaluated", True))
-
-
-def _has_ended(config: Config, step: int, meta: Mapping[str, Any]) -> bool:
-    best = Best(**meta["best"]) if "best" in meta else Best()
-    return step >= config.training.total_steps or best.ends(config.training.patience)
 
 
 def _initial_state(
