@@ -18,6 +18,7 @@ The exit code is 0 when everything holds and 1 when it does not; then the folder
 import argparse
 import hashlib
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -32,7 +33,15 @@ import kill_loop
 
 FITTING = {65, 66, 74, 78}
 ROWS = 8  # of `make_config`, a batch
-TURNS = (1, 4, 8, 1, 16)  # every so many damages the reader is asked; each in its turn, as in `Worker.readers`
+TURNS = {
+    "evaluate": (0, 2),
+    "generate": (1, 2),
+    "export": (3, 16),
+    "verify": (2, 4),
+    "resume": (0, 1),
+    "train": (5, 40),
+}
+"""Reader -> the first damage that it is asked about, and every which: evaluate, generate and export load alike."""
 LONGER = ("training.total_steps=18", "--allow-change", "training.total_steps")
 
 
@@ -98,7 +107,7 @@ def main() -> int:
 
 def make_runs(folder: Path) -> dict[str, Path]:
     """Return a run that ended, and one that was killed when its step 12 was committed and nothing else was done."""
-    training = {"total_steps": 15, "keep_checkpoints": 3, "evaluate_every": 6}
+    training = {"total_steps": 15, "keep_checkpoints": 2, "evaluate_every": 6}
     config = kill_loop.make_config(folder, training, "constant")  # a schedule that a later end does not change
     runs = {"ended": folder / "ended", "was killed": folder / "killed"}
     for name, run in runs.items():
@@ -198,7 +207,8 @@ class Worker:
 
     def __init__(self, folder: Path, number: int, runs: dict[str, Path], log: Path, thorough: bool):
         self.thorough = thorough
-        self.copy, self.output = folder / f"copy-{number}", folder / f"export-{number}"
+        self.copies, self.n_copies, self.copy = folder / f"copies-{number}", 0, Path()
+        self.output = folder / f"export-{number}"
         self.config, self.runs, self.log = folder / "config.toml", runs, log
         self.readers: dict[str, Callable[[], Answer]] = {
             "evaluate": lambda: self._print(
@@ -207,10 +217,13 @@ class Worker:
             ),
             "generate": lambda: self._print("generate", self.copy, "--prompt", "这是", "--temperature", 3),
             "export": self._export,
+            "verify": self._verify,
             "resume": self._resume,
             "train": self._train,
         }
         self.expected: dict[tuple[str, str], dict[int, object]] = {}
+        self.found: set[int] | None = None
+        """The steps that `checkpoints --verify` has called damaged."""
 
     def work(self, damages: list[Damage]) -> None:
         from gpt2_flax.__main__ import _unraisable
@@ -219,25 +232,29 @@ class Worker:
         for name in self.runs:
             self._learn(name)
         for number, damage in enumerate(damages):
-            shutil.rmtree(self.copy, ignore_errors=True)
-            shutil.copytree(self.runs[damage.run], self.copy)
+            self._copy(damage.run)
             if not apply(damage, self.copy):
-                print(f"damage: {damage} changed nothing")
-                continue
+                apply(damage := damage._replace(kind="flip"), self.copy)  # which always changes something
             print(f"damage: {damage}", flush=True)
-            for (reader, read), turn in zip(self.readers.items(), TURNS, strict=True):
-                if number % (1 if self.thorough else turn) == 0:
-                    answer = read()
+            for reader, (first, every) in TURNS.items():
+                if self.thorough or number % every == first:
+                    answer = self.readers[reader]()
                     verdict = self._judge(damage, reader, answer)
                     wrong = f"WRONG: {reader}, {damage}: {answer.code} {answer.said[-600:]!r}"
                     print(f"answer: {reader}: {verdict}" if verdict else wrong, flush=True)
+
+    def _copy(self, name: str) -> None:
+        """Make a copy under a name that was never used: tensorstore keeps what it has read of a path."""
+        shutil.rmtree(self.copies, ignore_errors=True)
+        self.n_copies += 1
+        self.copy, self.found = self.copies / str(self.n_copies), None
+        shutil.copytree(self.runs[name], self.copy)
 
     def _learn(self, name: str) -> None:
         """Note what each reader makes of the newest checkpoint, and of the one before."""
         steps = sorted(kill_loop.committed(self.runs[name]))
         for step in steps[:-3:-1]:
-            shutil.rmtree(self.copy, ignore_errors=True)
-            shutil.copytree(self.runs[name], self.copy)
+            self._copy(name)
             for later in steps[steps.index(step) + 1 :]:
                 shutil.rmtree(self.copy / "checkpoints" / str(later))
             for reader, read in self.readers.items():
@@ -248,16 +265,22 @@ class Worker:
             assert self.expected[name, "resume"][step] == (step, step * ROWS, arrays)
         for reader in self.readers:
             one, other = self.expected[name, reader].values()
-            assert (one == other) == (reader == "train"), reader  # trained further, both come to the same
+            # Trained further both come to the same; what verification finds is compared with the resume.
+            assert (one == other) == (reader in ("train", "verify")), reader
 
     def _judge(self, damage: Damage, reader: str, answer: Answer) -> str | None:
         """Return what a good answer was, None for a wrong one."""
-        numbers = self.expected[damage.run, reader]
-        newest, before = numbers
         of_step = damage.file.startswith("checkpoints/")
         errors = [line for line in answer.said.splitlines() if line.startswith("error: ")]
         if "Traceback" in answer.said:
             return None
+        if reader == "verify":
+            return f"{answer.code}" if answer.code == (74 if self.found else 0) else None
+        newest, before = numbers = self.expected[damage.run, reader]
+        if reader == "resume" and self.found is not None:
+            moved = {int(path.name.partition("-")[0]) for path in (self.copy / "damaged").glob("[0-9]*")}
+            if moved != self.found:
+                return None
         if answer.code:
             return f"{answer.code}" if len(errors) == 1 and answer.code in FITTING and not of_step else None
         if answer.numbers == numbers[newest]:
@@ -265,6 +288,11 @@ class Worker:
         gone = damage.kind == "delete" and damage.file == f"checkpoints/{newest}"
         named = f"warning: checkpoint {newest} is damaged" in answer.said
         return "the one before" if answer.numbers == numbers[before] and of_step and (named or gone) else None
+
+    def _verify(self) -> Answer:
+        code, said = self._command("checkpoints", self.copy, "--verify")
+        self.found = {int(step) for step in re.findall(r"^ *(\d+) .* damaged", said, re.MULTILINE)}
+        return Answer(code, said, None)
 
     def _print(self, *arguments: object) -> Answer:
         code, said = self._command(*arguments)
