@@ -148,7 +148,7 @@ class CheckpointStore:
         if must or not steps:
             system = _system_error(failure) if failure else None
             raise io_error(system or OSError(failed), self.folder / str(step)) from failure
-        sizes = f"{si(self._size)}B needed, {si(shutil.disk_usage(self.folder).free)}B free"
+        sizes = f"{si(self._size, 'B')} needed, {si(shutil.disk_usage(self.folder).free, 'B')} free"
         self._tell(
             f"warning: checkpoint {step} was not saved: {failed}: {self.folder / str(step)} ({sizes}); "
             f"the run continues, its last checkpoint is {steps[-1]}, and the next save tries again"
