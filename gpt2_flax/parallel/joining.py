@@ -38,6 +38,7 @@ def join(place: Place, facts: Mapping[str, str]) -> Joined:
     if place.number == 0:
         own = Hub(place)
         return _meet(place, own.own, None, facts, start=own.start)
+    shared_secret()  # a bad one does not wait for process 0
     connection, greeting = _arrive(place, meeting.START)
     if failure := _second_port(place, greeting):
         send(connection, **_hello(place, greeting, {}, failure.exit_code, str(failure)))

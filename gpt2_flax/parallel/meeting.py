@@ -91,7 +91,10 @@ class Meeting:
                 case "hello" if not peer.name and peer.port != self._place.port + 1:
                     self._welcome(peer, message)
                 case "failed" if known:
-                    self._fail(peer, message)
+                    self._fail(peer, peer.number, message)
+                case kind if kind != "gone" and not known and not peer.name:
+                    peer.nonsense = f"'{kind}'"
+                    self._drop(peer)
         # It has not begun: another may come in the place of one that is gone.
         self.members = {number: peer for number, peer in self.members.items() if not peer.gone}
         strangers = [peer for peer in self.connections.peers() if peer.address and peer.number not in self.members]
@@ -129,44 +132,45 @@ class Meeting:
             fix = "end what an earlier start has left behind, then start all again"
             return self._refuse(peer, number, UserError(ExitCode.TRY_AGAIN, what, "", fix))
         send(peer.connection, "welcome", proof=proof(self._secret, hello["nonce"], peer.nonce))
-        peer.number, peer.facts = number, hello["facts"]
+        peer.facts = hello["facts"]
         if self._failure:
-            self._tell(peer)
+            self._tell(peer, number)
         elif hello["code"]:
-            self._fail(peer, hello)
+            self._fail(peer, number, hello)
         elif n_processes != self._place.n_processes:
             what = f"{peer.name} belongs to a run of {n_processes} processes, process 0 to one of {own}"
-            self._end(UserError(ExitCode.USAGE, what, "", "start all with the same number of processes"), peer)
-        elif not 0 <= number < n_processes or (peer.address and number == 0):
-            what = f"{peer.name} is none of 1 to {n_processes - 1}"
-            self._end(UserError(ExitCode.USAGE, what, "", "give each process its own number"), peer)
+            self._end(UserError(ExitCode.USAGE, what, "", "start all with the same number of processes"), peer, number)
+        elif not 0 <= number < own or (peer.address and number == 0):
+            what = f"{peer.name} came to process 0, which waits for 1 to {own - 1}"
+            self._refuse(peer, number, UserError(ExitCode.USAGE, what, "", "give each process its own number"))
         elif number in self.members:
             what = f"{self.members[number].name} and {peer.name} have the same number"
             fix = "give each process its own; one may be left over from an earlier start: end it"
-            self._end(UserError(ExitCode.USAGE, what, "", fix), peer)
+            self._end(UserError(ExitCode.USAGE, what, "", fix), peer, number)
         else:
-            self.members[number] = peer
+            peer.number, self.members[number] = number, peer
         return None
 
     def _refuse(self, peer: Peer, number: int, error: UserError) -> None:
         """Lets a process go that may be anybody's; the run waits for the right one."""
-        self._refused[number] = error
+        if 0 < number < self._place.n_processes:
+            self._refused[number] = error
         self._log.say(f"refused, at {peer.address}: {error.what}")
         send(peer.connection, "verdict", **verdict(error))
         self.connections.drop(peer)
 
-    def _fail(self, peer: Peer, message: dict[str, Any]) -> None:
+    def _fail(self, peer: Peer, number: int, message: dict[str, Any]) -> None:
         fix = f"it says: {message['sentence']}"
-        self._end(UserError(ExitCode(message["code"]), f"{peer.name} of the run has failed", "", fix), peer)
+        self._end(UserError(ExitCode(message["code"]), f"{peer.name} of the run has failed", "", fix), peer, number)
 
-    def _end(self, error: UserError, peer: Peer) -> None:
+    def _end(self, error: UserError, peer: Peer, number: int) -> None:
         """Tells all that have come, as it will tell those who come."""
         self._failure = error
-        for member in {peer, *self.members.values()}:
-            self._tell(member)
+        for known, member in [*self.members.items(), (number, peer)]:
+            self._tell(member, known)
 
-    def _tell(self, peer: Peer) -> None:
-        self._told.add(peer.number)
+    def _tell(self, peer: Peer, number: int) -> None:
+        self._told.add(number)
         if peer.address:  # process 0 hears of it last
             send(peer.connection, "verdict", **verdict(self._failure))
 
