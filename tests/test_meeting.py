@@ -24,6 +24,7 @@ from gpt2_flax.parallel.place import Place
 from gpt2_flax.parallel.watchdog import Watchdog, announced
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+DOGS = []
 SECRET = "correct horse battery staple"
 HELLO = {"kind": "hello", "number": 1, "n_processes": 2, "host": "far", "pid": 7, "facts": {}, "nonce": "n"}
 
@@ -33,6 +34,14 @@ def quicker(quick, left, monkeypatch):  # noqa: F811
     monkeypatch.setattr(answers, "QUIET", 0.5)
     monkeypatch.setattr(meeting, "START", 3.0)
     monkeypatch.delenv("GPT2_FLAX_SECRET", raising=False)
+    yield
+    threads = [thread for thread in threading.enumerate() if thread.name in ("watchdog", "watchdog hub")]
+    for dog in DOGS:
+        dog._connection.close()
+    DOGS.clear()
+    for thread in threads:  # while `left` hears what they say
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 @pytest.fixture
@@ -46,7 +55,8 @@ def come(port, number, n_processes=2, attempt="", host="localhost"):
 
     def run():
         try:
-            found.append(Watchdog.join(Place(f"{host}:{port}", n_processes, number, attempt=attempt), {}))
+            DOGS.append(Watchdog.join(Place(f"{host}:{port}", n_processes, number, attempt=attempt), {}))
+            found.append(DOGS[-1])
         except UserError as error:
             found.append(error)
 
