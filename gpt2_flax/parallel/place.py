@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.errors import ExitCode, UserError, printable, quote
 from gpt2_flax.parallel.tpu_metadata import may_be_tpu_vm, server, slice_of_this_vm
 
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -149,9 +149,9 @@ def _tpu_vm() -> Place | None:
     try:
         found = slice_of_this_vm()
     except OSError as error:
-        line = f"warning: this TPU VM trains alone: its metadata server {server()} does not answer ({error})"
+        line, reason = f"warning: this TPU VM trains alone: its metadata server {server()}", printable(str(error))
         fix = "if there are others, give --coordinator, --num-processes and --process-id"
-        print(f"{line}; {fix}", file=sys.stderr, flush=True)
+        print(f"{line} does not answer ({reason}); {fix}", file=sys.stderr, flush=True)
         return None
     return found and _slices(found.hosts, found.number, {**found.variables, **os.environ})
 
