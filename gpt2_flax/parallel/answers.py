@@ -34,8 +34,7 @@ def answer_of(connection: socket.socket) -> Answer:
             while time.monotonic() < patience:
                 messages = receive(connection, said)
                 if messages and messages[0]["kind"] == "greeting":
-                    name = f"{messages[0]['name']} of another start, which waits for its processes,"
-                    return Answer(name, is_passing=True, greeting=messages[0])
+                    return Answer(f"{messages[0]['name']} of another start", is_passing=True, greeting=messages[0])
                 if said and not said.startswith(b"{"):
                     raise Nonsense(quoted_beginning(said))
         except Nonsense as error:
@@ -45,7 +44,7 @@ def answer_of(connection: socket.socket) -> Answer:
             return Answer(f"{kind} (it says {error})")
         except (EOFError, OSError):
             break
-    return Answer("another program, which says nothing,", is_silent=True)
+    return Answer("another program (it says nothing)", is_silent=True)
 
 
 def unresolved() -> ExitCode:

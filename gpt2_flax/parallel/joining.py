@@ -5,7 +5,6 @@ import ipaddress
 import os
 import secrets
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -86,7 +85,7 @@ def _arrive(place: Place, patience: float) -> tuple[socket.socket, Mapping[str, 
             raise failure
         if time.monotonic() - begun > min(10.0, patience / 2) and not told:
             told = True
-            print(f"waiting for process 0: {failure.what}: {where}", file=sys.stderr, flush=True)
+            print(f"waiting for process 0: {failure.what}: {where}", flush=True)
         time.sleep(min(1.0, patience / 10))
 
 

@@ -261,6 +261,6 @@ def _listen(port: int, name: str) -> socket.socket:
             answer = Answer("a connection of another program", is_passing=True)
         if answer.is_passing:
             fix = "end it if it is left over from an earlier start, and start again when it has ended"
-        what = f"process 0 cannot listen on port {port}, {name}, which {answer.who} has"
+        what = f"process 0 cannot listen on port {port}, {name}: {answer.who} has it"
         code = ExitCode.TRY_AGAIN if answer.is_passing else ExitCode.USAGE
         raise UserError(code, what, socket.gethostname(), fix) from error

@@ -110,7 +110,7 @@ def _is(value: Any, kind: type) -> bool:
 
 def quoted_beginning(said: bytes | bytearray) -> str:
     """Returns how something begins that is no message, printable."""
-    return quote(bytes(said[:60]).decode("utf-8", "backslashreplace"))
+    return quote(bytes(said[:60]).split(b"\n")[0].rstrip(b"\r").decode("utf-8", "backslashreplace"))
 
 
 def send(connection: socket.socket, kind: str, **values: Any) -> None:
