@@ -40,7 +40,9 @@ def train(
     profile: Annotated[
         int, typer.Option(min=0, metavar="STEPS", help="Trace so many steps for TensorBoard's profiler or XProf.")
     ] = 0,
-    coordinator: Annotated[str | None, typer.Option(help="Several hosts: HOST:PORT of process 0.")] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(help="Several hosts: HOST:PORT of process 0. PORT + 1 must be free and reachable too.")
+    ] = None,
     num_processes: Annotated[int | None, typer.Option(min=1, help="Several hosts: number of processes.")] = None,
     process_id: Annotated[int | None, typer.Option(min=0, help="Several hosts: number of this process.")] = None,
 ) -> None:
@@ -55,13 +57,18 @@ def train(
     SIGTERM or Ctrl-C stops after the step under way and saves; the same command goes on from there.
     """
     from gpt2_flax.config_file import load_stages
-    from gpt2_flax.cpu import tune_cpu
+    from gpt2_flax.parallel.place import find_place
+    from gpt2_flax.parallel.watchdog import announced
 
-    tune_cpu()
-    from gpt2_flax.parallel.processes import start_processes
-    from gpt2_flax.training.loop import train as run
+    place = find_place(coordinator, num_processes, process_id)
+    with announced(place):  # importing JAX may fail on one host
+        from gpt2_flax.cpu import tune_cpu
 
-    with start_processes(coordinator, num_processes, process_id) as watchdog:
+        tune_cpu()
+        from gpt2_flax.parallel.processes import start_processes
+        from gpt2_flax.training.loop import train as run
+
+    with start_processes(place) as watchdog:
         stages = load_stages(config, overrides or ())  # here: what is wrong with it in one process ends all
         run(*stages, allow_change=allow_change or (), profile_steps=profile, watchdog=watchdog)
 

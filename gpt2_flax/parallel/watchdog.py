@@ -1,7 +1,7 @@
 """Ends all processes of a run when one of them has ended, failed or hangs, and says which.
 
 Without it the others would wait in a collective for minutes, or be aborted by JAX without a word that helps.
-How the processes talk is described in `hub`, which decides; here each of them listens and obeys.
+How the processes talk is described in `messages`. `hub` decides; here each of them listens and obeys.
 """
 
 import atexit
@@ -24,7 +24,10 @@ from typing import Any
 from gpt2_flax.errors import ExitCode, UserError, io_error, printable
 from gpt2_flax.memory import out_of_memory
 from gpt2_flax.parallel import hub
-from gpt2_flax.parallel.hub import AGAIN, Hub, receive, send
+from gpt2_flax.parallel.hub import AGAIN
+from gpt2_flax.parallel.joining import error_of, join, say_goodbye
+from gpt2_flax.parallel.messages import receive, send
+from gpt2_flax.parallel.place import Place
 
 UNWINDING = 5.0  # seconds in which the process that is to blame may end in its own way
 LEAST_LIMIT = 120.0  # seconds; a step may take so long, or
@@ -53,28 +56,14 @@ class Watchdog(AbstractContextManager):
         self._last = 0.0
 
     @classmethod
-    def join(
-        cls, coordinator: str, n_processes: int, number: int, facts: Mapping[str, str] | None = None
-    ) -> tuple["Watchdog", str]:
-        """Waits until all processes have come; returns the watchdog and the address for JAX's coordinator.
-
-        `coordinator` is HOST:PORT of process 0. Raises `UserError`: TRY_AGAIN when a process does not come, USAGE
-        when numbers do not fit or the port is taken, CONFIG when `facts` are not the same in all processes.
-        """
+    def join(cls, place: Place, facts: Mapping[str, str]) -> "Watchdog":
+        """Waits until all processes have come, and returns the watchdog. Raises `UserError`, see `joining.join`."""
         self = cls()
-        self.number = number
-        host, port = coordinator.rsplit(":", 1)
-        own_hub = Hub(int(port), n_processes) if number == 0 else None
-        self._connection = own_hub.own if own_hub else _connect(host.strip("[]"), int(port))
-        self._connection.settimeout(min(0.5, hub.BEAT))
-        me = {"number": number, "n_processes": n_processes, "host": socket.gethostname(), "pid": os.getpid()}
-        self._send("hello", **me, facts=facts or {})
-        if own_hub:
-            own_hub.start()
-        jax_port = self._started(coordinator)
+        self.number = place.number
+        self._connection, self._hub, self.token = join(place, facts)
         self._abort = _delay_abort()
         threading.Thread(target=self._listen, name="watchdog", daemon=True).start()
-        return self, f"{host}:{jax_port}"
+        return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not self._connection:
@@ -131,22 +120,6 @@ class Watchdog(AbstractContextManager):
         yield
         self._paused, self._last = False, time.monotonic()
 
-    def _started(self, coordinator: str) -> int:
-        """Returns the port for JAX once all have come."""
-        rest, patience = bytearray(), time.monotonic() + hub.START + hub.SILENCE
-        while time.monotonic() < patience:
-            try:
-                messages = receive(self._connection, rest)
-            except EOFError:
-                break
-            for message in messages:
-                if message["kind"] == "started":
-                    self._hub, self.token = message["hub"], message["token"]
-                    return message["port"]
-                if message["kind"] == "verdict":
-                    raise _error(message, coordinator)
-        raise UserError(ExitCode.TRY_AGAIN, "process 0 has ended before all had come", coordinator, "start all again")
-
     def _announce(self, error: BaseException) -> None:
         self._failure = error
         self._send("failed", code=_exit_code(error), sentence=_sentence(error)[:2000])
@@ -172,7 +145,7 @@ class Watchdog(AbstractContextManager):
                 if message["kind"] == "agreed":
                     self._answered.set()
                 if message["kind"] == "verdict":
-                    return self._end(_error(message, self._where), message["number"])
+                    return self._end(error_of(message, self._where), message["number"])
 
     def _lost(self, how: str) -> None:
         self._end(UserError(ExitCode.TRY_AGAIN, f"{self._hub} of the run has {how}", self._where, AGAIN))
@@ -196,22 +169,15 @@ class Watchdog(AbstractContextManager):
             send(self._connection, kind, **values)
 
 
-def _connect(host: str, port: int) -> socket.socket:
-    """Returns a connection to the hub, for which it waits."""
-    patience = time.monotonic() + hub.START
-    while True:
-        try:
-            return socket.create_connection((host, port), timeout=5.0)
-        except OSError as error:  # no name yet, nobody listens yet: process 0 may be started later
-            if time.monotonic() > patience:
-                what = f"process 0 cannot be reached within {hub.START:.0f} s ({error.strerror or error})"
-                fix = "check that it runs, its address, and that the hosts let each other in"
-                raise UserError(ExitCode.TRY_AGAIN, what, f"{host}:{port}", fix) from error
-            time.sleep(min(1.0, hub.START / 10))
-
-
-def _error(verdict: Mapping[str, Any], where: str) -> UserError:
-    return UserError(ExitCode(verdict["code"]), verdict["what"], verdict["where"] or where, verdict["fix"])
+@contextlib.contextmanager
+def announced(place: Place | None) -> Iterator[None]:
+    """Lets the other processes know of an error in the block, which comes before they meet."""
+    try:
+        yield
+    except Exception as error:
+        if place:
+            say_goodbye(place, _exit_code(error), _sentence(error))
+        raise
 
 
 def _exit_code(error: BaseException) -> int:
