@@ -243,8 +243,8 @@ class CheckpointStore:
                 readable[step] = read_meta(self.folder / str(step), step).get("metrics", {}).get(VALIDATION_LOSS)
         if not readable or max(readable) != max(self.steps()):
             return
-        rated = sorted((loss, -step) for step, loss in readable.items() if isinstance(loss, float))
-        kept = {*sorted(readable)[-self._keep :], *(-step for _, step in rated[: self._keep_best])}
+        rated = sorted((loss, step) for step, loss in readable.items() if isinstance(loss, float))
+        kept = {*sorted(readable)[-self._keep :], *(step for _, step in rated[: self._keep_best])}
         for step in readable.keys() - kept:
             if not self._keep_every or step % self._keep_every:
                 # Under another name first: a deletion that is killed leaves no half of a step.
