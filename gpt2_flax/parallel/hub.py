@@ -5,6 +5,9 @@ Each process, 0 too, keeps one TCP connection to the hub. Messages are JSON obje
 hello    to the hub: number, n_processes, host, pid, facts; the first one
 facts    to the hub: facts by name, which must be the same in all processes, and how many seconds these may be apart
 beat     both ways, every BEAT seconds; to the hub: step, paused, limit
+stop     both ways; to the hub: this process was asked to stop; from the hub: say how often you have asked
+asked    to the hub: times, how often `Watchdog.stops` was called, where the process waits until it hears
+stops    from the hub, when all have said so: at, the call at which all stop
 failed   to the hub: code, sentence; an exception is on its way out of the run
 out      to the hub: this process is done and waits for the others
 started  from the hub, when all have come: port for JAX's own coordinator, what to call process 0, token of this start
@@ -97,6 +100,7 @@ class _Peer:
     code: int = ExitCode.OK
     sentence: str = ""
     out: bool = False
+    asked_times: int | None = None  # about stopping, when one was asked to
     facts: Mapping[str, Any] | None = None  # while it waits until all have sent theirs
     patience: float = math.inf  # so long, since
     asked: float = 0.0
@@ -127,7 +131,7 @@ class Hub(threading.Thread):
         self._n_processes = n_processes
         self._members: dict[int, _Peer] = {}
         self._moved = 0.0  # when a step was last finished, or there was something else to do
-        self._ended = False
+        self._ended = self._stopping = False
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self.own, connection = socket.socketpair()
@@ -236,6 +240,14 @@ class Hub(threading.Thread):
                 peer.facts, peer.patience, peer.asked = _facts(message), patience, time.monotonic()
                 if all(member.facts is not None for member in self._members.values()) and self._agree():
                     self._tell_all("agreed")
+            case {"kind": "stop"} if not self._stopping:
+                self._stopping = True
+                self._tell_all("stop")
+            case {"kind": "asked", "times": int(times)}:
+                peer.asked_times = times
+                asked = [member.asked_times for member in self._members.values()]
+                if None not in asked:
+                    self._tell_all("stops", at=max(asked) + 1)
             case {"kind": "out"}:
                 peer.out = True
 

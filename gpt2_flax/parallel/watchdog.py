@@ -48,6 +48,8 @@ class Watchdog(AbstractContextManager):
         self._failure: BaseException | None = None
         self._over, self._together = threading.Event(), True
         self._asking, self._answered = False, threading.Event()
+        self._stopping = threading.Condition()
+        self._calls, self._stop_asked, self._stop_at = 0, False, math.inf
         self._step, self._paused = 0, True
         self._times: deque[float] = deque(maxlen=100)  # of the last steps
         self._last = 0.0
@@ -103,6 +105,20 @@ class Watchdog(AbstractContextManager):
         self._asking = False
         if self._failure:
             raise self._failure
+
+    def stops(self, wanted: bool) -> bool:
+        """Returns whether to stop now: when one process wants it, all do, at the same call of this method.
+
+        All processes must call it at the same moments.
+        """
+        if not self._connection:
+            return wanted
+        if wanted and not self._stop_asked:
+            self._send("stop")
+        with self._stopping:  # what the others were told of this process holds until the hub has heard them all
+            self._stopping.wait_for(lambda: not self._stop_asked or self._stop_at < math.inf)
+            self._calls += 1
+            return self._calls >= self._stop_at
 
     @contextlib.contextmanager
     def running(self, where: str) -> Iterator[None]:
@@ -171,8 +187,17 @@ class Watchdog(AbstractContextManager):
                     return self._over.set()
                 if message["kind"] == "agreed":
                     self._answered.set()
+                if message["kind"] in ("stop", "stops"):
+                    self._agree_to_stop(message.get("at", math.inf))
                 if message["kind"] == "verdict":
                     return self._end(_error(message, self._where), message["number"])
+
+    def _agree_to_stop(self, at: float) -> None:
+        with self._stopping:
+            self._stop_asked, self._stop_at = True, at
+            self._stopping.notify_all()
+            if at == math.inf:
+                self._send("asked", times=self._calls)
 
     def _lost(self, how: str) -> None:
         self._end(UserError(ExitCode.TRY_AGAIN, f"{self._hub} of the run has {how}", self._where, AGAIN))

@@ -79,7 +79,7 @@ def train(
                 run.create()
             check_shared(run, watchdog)
             check_same_run(stage.config, run, allow_change)
-    with StopRequest() as stop:
+    with StopRequest(watchdog) as stop:
         for number, name in enumerate(names, 1):
             with _naming(name):
                 _train(checked[number - 1], stop, watchdog, allow_change, name, profile_steps)
