@@ -11,14 +11,15 @@ import time
 import pytest
 
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.parallel import hub, watchdog
+from gpt2_flax.parallel import hub, meeting, messages, watchdog
 from gpt2_flax.parallel.watchdog import Watchdog
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    for name, seconds in {"BEAT": 0.05, "SILENCE": 1.0, "GRACE": 0.5, "START": 5.0, "CLOSING": 0.3}.items():
+    for name, seconds in {"BEAT": 0.05, "SILENCE": 1.0, "GRACE": 0.5, "CLOSING": 0.3}.items():
         monkeypatch.setattr(hub, name, seconds)
+    monkeypatch.setattr(meeting, "START", 5.0)
     monkeypatch.setattr(watchdog, "UNWINDING", 0.2)
     monkeypatch.setattr(watchdog, "LEAST_LIMIT", 1.0)
     monkeypatch.setattr(watchdog, "MEDIANS", 1)
@@ -96,11 +97,11 @@ class Stranger:
         self.rest = bytearray()
 
     def hello(self, number, n_processes):
-        hub.send(self.socket, "hello", number=number, n_processes=n_processes, host="far", pid=7)
+        messages.send(self.socket, "hello", number=number, n_processes=n_processes, host="far", pid=7)
 
     def wait_for(self, kind):
         while True:
-            for message in hub.receive(self.socket, self.rest):
+            for message in messages.receive(self.socket, self.rest):
                 if message["kind"] == kind:
                     return message
 
@@ -417,7 +418,7 @@ def test_the_same_number_twice(address):
 
 
 def test_a_process_that_does_not_come(address, monkeypatch, capsys):
-    monkeypatch.setattr(hub, "START", 0.5)
+    monkeypatch.setattr(meeting, "START", 0.5)
     (error,) = join(address, 4, 0)
     assert error.exit_code == ExitCode.TRY_AGAIN
     assert error.what == "process 1, 2, 3 of 4 has not come within 0 s"
@@ -425,7 +426,7 @@ def test_a_process_that_does_not_come(address, monkeypatch, capsys):
 
 
 def test_process_0_cannot_be_reached(address, monkeypatch):
-    monkeypatch.setattr(hub, "START", 0.2)
+    monkeypatch.setattr(meeting, "START", 0.2)
     (error,) = join(address, 2, 1)
     assert error.exit_code == ExitCode.TRY_AGAIN
     assert "process 0 cannot be reached" in error.what
@@ -469,7 +470,7 @@ def test_strangers_are_ignored(address, left):
     with pytest.raises(ConnectionError):
         socket.create_connection(("localhost", int(address.split(":")[1])))
     assert not left
-    hub.send(strangers[-1].socket, "out")
+    messages.send(strangers[-1].socket, "out")
     leave(dog)[0].join(5)
     strangers[-1].wait_for("over")
     for stranger in strangers:
@@ -485,11 +486,11 @@ def test_messages_come_in_pieces():
         found = []
         for byte in line * 2:
             one.sendall(bytes([byte]))
-            found += hub.receive(other, rest)
+            found += messages.receive(other, rest)
         assert found == [json.loads(line)] * 2
-        assert hub.receive(other, rest) == []
+        assert messages.receive(other, rest) == []
         one.close()
         with pytest.raises(EOFError):
-            hub.receive(other, rest)
-        hub.send(other, "beat")
-        hub.send(other, "beat")  # to nobody: found out when receiving
+            messages.receive(other, rest)
+        messages.send(other, "beat")
+        messages.send(other, "beat")  # to nobody: found out when receiving

@@ -1,7 +1,7 @@
 """Ends all processes of a run when one of them has ended, failed or hangs, and says which.
 
 Without it the others would wait in a collective for minutes, or be aborted by JAX without a word that helps.
-How the processes talk is described in `hub`, which decides; here each of them listens and obeys.
+How the processes talk is described in `messages`. `hub` decides; here each of them listens and obeys.
 """
 
 import atexit
@@ -23,8 +23,10 @@ from typing import Any
 
 from gpt2_flax.errors import ExitCode, UserError, io_error, printable
 from gpt2_flax.memory import out_of_memory
-from gpt2_flax.parallel import hub
-from gpt2_flax.parallel.hub import AGAIN, Hub, receive, send
+from gpt2_flax.parallel import hub, meeting
+from gpt2_flax.parallel.hub import AGAIN, Hub
+from gpt2_flax.parallel.joining import connect
+from gpt2_flax.parallel.messages import receive, send
 
 UNWINDING = 5.0  # seconds in which the process that is to blame may end in its own way
 LEAST_LIMIT = 120.0  # seconds; a step may take so long, or
@@ -67,7 +69,7 @@ class Watchdog(AbstractContextManager):
         self.number = number
         host, port = coordinator.rsplit(":", 1)
         own_hub = Hub(int(port), n_processes) if number == 0 else None
-        self._connection = own_hub.own if own_hub else _connect(host.strip("[]"), int(port))
+        self._connection = own_hub.own if own_hub else connect(host.strip("[]"), int(port))
         self._connection.settimeout(min(0.5, hub.BEAT))
         me = {"number": number, "n_processes": n_processes, "host": socket.gethostname(), "pid": os.getpid()}
         self._send("hello", **me, facts=facts or {})
@@ -149,7 +151,7 @@ class Watchdog(AbstractContextManager):
 
     def _started(self, coordinator: str) -> int:
         """Returns the port for JAX once all have come."""
-        rest, patience = bytearray(), time.monotonic() + hub.START + hub.SILENCE
+        rest, patience = bytearray(), time.monotonic() + meeting.START + hub.SILENCE
         while time.monotonic() < patience:
             try:
                 messages = receive(self._connection, rest)
@@ -219,20 +221,6 @@ class Watchdog(AbstractContextManager):
     def _send(self, kind: str, **values: Any) -> None:
         with self._sending:  # the beats come from a thread of their own
             send(self._connection, kind, **values)
-
-
-def _connect(host: str, port: int) -> socket.socket:
-    """Returns a connection to the hub, for which it waits."""
-    patience = time.monotonic() + hub.START
-    while True:
-        try:
-            return socket.create_connection((host, port), timeout=5.0)
-        except OSError as error:  # no name yet, nobody listens yet: process 0 may be started later
-            if time.monotonic() > patience:
-                what = f"process 0 cannot be reached within {hub.START:.0f} s ({error.strerror or error})"
-                fix = "check that it runs, its address, and that the hosts let each other in"
-                raise UserError(ExitCode.TRY_AGAIN, what, f"{host}:{port}", fix) from error
-            time.sleep(min(1.0, hub.START / 10))
 
 
 def _error(verdict: Mapping[str, Any], where: str) -> UserError:
