@@ -19,7 +19,7 @@ from typing import Any
 
 from gpt2_flax.errors import ExitCode, UserError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
 _END, _NOTE, _IGNORE = range(100, 103)  # what the thread does with a signal; sent through the same pipe, so in order
 _GRACE = 5.0  # seconds for cleaning up
 _ONE = 0.2  # seconds; some launchers send a signal twice at once, to the process and to its group
@@ -38,8 +38,9 @@ def catch_signals() -> None:
     atexit.register(_leave)  # registered first, so called last
     threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
     signal.set_wakeup_fd(_pipe, warn_on_full_buffer=False)
-    for number in {signal.SIGINT, signal.SIGTERM, *_heard()}:
-        signal.signal(number, lambda number, frame: None)
+    for number in SIGNALS:
+        if number in (signal.SIGINT, signal.SIGTERM) or number in _heard():  # a shell's background job ignores SIGINT
+            signal.signal(number, lambda number, frame: None)
 
 
 def finish(exit_code: int) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.parallel.meeting import Meeting
 from gpt2_flax.parallel.messages import Peer, facts_of, send
+from gpt2_flax.parallel.phases import hang
 
 BEAT = 2.0
 SILENCE = 30.0  # seconds after which a process that does not beat is taken for dead
@@ -46,7 +47,7 @@ class Hub(threading.Thread):
         self._meeting = Meeting(port, n_processes)
         self._connections, self.own = self._meeting.connections, self._meeting.own
         self._members: dict[int, Peer] = {}
-        self._moved = 0.0  # when a step was last finished, or there was something else to do
+        self._fewest, self._moved = 0, 0.0  # marks of those behind, and since when
         self._ended = self._stopping = False
 
     def run(self) -> None:
@@ -77,10 +78,14 @@ class Hub(threading.Thread):
 
     def _note(self, peer: Peer, message: dict[str, Any]) -> None:
         match message:
-            case {"kind": "beat", "step": int(step), "paused": bool(paused), "limit": float(limit)}:
-                if paused or step != peer.step:
-                    self._moved = time.monotonic()
-                peer.step, peer.paused, peer.limit = step, paused, limit
+            case {
+                "kind": "beat",
+                "phase": str(phase),
+                "marks": int(marks),
+                "waited": float(waited),
+                "limit": float(limit),
+            }:
+                peer.phase, peer.marks, peer.waited, peer.limit = phase, marks, waited, limit
             case {"kind": "failed", "code": int(code), "sentence": str(sentence)}:
                 peer.failed, peer.code, peer.sentence = time.monotonic(), code, sentence
             case {"kind": "facts", "patience": float(patience)}:
@@ -112,7 +117,7 @@ class Hub(threading.Thread):
         return not difference
 
     def _judge(self) -> None:
-        """Ends the run when a process is gone, has failed alone, or when none gets on; or when all are out."""
+        """Ends the run when a process is gone, has failed alone, or hangs; or when all are out."""
         now, members = time.monotonic(), list(self._members.values())
         if all(peer.out for peer in members):
             self._ended = True
@@ -121,7 +126,7 @@ class Hub(threading.Thread):
             if peer.gone:
                 return self._blame(peer, "has ended")
             if now - peer.heard > SILENCE:
-                return self._blame(peer, f"has been silent for {SILENCE:.0f} s")
+                return self._blame(peer, f"has been silent for {SILENCE:.0f} s", stacks=True)
         busy = [peer for peer in members if peer.failed is None and not peer.out]
         waiting = [peer for peer in busy if peer.facts is not None]  # for all others; it does not fail by itself
         # A process that stops as agreed, with TRY_AGAIN, knows that the others do.
@@ -137,25 +142,31 @@ class Hub(threading.Thread):
             name, fact = next(iter(tired.facts.items()))
             what = f"{absent[0].name} of the run has not named {name} within {tired.patience:.0f} s"
             return self._end(None, ExitCode.CONFIG, what, ALIKE, f"{tired.name} has {fact}")
-        limit = max(peer.limit for peer in members)
-        if busy == members and now - self._moved > limit:
-            step = min(peer.step for peer in members)
-            behind = [peer for peer in members if peer.step == step]
+        # Others wait for those behind, which may take their time; so each is judged by the limit of its own phase.
+        fewest = min((peer.marks for peer in busy), default=0)
+        if fewest != self._fewest:
+            self._fewest, self._moved = fewest, now
+        behind = [peer for peer in busy if peer.marks == fewest]
+        for peer in behind:
+            peer.waited = min(peer.waited, now - self._moved)  # not while it waited for others itself
+        if stuck := next((peer for peer in behind if peer.waited > peer.limit), None):
             who = "" if behind == members else " and ".join(peer.name for peer in behind[:3]) + " behind: "
-            what = f"{who}no step of the run finished for {limit:.0f} s, the last was {step}"
-            return self._end(None, ExitCode.TRY_AGAIN, what, AGAIN)
+            what = who + hang(stuck.phase, stuck.waited, stuck.limit)
+            return self._end(None, ExitCode.TRY_AGAIN, what, AGAIN, stacks=True)
         return None
 
-    def _blame(self, peer: Peer, how: str) -> None:
+    def _blame(self, peer: Peer, how: str, stacks: bool = False) -> None:
         if peer.failed is not None and peer.code != ExitCode.TRY_AGAIN:
             return self._end(peer, peer.code, f"{peer.name} of the run has failed", f"it says: {peer.sentence}")
-        return self._end(peer, ExitCode.TRY_AGAIN, f"{peer.name} of the run {how}", AGAIN)
+        return self._end(peer, ExitCode.TRY_AGAIN, f"{peer.name} of the run {how}", AGAIN, stacks=stacks)
 
-    def _end(self, peer: Peer | None, code: int, what: str, fix: str, where: str | None = None) -> None:
+    def _end(
+        self, peer: Peer | None, code: int, what: str, fix: str, where: str | None = None, stacks: bool = False
+    ) -> None:
         """Tells all, the process of the hub last: JAX's coordinator ends with it, and that aborts those still there."""
         self._ended = True
         number = -1 if peer is None else peer.number
-        verdict = {"number": number, "code": int(code), "what": what, "where": where, "fix": fix}
+        verdict = {"number": number, "code": int(code), "what": what, "where": where, "fix": fix, "stacks": stacks}
         own = self._members.get(0)
         others = {member for member in self._members.values() if member is not own}
         for member in others:

@@ -4,7 +4,7 @@ Messages are JSON objects, one a line, named by `kind`:
 
 hello    to the hub: number, n_processes, host, pid, facts; the first one
 facts    to the hub: facts by name, which must be the same in all processes, and how many seconds these may be apart
-beat     both ways, every BEAT seconds; to the hub: step, paused, limit
+beat     both ways, every BEAT seconds; to the hub: phase, marks, waited and limit of its `Phases`
 stop     both ways; to the hub: this process was asked to stop; from the hub: say how often you have asked
 asked    to the hub: times, how often `Watchdog.stops` was called, where the process waits until it hears
 stops    from the hub, when all have said so: at, the call at which all stop
@@ -12,7 +12,7 @@ failed   to the hub: code, sentence; an exception is on its way out of the run
 out      to the hub: this process is done and waits for the others
 started  from the hub, when all have come: port for JAX's own coordinator, what to call process 0, token of this start
 agreed   from the hub, when all have sent the same facts
-verdict  from the hub: number of the process that is to blame, code, what, where, fix; all shall end with that
+verdict  from the hub: number of the process that is to blame, code, what, where, fix, stacks: keep them?
 over     from the hub: all are out
 """
 
@@ -71,8 +71,9 @@ class Peer:
     heard: float = field(default_factory=time.monotonic)
     number: int = -1
     name: str = ""
-    step: int = 0
-    paused: bool = True
+    phase: str = "nothing"
+    marks: int = 0
+    waited: float = 0.0
     limit: float = math.inf
     failed: float | None = None  # since when
     code: int = ExitCode.OK
