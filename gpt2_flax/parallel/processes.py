@@ -35,6 +35,8 @@ def start_processes(place: Place | None) -> Watchdog:
     devices = [] if place.device is None else [place.device]
     if "JAX_LOCAL_DEVICE_IDS" in os.environ:
         devices = None
+    # Its handler of SIGTERM would replace ours, and `Watchdog.stops` does its work.
+    jax.config.update("jax_enable_preemption_service", False)
     # JAX's own heartbeat (100 s) is slower than the watchdog's, as it ends processes without a word that helps.
     with watchdog.running("gpt2-flax train"):
         jax.distributed.initialize(
