@@ -80,10 +80,10 @@ def test_a_run_that_was_stopped_ends_at_the_same_step(config, monkeypatch, capsy
     config = changed(config, training__patience=3)
     ask, asked = loop.StopRequest.__call__, itertools.count(1)
 
-    def stop(self):
+    def stop(self, *ahead):
         if next(asked) == 2 * stopped_at:  # once after each step, once in its evaluation
             signal.raise_signal(signal.SIGTERM)
-        return ask(self)
+        return ask(self, *ahead)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.StopRequest, "__call__", stop)
