@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.config import Config
+from gpt2_flax.data.inspect import dataset_tokenizer
 from gpt2_flax.data.loader import Loader
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError, io_error
@@ -145,6 +146,9 @@ def _check(config: Config, mixture: Mixture, before: Sequence[Config], devices: 
     for stage in before:
         if stage.output == config.init_from:
             check_fits(config, stage.model)
+    for dataset in mixture.datasets.values():
+        dataset_tokenizer(dataset)
+    mixture.verify(config.data.verify)
     return _Stage(config, mixture, mesh, chosen)
 
 
@@ -229,6 +233,7 @@ def _run(
                 report.catch_up()
                 with watchdog.paused():
                     evaluations = _evaluate(state.model, held_out, mesh, config, stop if step < total else None)
+                    mixture.check_unchanged()
                     if evaluations is None:
                         stopping = True
                     else:
@@ -241,6 +246,8 @@ def _run(
                 if last or not report.skipped_in_a_row:
                     so_far = {"step": step, "samples_seen": samples_seen, "skipped": report.skipped}
                     with watchdog.paused():
+                        mixture.wait_until_verified(patience=0 if stopping else 10)
+                        mixture.check_unchanged()
                         _save(store, state, meta | so_far, config.output)
                         if last:
                             store.seal()  # now, before anybody reads that it is saved
