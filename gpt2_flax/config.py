@@ -19,6 +19,7 @@ from gpt2_flax.folders import local_path
 LocalPath = Annotated[str, AfterValidator(local_path)]
 
 Packing = Literal["stream", "best_fit", "document"]
+Verify = Literal["first-use", "full", "off"]
 
 
 class Section(BaseModel):
@@ -101,6 +102,9 @@ class DataConfig(Section):
         "stream", description="rows: cut from the stream, whole documents put together (best_fit), or one document each"
     )
     global_batch_size: int = Field(64, gt=0, description="rows an optimizer step, over all devices")
+    verify: Verify = Field(
+        "first-use", description="sha256 of shards: checked when each is first used, all before the first step, or not"
+    )
 
     @field_validator("dataset", mode="before")
     @classmethod

@@ -216,7 +216,7 @@ def test_a_dataset_whose_ids_are_outside_its_vocabulary_is_refused_before_traini
     folder = tmp_path / "dataset"
     shutil.copytree(config.data.dataset, folder)
     info = json.loads((folder / "dataset.json").read_text())
-    (folder / "dataset.json").write_text(json.dumps(info | {"vocab_size": 40}))
+    (folder / "dataset.json").write_text(json.dumps(info | {"vocab_size": 40, "sha256": None}))
     with pytest.raises(UserError, match="outside the vocabulary of 40") as error:
         loop.train(changed(config, data__dataset=str(folder)))
     assert error.value.exit_code == ExitCode.DATA

@@ -35,6 +35,7 @@ KEYS = [
     "data.seq_length",
     "data.packing",
     "data.global_batch_size",
+    "data.verify",
     "optimizer.preset",
     "optimizer.name",
     "optimizer.learning_rate",

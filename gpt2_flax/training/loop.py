@@ -12,6 +12,7 @@ from gpt2_flax.checkpoint.run_folder import RunFolder, with_absolute_paths
 from gpt2_flax.checkpoint.step_meta import VALIDATION_LOSS
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.config import Config
+from gpt2_flax.data.inspect import dataset_tokenizer
 from gpt2_flax.data.loader import Loader
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError, io_error
@@ -151,6 +152,9 @@ def _check(config: Config, mixture: Mixture, before: Sequence[Config], devices: 
     for stage in before:
         if stage.output == config.init_from:
             check_fits(config, stage.model)
+    for dataset in mixture.datasets.values():
+        dataset_tokenizer(dataset)
+    mixture.verify(config.data.verify)
     return _Stage(config, mixture, mesh, chosen)
 
 
@@ -228,6 +232,7 @@ def _run(
         nonlocal best
         with watchdog.phases.during("evaluation", step):
             evaluations = _evaluate(state.model, held_out, mesh, config, watchdog, stop)
+            mixture.check_unchanged()
             if evaluations is not None:
                 report.evaluated(step, evaluations, samples.texts(state.model))
                 if evaluations:
@@ -267,6 +272,8 @@ def _run(
                     figures = {name: value for name, value in report.figures.items() if math.isfinite(value)}
                     so_far |= {"metrics": figures, "best": best._asdict(), "evaluated": evaluated}
                     with watchdog.phases.during("save", step):
+                        mixture.wait_until_verified(patience=0 if stopping else 10)
+                        mixture.check_unchanged()
                         _save(store, log, state, meta | so_far, config.output)
                         if last or stop.measures_save:
                             log.committed(store.seal(must=last))  # now, before anybody reads that it is saved
