@@ -11,6 +11,7 @@ from pydantic_core import from_json
 
 from gpt2_flax.errors import ExitCode, UserError, io_error, quote
 from gpt2_flax.folders import write_whole
+from gpt2_flax.input_files import VOCABULARY_BYTES, read_whole
 
 FORMAT = "gpt2_flax token dataset"
 VERSION = 2
@@ -123,7 +124,7 @@ def read_info(folder: Path) -> DatasetInfo:
     """Returns what dataset.json holds; raises `UserError`: NO_INPUT when there is none, DATA when it is damaged."""
     path = folder / MARKER
     try:
-        content = from_json(path.read_bytes())
+        content = from_json(read_whole(path, VOCABULARY_BYTES))
         _check_version(content, path)
         sha256 = content.pop("sha256", None)  # not in old datasets
         info = DatasetInfo.model_validate(content)
