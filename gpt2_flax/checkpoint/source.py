@@ -197,7 +197,7 @@ def _chosen(store: CheckpointStore, step: int | None) -> int:
             losses[one] = store.meta(one).get("metrics", {}).get(VALIDATION_LOSS, math.inf)
         except Damaged as error:
             _warn(f"warning: checkpoint {one} is damaged ({error})")
-    best = min(losses, key=lambda one: (losses[one], -one), default=None)
+    best = min(losses, key=lambda one: (losses[one], one), default=None)
     if best is None or losses[best] == math.inf:
         fix = "leave --best out; a checkpoint has one if its step is a multiple of training.evaluate_every"
         raise UserError(ExitCode.NO_INPUT, "no checkpoint has a validation loss", store.folder, fix)

@@ -147,7 +147,7 @@ class CheckpointStore:
         if must or not steps:
             system = _system_error(failure) if failure else None
             raise io_error(system or OSError(failed), self.folder / str(step)) from failure
-        sizes = f"{si(self._size)}B needed, {si(shutil.disk_usage(self.folder).free)}B free"
+        sizes = f"{si(self._size, 'B')} needed, {si(shutil.disk_usage(self.folder).free, 'B')} free"
         self._tell(
             f"warning: checkpoint {step} was not saved: {failed}: {self.folder / str(step)} ({sizes}); "
             f"the run continues, its last checkpoint is {steps[-1]}, and the next save tries again"
@@ -242,8 +242,8 @@ class CheckpointStore:
                 readable[step] = read_meta(self.folder / str(step), step).get("metrics", {}).get(VALIDATION_LOSS)
         if not readable or max(readable) != max(self.steps()):
             return
-        rated = sorted((loss, -step) for step, loss in readable.items() if isinstance(loss, float))
-        kept = {*sorted(readable)[-self._keep :], *(-step for _, step in rated[: self._keep_best])}
+        rated = sorted((loss, step) for step, loss in readable.items() if isinstance(loss, float))
+        kept = {*sorted(readable)[-self._keep :], *(step for _, step in rated[: self._keep_best])}
         for step in readable.keys() - kept:
             if not self._keep_every or step % self._keep_every:
                 # Under another name first: a deletion that is killed leaves no half of a step.

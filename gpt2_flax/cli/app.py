@@ -9,6 +9,7 @@ import typer
 
 import gpt2_flax
 from gpt2_flax.folders import is_address, is_utf8, local_path
+from gpt2_flax.input_files import MOST_STEPS
 
 app = typer.Typer(
     name="gpt2-flax",
@@ -41,6 +42,13 @@ def utf8(value: str | list[str] | None) -> str | list[str] | None:
     """Refuses what a terminal of another encoding typed: Python hands it over as lone surrogates."""
     if not is_utf8("".join(value or "")):
         raise typer.BadParameter("it is not UTF-8")
+    return value
+
+
+def positive(value: float | None) -> float | None:
+    """Refuses what is not above 0, and what is no number."""
+    if value is not None and not value > 0:
+        raise typer.BadParameter("it must be above 0")
     return value
 
 
@@ -77,7 +85,9 @@ PathOption = partial(typer.Option, parser=_path)
 ModelArgument = partial(PathArgument, callback=existing_model)
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that an earlier call made.")]
 Model = Annotated[Path, ModelArgument(help="A run folder, RUN/checkpoints/STEP, or a transformers folder.")]
-Step = Annotated[int | None, typer.Option(help="Which checkpoint of a run; the newest when left out.")]
+Step = Annotated[
+    int | None, typer.Option(min=0, max=MOST_STEPS, help="Which checkpoint of a run; the newest when left out.")
+]
 Best = Annotated[
     bool, typer.Option("--best", help="The checkpoint of a run that has the lowest validation loss, not the newest.")
 ]

@@ -1,18 +1,23 @@
 """What makes models: doctor, plan, train, keys, evaluate."""
 
+import math
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from gpt2_flax.cli.app import Best, Model, PathArgument, PathOption, Step, app, corpus_source, utf8
+from gpt2_flax.cli.app import Best, Model, PathArgument, PathOption, Step, app, corpus_source, positive, utf8
 from gpt2_flax.cli.text import Between, Encoding, Format, OnBad, TextField
+from gpt2_flax.input_files import MOST_POSITIONS, MOST_ROWS, MOST_STEPS
 from gpt2_flax.text.documents import CorpusOptions
 
 
 @app.command()
 def doctor(
-    seconds: Annotated[float, typer.Option(min=10, help="Time for everything; what matters most comes first.")] = 280,
+    seconds: Annotated[
+        float, typer.Option(min=10, max=86400, help="Time for everything; what matters most comes first.")
+    ] = 280,
     json: Annotated[
         Path | None, PathOption("--json", metavar="FILE", help="Write all that is found to this new file.")
     ] = None,
@@ -38,11 +43,24 @@ def train(
         list[str] | None, typer.Option(help="Key that may differ from the run so far, when resuming; repeatable.")
     ] = None,
     profile: Annotated[
-        int, typer.Option(min=0, metavar="STEPS", help="Trace so many steps for TensorBoard's profiler or XProf.")
+        int,
+        typer.Option(
+            min=0, max=MOST_STEPS, metavar="STEPS", help="Trace so many steps for TensorBoard's profiler or XProf."
+        ),
     ] = 0,
-    coordinator: Annotated[str | None, typer.Option(help="Several hosts: HOST:PORT of process 0.")] = None,
-    num_processes: Annotated[int | None, typer.Option(min=1, help="Several hosts: number of processes.")] = None,
-    process_id: Annotated[int | None, typer.Option(min=0, help="Several hosts: number of this process.")] = None,
+    max_hours: Annotated[
+        float | None,
+        typer.Option(callback=positive, metavar="H", help="Stop and save, with 75, before so many hours are over."),
+    ] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(help="Several hosts: HOST:PORT of process 0. PORT + 1 must be free and reachable too.")
+    ] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(min=1, max=MOST_ROWS, help="Several hosts: number of processes.")
+    ] = None,
+    process_id: Annotated[
+        int | None, typer.Option(min=0, max=MOST_ROWS, help="Several hosts: number of this process.")
+    ] = None,
 ) -> None:
     """Train a model, or go on with a run where it stopped.
 
@@ -52,18 +70,27 @@ def train(
 
     Under SLURM, Open MPI, Kubernetes (scripts/kubernetes_jobset.yaml), torchrun and on TPU pods several hosts find each
     other; elsewhere give the three options above. When one process ends all do, with 75 where starting again helps.
-    SIGTERM or Ctrl-C stops after the step under way and saves; the same command goes on from there.
+    Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2, sent to one process or to all, stops after the step under way and
+    saves, with 75; the same command resumes from there. A second signal ends the process at once. --max-hours stops
+    likewise, early enough for the save, by the time that steps, evaluations and saves have taken so far.
     """
+    begun = time.monotonic()
     from gpt2_flax.config_file import load_stages
-    from gpt2_flax.cpu import tune_cpu
+    from gpt2_flax.parallel.place import find_place
+    from gpt2_flax.parallel.watchdog import announced
 
-    tune_cpu()
-    from gpt2_flax.parallel.processes import start_processes
-    from gpt2_flax.training.loop import train as run
+    place = find_place(coordinator, num_processes, process_id)
+    with announced(place):  # importing JAX may fail on one host
+        from gpt2_flax.cpu import tune_cpu
 
-    with start_processes(coordinator, num_processes, process_id) as watchdog:
+        tune_cpu()
+        from gpt2_flax.parallel.processes import start_processes
+        from gpt2_flax.training.loop import train as run
+
+    deadline = math.inf if max_hours is None else begun + 3600 * max_hours
+    with start_processes(place) as watchdog:
         stages = load_stages(config, overrides or ())  # here: what is wrong with it in one process ends all
-        run(*stages, allow_change=allow_change or (), profile_steps=profile, watchdog=watchdog)
+        run(*stages, allow_change=allow_change or (), profile_steps=profile, watchdog=watchdog, deadline=deadline)
 
 
 @app.command(epilog="The keys: gpt2-flax keys")
@@ -76,7 +103,9 @@ def plan(
     topology: Annotated[
         str | None, typer.Option(help="Compile for v5e:2x4, v6e:16x16, h200:8, h200:32x8, ...; none need be here.")
     ] = None,
-    stage: Annotated[int | None, typer.Option(min=1, help="Which stage of the config; all when left out.")] = None,
+    stage: Annotated[
+        int | None, typer.Option(min=1, max=MOST_ROWS, help="Which stage of the config; all when left out.")
+    ] = None,
     mfu: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of the devices' peak that training is taken to reach.")
     ] = 0.4,
@@ -157,9 +186,11 @@ def evaluate(
         str | None,
         typer.Option(parser=corpus_source, help="A dataset or a corpus; the datasets of the run when left out."),
     ] = None,
-    seq_length: Annotated[int | None, typer.Option(min=1, help="Tokens a row; the run's, else n_positions.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows computed together.")] = 16,
-    batches: Annotated[int, typer.Option(min=0, help="Batches to read; 0 reads everything.")] = 0,
+    seq_length: Annotated[
+        int | None, typer.Option(min=1, max=MOST_POSITIONS, help="Tokens a row; the run's, else n_positions.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="Rows computed together.")] = 16,
+    batches: Annotated[int, typer.Option(min=0, max=MOST_STEPS, help="Batches to read; 0 reads everything.")] = 0,
     split: Annotated[
         Literal["train", "validation"] | None, typer.Option(help="Of a dataset; validation when left out.")
     ] = None,

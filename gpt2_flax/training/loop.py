@@ -12,6 +12,7 @@ from gpt2_flax.checkpoint.run_folder import RunFolder, with_absolute_paths
 from gpt2_flax.checkpoint.step_meta import VALIDATION_LOSS
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.config import Config
+from gpt2_flax.data.inspect import dataset_tokenizer
 from gpt2_flax.data.loader import Loader
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError, io_error
@@ -22,6 +23,7 @@ from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.parallel.auto_mesh import choose_mesh
 from gpt2_flax.parallel.feed import device_batch, prefetch, row_shards
 from gpt2_flax.parallel.mesh import make_mesh
+from gpt2_flax.parallel.phases import Kind
 from gpt2_flax.parallel.watchdog import Watchdog
 from gpt2_flax.training.agreement import agree_on_start, check_shared
 from gpt2_flax.training.best import Best
@@ -29,7 +31,7 @@ from gpt2_flax.training.choices import choices
 from gpt2_flax.training.metrics import MetricsLog, StepReport
 from gpt2_flax.training.profiler import Profiler
 from gpt2_flax.training.samples import Samples, check_prompts
-from gpt2_flax.training.signals import StopRequest
+from gpt2_flax.training.signals import SLOW_DISK, StopRequest
 from gpt2_flax.training.start import (
     Start,
     check_fits,
@@ -58,11 +60,13 @@ def train(
     profile_steps: int = 0,
     devices: Sequence[jax.Device] | None = None,
     watchdog: Watchdog | None = None,
+    deadline: float = math.inf,
 ) -> None:
     """Trains each stage until its `training.total_steps`, from the newest checkpoint of its run folder if there is one.
 
     All are checked before the first begins, and those that have all their steps are passed over. A trace of
     `profile_steps` steps of each goes to the `tensorboard` folder of its run. Several processes bring a `watchdog`.
+    By `deadline`, in seconds of `time.monotonic`, it has stopped and saved.
     Raises `UserError`; with TRY_AGAIN when it was asked to stop and has saved.
     """
     watchdog = watchdog or Watchdog()
@@ -71,7 +75,7 @@ def train(
     for name, config in zip(names, stages, strict=True):
         with _naming(name):
             mixtures.append(Mixture(config.data.datasets))
-    agree_on_start(stages, mixtures, allow_change, watchdog)
+    agree_on_start(stages, mixtures, allow_change, deadline < math.inf, watchdog)
     for name, config, mixture in zip(names, stages, mixtures, strict=True):
         with _naming(name):
             checked.append(_check(config, mixture, [stage.config for stage in checked], devices))
@@ -82,11 +86,11 @@ def train(
                 run.create()
             check_shared(run, watchdog)
             check_same_run(stage.config, run, allow_change)
-    with StopRequest() as stop:
+    with StopRequest(watchdog, deadline) as stop:
         for number, name in enumerate(names, 1):
             with _naming(name):
                 _train(checked[number - 1], stop, watchdog, allow_change, name, profile_steps)
-                if number < len(stages) and stop():
+                if number < len(stages) and stop("start", "step"):
                     output, fix = stages[number - 1].output, "run the same command to go on"
                     raise UserError(ExitCode.TRY_AGAIN, "stopped at its end, saved", output, fix)
 
@@ -148,6 +152,9 @@ def _check(config: Config, mixture: Mixture, before: Sequence[Config], devices: 
     for stage in before:
         if stage.output == config.init_from:
             check_fits(config, stage.model)
+    for dataset in mixture.datasets.values():
+        dataset_tokenizer(dataset)
+    mixture.verify(config.data.verify)
     return _Stage(config, mixture, mesh, chosen)
 
 
@@ -213,6 +220,7 @@ def _run(
     meta = {"model": config.model.model_dump(), "config": with_absolute_paths(config).model_dump()}
     meta |= {"hardware": hardware, **mixture.fingerprints()}
     report = StepReport(config, log, throughput(config, mesh, mixture, loader), first_step, first_sample)
+    stop.first_save = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / jax.process_count() / SLOW_DISK
     samples, save_due = Samples(config, mixture.tokenizer_folder), False
 
     def make(step):
@@ -222,8 +230,9 @@ def _run(
     def evaluate_at(step: int, stop: StopRequest | None) -> bool:
         """Returns whether the evaluation has come to its end."""
         nonlocal best
-        with watchdog.paused():
-            evaluations = _evaluate(state.model, held_out, mesh, config, stop)
+        with watchdog.phases.during("evaluation", step):
+            evaluations = _evaluate(state.model, held_out, mesh, config, watchdog, stop)
+            mixture.check_unchanged()
             if evaluations is not None:
                 report.evaluated(step, evaluations, samples.texts(state.model))
                 if evaluations:
@@ -241,18 +250,19 @@ def _run(
             state, metrics = train_step(state, batch)
             report.dispatched(step, metrics)
             profiler.after(step, metrics)
-            watchdog.step(step)
+            watchdog.phases.step(step)
             store.poll()
             samples_seen += n_rows
-            stopping, ended = stop(), step == total
-            evaluation_due = step % training.evaluate_every == 0 or step == total
-            evaluated = not evaluation_due
+            ended = step == total
+            evaluation_due = step % training.evaluate_every == 0 or ended
+            save_due |= step % training.save_every == 0
+            ahead: list[Kind] = ["evaluation"] * (evaluation_due or step + 1 == total) + ["save"] * save_due
+            stopping, evaluated = stop("step", *ahead), not evaluation_due
             if evaluation_due and (not stopping or ended):
                 report.catch_up()
                 evaluated = evaluate_at(step, None if ended else stop)
                 stopping |= not evaluated
                 ended |= best.ends(training.patience)
-            save_due |= step % training.save_every == 0
             last = ended or stopping
             if save_due or last:
                 report.catch_up()
@@ -261,10 +271,12 @@ def _run(
                     so_far = {"step": step, "samples_seen": samples_seen, "skipped": report.skipped}
                     figures = {name: value for name, value in report.figures.items() if math.isfinite(value)}
                     so_far |= {"metrics": figures, "best": best._asdict(), "evaluated": evaluated}
-                    with watchdog.paused():
+                    with watchdog.phases.during("save", step):
+                        mixture.wait_until_verified(patience=0 if stopping else 10)
+                        mixture.check_unchanged()
                         _save(store, log, state, meta | so_far, config.output)
-                        if last:
-                            log.committed(store.seal(must=True))  # now, before anybody reads that it is saved
+                        if last or stop.measures_save:
+                            log.committed(store.seal(must=last))  # now, before anybody reads that it is saved
                     save_due = False
             if ended:
                 if step < total:
@@ -286,12 +298,18 @@ def _no_better(config: Config, best: Best) -> str:
 
 
 def _evaluate(
-    model: GPT2, held_out: Mapping[str, Loader], mesh: Mesh, config: Config, stop: StopRequest | None
+    model: GPT2,
+    held_out: Mapping[str, Loader],
+    mesh: Mesh,
+    config: Config,
+    watchdog: Watchdog,
+    stop: StopRequest | None,
 ) -> dict[str, Evaluation] | None:
     """Returns the figures of each split, None when `stop` has said so before the end."""
     n_rows, n_batches = config.data.global_batch_size, config.training.evaluation_batches
 
     def after_batch(_: int) -> None:
+        watchdog.phases.progress()
         if stop is not None and stop():
             raise _Stopped
 

@@ -18,7 +18,7 @@ from gpt2_flax.checkpoint.run_folder import SAVED, RunFolder
 from gpt2_flax.checkpoint.step_meta import VALIDATION_LOSS
 from gpt2_flax.config import Config
 from gpt2_flax.data.packing import Batch
-from gpt2_flax.errors import ExitCode, UserError, naming_file, printable
+from gpt2_flax.errors import ExitCode, UserError, io_error, naming_file, printable
 from gpt2_flax.inference.evaluate import Evaluation
 from gpt2_flax.parallel.devices import peak_memory
 from gpt2_flax.progress import duration, si
@@ -31,7 +31,7 @@ class MetricsLog(AbstractContextManager):
     """Writes on one process of a run; the others are given `run=None` and stay silent.
 
     A step that is repeated after a restart is written again: the last line of a step counts. What a full disk refuses
-    is kept and written later; leaving the context raises OSError if it still cannot be written.
+    is kept and written later; leaving the context raises `UserError` (IO) if it still cannot be written.
     """
 
     def __init__(self, run: RunFolder | None):
@@ -44,7 +44,7 @@ class MetricsLog(AbstractContextManager):
         if self._run:
             self._events.close()
             for lines in (self._records, self._texts):
-                with contextlib.suppress(*((OSError,) if error else ())):  # what failed first is what the user reads
+                with contextlib.suppress(*((UserError,) if error else ())):  # what failed first is what the user reads
                     lines.close()
 
     def write(self, step: int, values: dict[str, float], line: str) -> None:
@@ -104,6 +104,8 @@ class _Lines:
     def close(self) -> None:
         try:
             self.flush()
+        except OSError as error:
+            raise io_error(error, error.filename) from error
         finally:
             if self._file:
                 self._file.close()

@@ -30,6 +30,7 @@ FREE_TO_CHANGE = (
     "output",
     "init_from",
     "data.dataset",  # places; what lies there, and its shares, are compared by fingerprint
+    "data.verify",
     "model.attention",
     "model.layers",
     "model.remat",
