@@ -94,9 +94,7 @@ def main() -> None:
     for name, median, column in zip(names, medians, columns, strict=True):
         spread = f"{min(column):.3f} to {max(column):.3f}"
         print(f"{name:<16} {median:.3f} s ({spread}), {size / median / 1e9:.2f} GB/s")
-    print(
-        f"checksums: {medians[0] / medians[1]:.1%} of a save, 1/{medians[3] / medians[0]:.1f} of the sha256 of its files"
-    )
+    print(f"checksums: {medians[0] / medians[1]:.1%} of a save, 1/{medians[3] / medians[0]:.1f} of the sha256 of files")
 
 
 if __name__ == "__main__":
