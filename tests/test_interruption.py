@@ -258,11 +258,13 @@ def test_a_second_signal_ends_at_once_what_the_first_asked_to_stop(number, made,
 def test_a_signal_that_nohup_or_a_launcher_ignores_stays_ignored(number, made, tmp_path):
     arguments = f"prepare {made['corpus']} --tokenizer {made['tokenizer']} --output new".split()
     body = "with FirstSignal() as first:\n    os.kill(os.getpid(), NUMBER); time.sleep(0.5)\n"
-    body += "os.kill(os.getpid(), NUMBER); time.sleep(0.5); print(first.number, signal.getsignal(NUMBER).name)"
+    body += "os.kill(os.getpid(), NUMBER); time.sleep(0.5); print(first.number, signal.getsignal(NUMBER).name)\n"
+    body += "raise OSError(28, '', 'the end')"
     code = run_as_prepare(body.replace("NUMBER", str(int(number))))
     ignoring = f"import signal; signal.signal({int(number)}, signal.SIG_IGN)\n"
     code, out, err = ended(start(tmp_path, *arguments, code=ignoring + code))
-    assert (code, out, err) == (0, "None SIG_IGN\n", "")
+    assert (code, out) == (74, "None SIG_IGN\n")
+    assert err.startswith("error: disk full: the end; ")
 
 
 def test_a_signal_that_comes_twice_at_once_is_one(made, tmp_path):
