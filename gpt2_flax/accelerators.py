@@ -25,7 +25,7 @@ def silence_what_is_not_here() -> None:
     Without any accelerator JAX keeps to the CPU: the plugin of the extra `cuda` would print a traceback. A GPU whose
     driver does not work counts as one, so that JAX says what is wrong with the driver.
     """
-    tpu, gpu = _exists(TPU_FILES), _exists(GPU_FILES) or _nvidia_on_the_bus()
+    tpu, gpu = has_tpu(), _exists(GPU_FILES) or _nvidia_on_the_bus()
     if not tpu:
         silence_libtpu()
     if not (tpu or gpu) and any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
@@ -40,6 +40,11 @@ def silence_libtpu() -> None:
     """
     for name, value in _TPU_DESCRIPTION.items():
         os.environ.setdefault(name, value)
+
+
+def has_tpu() -> bool:
+    """Whether this machine seems to have a TPU."""
+    return _exists(TPU_FILES)
 
 
 def _exists(patterns: tuple[str, ...]) -> bool:

@@ -3,7 +3,6 @@
 The resolved config is written into the run folder and is itself a valid input.
 """
 
-import difflib
 import os
 import sys
 from collections.abc import Mapping
@@ -13,12 +12,20 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from gpt2_flax.config_errors import config_error
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.folders import local_path
+from gpt2_flax.input_files import MOST_POSITIONS, MOST_ROWS, MOST_STEPS, MOST_TOKENS
 
 LocalPath = Annotated[str, AfterValidator(local_path)]
 
 Packing = Literal["stream", "best_fit", "document"]
+Verify = Literal["first-use", "full", "off"]
+
+Steps = Annotated[int, Field(gt=0, le=MOST_STEPS)]
+Positions = Annotated[int, Field(gt=0, le=MOST_POSITIONS)]
+Rows = Annotated[int, Field(gt=0, le=MOST_ROWS)]
+Width = Annotated[int, Field(gt=0, le=2**17)]
 
 
 class Section(BaseModel):
@@ -28,11 +35,13 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The architecture, with the names of `transformers.GPT2Config`, and how it is computed."""
 
-    vocab_size: int | None = Field(None, gt=0, description="rows of the token embedding; the dataset's when left out")
-    n_positions: int = Field(1024, gt=0, description="longest sequence the model can see, in tokens")
-    n_layer: int = Field(12, gt=0, description="number of blocks")
-    n_head: int = Field(12, gt=0, description="attention heads a block")
-    n_embd: int = Field(768, gt=0, description="width of the residual stream; a multiple of n_head")
+    vocab_size: int | None = Field(
+        None, gt=0, le=MOST_TOKENS, description="rows of the token embedding; the dataset's when left out"
+    )
+    n_positions: Positions = Field(1024, description="longest sequence the model can see, in tokens")
+    n_layer: int = Field(12, gt=0, le=512, description="number of blocks")
+    n_head: Width = Field(12, description="attention heads a block")
+    n_embd: Width = Field(768, description="width of the residual stream; a multiple of n_head")
     embd_pdrop: float = Field(0.1, ge=0, lt=1, description="dropout on the summed embeddings")
     attn_pdrop: float = Field(0.1, ge=0, lt=1, description="dropout on the attention probabilities")
     resid_pdrop: float = Field(0.1, ge=0, lt=1, description="dropout on what each half of a block adds")
@@ -96,11 +105,14 @@ class DataConfig(Section):
     dataset: str | dict[str, float] = Field(
         description='folder made by `gpt2-flax prepare`, or several and their weights: {"data/zh" = 3, "data/en" = 1}'
     )
-    seq_length: int = Field(128, gt=0, description="tokens a row; at most model.n_positions")
+    seq_length: Positions = Field(128, description="tokens a row; at most model.n_positions")
     packing: Packing = Field(
         "stream", description="rows: cut from the stream, whole documents put together (best_fit), or one document each"
     )
-    global_batch_size: int = Field(64, gt=0, description="rows an optimizer step, over all devices")
+    global_batch_size: Rows = Field(64, description="rows an optimizer step, over all devices")
+    verify: Verify = Field(
+        "first-use", description="sha256 of shards: checked when each is first used, all before the first step, or not"
+    )
 
     @field_validator("dataset", mode="before")
     @classmethod
@@ -153,8 +165,12 @@ class OptimizerConfig(Section):
     schedule: Literal["linear", "cosine", "constant", "wsd", "inverse_sqrt"] = Field(
         "cosine", description="decay after warm-up; wsd: constant, then linear at the end"
     )
-    warmup: int | float = Field(0.1, ge=0, description="rise from 0: steps, or as a fraction the share of total_steps")
-    decay: int | float = Field(0.2, gt=0, description="last part of schedule wsd: steps, or the share of total_steps")
+    warmup: int | float = Field(
+        0.1, ge=0, le=MOST_STEPS, description="rise from 0: steps, or as a fraction the share of total_steps"
+    )
+    decay: int | float = Field(
+        0.2, gt=0, le=MOST_STEPS, description="last part of schedule wsd: steps, or the share of total_steps"
+    )
     min_learning_rate_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate over the highest")
     b1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
     b2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
@@ -185,30 +201,42 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     """How long, how often, and from which seed."""
 
-    total_steps: int = Field(gt=0, description="optimizer steps of the whole run")
-    accumulation_steps: int = Field(1, gt=0, description="parts a batch is computed in, one after the other")
+    total_steps: Steps = Field(description="optimizer steps of the whole run")
+    accumulation_steps: Rows = Field(1, description="parts a batch is computed in, one after the other")
     seed: int = Field(0, ge=0, lt=2**32, description="of initial weights, data order and dropout")
     deterministic: bool = Field(
         False, description="on GPUs, take only kernels that give the same bits each time; slower, see README.md"
     )
-    log_every: int = Field(10, gt=0, description="steps between lines of metrics")
-    evaluate_every: int = Field(1000, gt=0, description="steps between evaluations on validation splits")
+    log_every: Steps = Field(10, description="steps between lines of metrics")
+    evaluate_every: Steps = Field(1000, description="steps between evaluations on validation splits")
     evaluation_batches: int = Field(
-        0, ge=0, description="global batches an evaluation reads of each dataset; 0 reads whole splits"
+        0, ge=0, le=MOST_STEPS, description="global batches an evaluation reads of each dataset; 0 reads whole splits"
     )
-    save_every: int = Field(1000, gt=0, description="steps between checkpoints")
-    keep_checkpoints: int = Field(3, gt=0, description="newest checkpoints kept; older ones are deleted")
-    max_skipped_steps: int = Field(
-        5, gt=0, description="the run ends after so many steps in a row whose loss or gradient was not finite"
+    save_every: Steps = Field(1000, description="steps between checkpoints")
+    keep_checkpoints: Steps = Field(3, description="newest checkpoints kept; older ones are deleted")
+    keep_best: int = Field(1, ge=0, le=MOST_STEPS, description="checkpoints of lowest validation loss kept as well")
+    keep_every: int = Field(
+        0, ge=0, le=MOST_STEPS, description="keep each checkpoint whose step is a multiple of it; 0: none"
+    )
+    patience: int = Field(
+        0,
+        ge=0,
+        le=MOST_STEPS,
+        description="the run ends after so many evaluations without a lower validation loss; 0: never",
+    )
+    max_skipped_steps: Steps = Field(
+        5, description="the run ends after so many steps in a row whose loss or gradient was not finite"
     )
     prompts: list[str] = Field([], description="beginnings of texts that each evaluation continues, in samples.txt")
-    sample_tokens: int = Field(64, gt=0, description="most tokens added to each of training.prompts")
+    sample_tokens: Positions = Field(64, description="most tokens added to each of training.prompts")
 
 
 class MeshConfig(Section):
     """How devices are arranged: their product is the number of devices. What is left out is chosen for the model."""
 
-    data: int = Field(-1, ge=-1, description="copies of the model, each with its own rows; -1 takes what is left")
+    data: int = Field(
+        -1, ge=-1, le=MOST_ROWS, description="copies of the model, each with its own rows; -1 takes what is left"
+    )
     fsdp: int | Literal["auto"] = Field(
         "auto", description="devices that share parameters and optimizer state, each with its own rows"
     )
@@ -219,8 +247,8 @@ class MeshConfig(Section):
         if self.data == 0:
             raise ValueError("mesh.data must be -1 (what is left) or at least 1")
         for name, size in (("fsdp", self.fsdp), ("tensor", self.tensor)):
-            if size != "auto" and size < 1:
-                raise ValueError(f'mesh.{name} must be "auto" or at least 1')
+            if size != "auto" and not 1 <= size <= MOST_ROWS:
+                raise ValueError(f'mesh.{name} must be "auto", or from 1 to {MOST_ROWS}')
         return self
 
 
@@ -293,7 +321,7 @@ def parse_config(values: dict[str, Any], where: str) -> Config:
         errors = error.errors(include_url=False)
         # A misspelt key is the cause of the missing one beside it.
         first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
-        raise _config_error(first, where) from None
+        raise config_error(first, where, list(config_keys())) from None
 
 
 def parse_model(values: Mapping[str, Any], where: object, fix: str) -> ModelConfig:
@@ -311,33 +339,3 @@ def parse_model(values: Mapping[str, Any], where: object, fix: str) -> ModelConf
 def dump_config(config: Config) -> str:
     """Returns the config as TOML; `config_file.load_config` reads it back to an equal object."""
     return tomli_w.dumps(config.model_dump(exclude_none=True))
-
-
-def _nearest_key(key: str) -> str | None:
-    """Returns the known key or section most like an unknown one: beside it, else anywhere."""
-    prefix, name = key[: key.rfind(".") + 1], key.rpartition(".")[2]
-    known = [*config_keys(), "stages"]  # the latter only in files, see `config_file`
-    beside = {other.removeprefix(prefix).partition(".")[0] for other in known if other.startswith(prefix)}
-    anywhere = {other.rpartition(".")[2]: other for other in config_keys()}
-    for choices in ({word: prefix + word for word in beside}, anywhere):
-        initials = [word for word in choices if "".join(part[0] for part in word.split("_")) == name]
-        if close := initials or difflib.get_close_matches(name, choices, n=1):
-            return choices[close[0]]
-    return None
-
-
-def _config_error(error: Any, where: str) -> UserError:
-    key = ".".join(str(part) for part in error["loc"] if part not in ("int", "float"))  # a union names its member
-    if error["type"] == "extra_forbidden":
-        close = _nearest_key(key)
-        fix = f"did you mean {close}?" if close else "`gpt2-flax keys` lists all"
-        return UserError(ExitCode.CONFIG, f"unknown key {key}", where, fix)
-    if error["type"] == "missing":
-        return UserError(ExitCode.CONFIG, f"missing key {key}", where, "add it, or give it on the command line")
-    if error["type"] == "value_error":
-        what = str(error["ctx"]["error"])
-        if key in config_keys():  # one key alone, not several that do not go together
-            return UserError(ExitCode.CONFIG, f"bad value of {key}", where, what)
-        return UserError(ExitCode.CONFIG, what, where, "change one of them")
-    fix = f"{error['msg']}, not {quote(error['input'])}"
-    return UserError(ExitCode.CONFIG, f"bad value of {key}", where, fix[0].lower() + fix[1:])

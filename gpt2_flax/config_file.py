@@ -8,15 +8,17 @@ import copy
 import itertools
 import os
 import re
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gpt2_flax.config import Config, parse_config
 from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.input_files import CONFIG_BYTES, parse_toml, read_whole
 
-_OVERRIDE = re.compile(r"(?:stages\.(?P<stage>[0-9]+)\.)?(?P<key>[^\W\d]\w*(?:\.[^\W\d]\w*)*)=(?P<text>.*)", re.DOTALL)
+_OVERRIDE = re.compile(
+    r"(?:stages\.(?P<stage>[0-9]{1,9})\.)?(?P<key>[^\W\d]\w*(?:\.[^\W\d]\w*)*)=(?P<text>.*)", re.DOTALL
+)
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), stage: int | None = None) -> Config:
@@ -60,7 +62,7 @@ def load_stages(path: Path, overrides: Sequence[str] = ()) -> list[Config]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return parse_toml(read_whole(path, CONFIG_BYTES, ExitCode.CONFIG).decode("utf-8-sig"))
     except FileNotFoundError:
         fix = "give the path of a TOML file, such as configs/quickstart.toml"
         raise UserError(ExitCode.NO_INPUT, "config not found", path, fix) from None
@@ -71,7 +73,7 @@ def _read(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         where = f"{path}:{error.object.count(10, 0, error.start) + 1}"
         raise UserError(ExitCode.CONFIG, "config is not UTF-8", where, "save the file as UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise UserError(ExitCode.CONFIG, "not a TOML file", path, f"mend it: {error}") from None
 
 
@@ -116,8 +118,8 @@ def _apply_override(parts: Sequence[dict[str, Any]], override: str) -> None:
 
 def _value(text: str, override: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError as error:
+        return parse_toml(f"value = {text}")["value"]
+    except ValueError as error:
         if text.startswith("{"):
             fix = f"""mend it, for example 'data.dataset={{"data/zh" = 3, "data/en" = 1}}': {error}"""
             raise UserError(ExitCode.USAGE, "not a TOML table", quote(override), fix) from None

@@ -50,7 +50,10 @@ def missing_package(task: str, package: str, extra: str, where: object) -> UserE
 
 def quote(text: object, limit: int = 80) -> str:
     """Returns `text` as printable ASCII, at most `limit` characters: safe to show whatever a file holds."""
-    shown = ascii(text)
+    try:
+        shown = ascii(text)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or lists thousands deep
+        shown = f"<{type(text).__name__}>"
     return shown if len(shown) <= limit else shown[: limit - 4] + "..." + shown[0]
 
 

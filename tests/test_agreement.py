@@ -99,7 +99,7 @@ def test_tokenizers_and_validation_tokens_are_compared_too(config, tmp_path, par
                 info["tokenizer_fingerprint"] = "another"
             else:
                 info["shards"]["validation"][-1]["tokens_sha256"] = "0" * 64
-            path.write_text(json.dumps(info), encoding="utf-8")
+            path.write_text(json.dumps(info | {"sha256": None}), encoding="utf-8")
         facts.append(config_facts(config, Mixture(weights)))
     assert first_difference(facts) == (f"data.dataset ({part})", 1)
 
@@ -279,4 +279,4 @@ def test_processes_that_would_start_from_different_weights_or_steps_end(config, 
     assert not any(RunFolder(again.output).checkpoints.iterdir())
 
     processes = start(config, tmp_path, before=("", EARLIER_STEP))
-    assert refused(processes) == differ(processes, f"the newest whole checkpoint in {run.checkpoints}", 6, 3)
+    assert refused(processes) == differ(processes, f"the checkpoints in {run.checkpoints}", "3 6", 3)

@@ -1,9 +1,15 @@
+import errno
+import json
+import re
+import shutil
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from gpt2_flax.checkpoint.source import load_source, save_as_run
+from gpt2_flax.checkpoint.step_meta import Damaged
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.checkpoint.weights import abstract_model, model_from_weights, weights_of
 from gpt2_flax.config import ModelConfig
@@ -30,7 +36,8 @@ def folder(tmp_path, models):
     """Checkpoints 1 to 4, of which the newest three are kept."""
     with CheckpointStore(tmp_path / "checkpoints", keep=3) as store:
         for step, model in models.items():
-            store.save(step, model, None, {"step": step, "model": CFG.model_dump()})
+            store.save(step, model, None, {"model": CFG.model_dump()})
+            assert store.seal() == step
     return tmp_path / "checkpoints"
 
 
@@ -38,82 +45,179 @@ def equal(one, other):
     return jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one, other))
 
 
+def data_files(folder, step):
+    """Files that hold numbers: orbax keeps what each process wrote, and what it made of that, and reads not all."""
+    return [path for path in (folder / str(step) / "model").rglob("d/*") if path.is_file()]
+
+
 def flip_a_bit(folder, step):
-    path = max(
-        (path for path in (folder / str(step) / "model").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
-    )
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-    return path.name
+    for path in data_files(folder, step):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
 
 
-def test_the_newest_are_kept_sealed_and_restored_exactly(folder, models):
+def newest(store, config=CFG):
+    found = store.newest(lambda step: store.restore(step, model=layout(config))["model"])
+    return found and found[0]
+
+
+def test_the_newest_are_kept_and_restored_exactly(folder, models):
     with CheckpointStore(folder) as store:
         assert store.steps() == [2, 3, 4]
-        assert sorted(path.name for path in (folder.parent / "sha256").iterdir()) == ["2.json", "3.json", "4.json"]
-        assert store.newest_whole(print) == 4
+        assert newest(store) == 4
         assert store.meta(3)["step"] == 3
         for step in store.steps():
             assert equal(store.restore(step, model=layout(CFG))["model"], models[step])
 
 
 def test_a_flipped_bit_is_found_and_the_step_before_is_used(folder):
-    name, told = flip_a_bit(folder, 4), []
-    with CheckpointStore(folder, keep=3) as store:
-        assert store.newest_whole(told.append) == 3
+    told = []
+    flip_a_bit(folder, 4)
+    with CheckpointStore(folder, keep=3, tell=told.append) as store:
+        assert newest(store) == 3
         assert store.steps() == [2, 3]
+    moved = folder.parent / "damaged" / "4-0"
     assert len(told) == 1
-    assert "checkpoint 4 is damaged" in told[0]
-    assert name in told[0]
-    assert len(list((folder.parent / "damaged").iterdir())) == 1
+    assert re.fullmatch(rf"warning: checkpoint 4 is damaged \(.+\), moved to {moved}; using 3", told[0])
+    assert moved.is_dir()
 
 
-def test_processes_compare_what_they_have_found_before_anything_is_moved(folder):
-    name, compared = flip_a_bit(folder, 4), []
+def test_a_reader_leaves_a_damaged_step_where_it_is(folder):
+    flip_a_bit(folder, 4)
+    with CheckpointStore(folder, tell=lambda line: None) as store:
+        assert newest(store) == 3
+        assert store.steps() == [2, 3, 4]
 
-    class Differ(Exception):
-        pass
 
-    def agree(facts):
-        compared.append(facts)
-        raise Differ
+def test_a_number_that_files_do_not_betray_is_found_by_its_checksum(folder, models):
+    """Another model of the same shape in place of the one that was saved: every file of it is whole."""
+    shutil.rmtree(folder / "4" / "model")
+    shutil.copytree(folder / "3" / "model", folder / "4" / "model")
+    with CheckpointStore(folder) as store, pytest.raises(Damaged, match=r"the checksum of model/.* differs"):
+        store.restore(4, model=layout(CFG))
 
-    with CheckpointStore(folder, keep=3) as store, pytest.raises(Differ):
-        store.newest_whole(print, agree)
-    (facts,) = compared
-    ((what, found),) = facts.items()
-    assert what == f"the newest whole checkpoint in {folder}"
-    assert found.startswith("3 (4: file ")
-    assert name in found
-    assert sorted(path.name for path in folder.iterdir()) == ["2", "3", "4"]
+
+def test_a_step_under_the_name_of_another_is_found(folder):
+    shutil.rmtree(folder / "4")
+    (folder / "3").rename(folder / "4")
+    with CheckpointStore(folder) as store, pytest.raises(Damaged, match="it is step 3"):
+        store.meta(4)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
 def test_missing_and_truncated_files_are_found(folder, damage):
-    path = next(path for path in sorted((folder / "4").rglob("*")) if path.is_file() and path.stat().st_size > 10)
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:5] if damage == "truncated" else b"")
+    for path in data_files(folder, 4):
+        if damage == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:5] if damage == "truncated" else b"")
+    with CheckpointStore(folder, tell=lambda line: None) as store:
+        assert newest(store) == 3
+
+
+METADATA = {
+    "no JSON": lambda text: text[:-3],
+    "another number": lambda text: text.replace('"n_embd": 8', '"n_embd": 9'),
+    "another field": lambda text: text.replace('"sha256"', '"sha257"'),
+    "another checksum": lambda text: re.sub(
+        r'("sum": ")(.)', lambda found: found[1] + "01"[found[2] == "0"], text, count=1
+    ),
+    "an old checkpoint's": lambda text: json.dumps(json.loads(text)["content"]),
+    "a list": lambda text: "[]",
+    "nested": lambda text: "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("change", METADATA.values(), ids=METADATA)
+def test_metadata_is_what_was_written(folder, change):
+    path = folder / "4" / "meta" / "metadata"
+    before = path.read_text()
+    path.write_text(change(before))
+    assert path.read_text() != before
+    with CheckpointStore(folder, tell=lambda line: None) as store:
+        assert newest(store) == 3
+
+
+def test_a_checkpoint_of_a_version_without_checksums_is_read(folder, models):
+    (folder / "4" / "meta" / "metadata").write_text(json.dumps({"step": 4, "model": CFG.model_dump()}))
     with CheckpointStore(folder) as store:
-        assert path.name in store.damage(4)
-        assert store.damage(3) is None
+        assert newest(store) == 4
+        assert equal(store.restore(4, model=layout(CFG))["model"], models[4])
+        with pytest.raises(UserError, match="differs from the configured model"):
+            store.restore(4, model=layout(CFG.model_copy(update={"n_layer": 2})))
 
 
 def test_when_all_are_damaged_nothing_is_started_anew_and_nothing_is_deleted(folder):
     for step in (2, 3, 4):
         flip_a_bit(folder, step)
     with CheckpointStore(folder, keep=3) as store, pytest.raises(UserError, match="no usable checkpoint") as error:
-        store.newest_whole(lambda line: None)
+        newest(store)
     assert error.value.exit_code == ExitCode.IO
     assert sorted(path.name for path in folder.iterdir()) == ["2", "3", "4"]
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), PermissionError(errno.EACCES, "Permission denied"), OSError(24, "files")]
+)
+def test_what_is_wrong_with_the_machine_is_no_damage(folder, monkeypatch, error):
+    def fails(*arguments, **keywords):
+        raise error
+
+    with CheckpointStore(folder, keep=3) as store:
+        monkeypatch.setattr(store._reader, "restore", fails)
+        with pytest.raises(type(error)):
+            newest(store)
+        assert store.steps() == [2, 3, 4]
+
+
+LOSSES = {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5, 5: None, 6: 2.5, 7: 9.0}
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [
+        ((1, 0, 0), [7]),
+        ((2, 1, 0), [2, 6, 7]),
+        ((1, 3, 0), [2, 3, 4, 7]),  # of equals the older
+        ((1, 0, 3), [3, 6, 7]),
+        ((2, 1, 5), [2, 5, 6, 7]),
+        ((9, 1, 0), [1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_the_newest_the_best_and_every_nth_are_kept(tmp_path, models, keep, expected):
+    with CheckpointStore(tmp_path, *keep) as store:
+        for step, loss in LOSSES.items():
+            metrics = {} if loss is None else {"validation/loss": loss}
+            store.save(step, models[1], None, {"model": CFG.model_dump(), "metrics": metrics})
+            store.seal()
+    assert store.steps() == expected
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == expected
+
+
+def test_no_step_is_deleted_for_one_that_cannot_be_read(folder, models):
+    with CheckpointStore(folder, keep=1) as store:
+        store.save(5, models[1], None, {"model": CFG.model_dump()})
+        store._writer.wait_until_finished()
+        (folder / "5" / "meta" / "metadata").write_text("{}")
+        store.seal()
+        assert store.steps() == [2, 3, 4, 5]
+
+
+def test_what_a_kill_has_left_is_removed_by_the_next_run_only(folder):
+    for name in ("5.orbax-checkpoint-tmp", "1.deleted"):
+        (folder / name / "model").mkdir(parents=True)
+    with CheckpointStore(folder) as store:
+        assert store.steps() == [2, 3, 4]
+    assert len(list(folder.iterdir())) == 5
+    with CheckpointStore(folder, keep=3):
+        assert sorted(path.name for path in folder.iterdir()) == ["2", "3", "4"]
+
+
 def test_an_empty_step_folder_is_not_taken_for_a_checkpoint(folder):
     (folder / "9").mkdir()
-    with CheckpointStore(folder, keep=3) as store:
-        assert store.newest_whole(lambda line: None) == 4
+    with CheckpointStore(folder, keep=3, tell=lambda line: None) as store:
+        assert newest(store) == 4
 
 
 def test_another_shape_is_refused_by_name_with_both_shapes(folder):

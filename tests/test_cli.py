@@ -14,6 +14,7 @@ import pytest
 import typer
 
 from gpt2_flax import __main__ as cli
+from gpt2_flax.checkpoint.step_meta import sealed
 from gpt2_flax.cli import DEBUG, app
 from gpt2_flax.config import dump_config
 
@@ -26,6 +27,7 @@ COMMANDS = [
     "import-tokens",
     "plan",
     "train",
+    "checkpoints",
     "keys",
     "evaluate",
     "generate",
@@ -363,6 +365,12 @@ def flip_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def damage_step(run: Path, step: int) -> None:
+    """Flips a bit in all files with numbers: orbax keeps what each process wrote, and what it made of that."""
+    for path in (run / f"checkpoints/{step}/model").rglob("d/*"):
+        flip_bit(path)
+
+
 def _flip_last_id(dataset: Path) -> None:
     path = dataset / "train/tokens-00000.bin"
     path.write_bytes(path.read_bytes()[:-2] + b"\xff\xff")
@@ -424,13 +432,14 @@ def test_a_change_that_was_allowed_is_made(inputs, capsys):
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(inputs, capsys):
     run = inputs["tmp"] / "run"
     shutil.copytree(inputs["run"], run)
-    flip_bit(next(path for path in (run / "checkpoints/4").rglob("*") if path.is_file() and path.stat().st_size > 5000))
+    damage_step(run, 4)
     before = contents(run)
     evaluation = ["evaluate", str(run), "--batch-size", "8", "--batches", "1"]
     assert cli._exit_code(evaluation) == 0
     used, err = capsys.readouterr()
     assert err.startswith("warning: checkpoint 4 is damaged ")
-    assert "sha256 differs" in err
+    assert err.endswith("; using 2\n")
+    assert err.count("\n") == 1
     assert cli._exit_code([*evaluation, "--step", "2"]) == 0
     assert capsys.readouterr().out == used
     capsys.readouterr()
@@ -449,11 +458,140 @@ def test_a_run_with_damaged_checkpoints_alone_never_starts_anew(inputs, capsys):
     run = inputs["tmp"] / "run"
     shutil.copytree(inputs["run"], run)
     for step in (2, 4):
-        flip_bit(run / f"checkpoints/{step}/_CHECKPOINT_METADATA")
+        flip_bit(run / f"checkpoints/{step}/meta/metadata")
     files = len([path for path in run.rglob("*") if "ocdbt" in path.parts])
     for _ in range(2):
         fails(capsys, 74, ["train", inputs["config"], f"output={run}"], "no usable checkpoint", str(run))
         assert len([path for path in run.rglob("*") if "ocdbt" in path.parts]) == files
+
+
+def test_a_run_that_has_lost_its_checkpoints_never_starts_anew(inputs, capsys):
+    run = inputs["tmp"] / "run"
+    shutil.copytree(inputs["run"], run)
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").mkdir()
+    before = contents(run)
+    lost = "the run has lost its checkpoints, the last was 4"
+    fails(capsys, 74, ["train", inputs["config"], f"output={run}"], lost, str(run))
+    assert contents(run).keys() == before.keys()
+    (run / "metrics.jsonl").unlink()
+    (run / "damaged/4-0").mkdir(parents=True)
+    fails(capsys, 74, ["train", inputs["config"], f"output={run}"], lost)
+
+
+ODD = [
+    b"\xff\n",
+    b"[]\n",
+    b"7\n",
+    b'{"step": "9"}\n',
+    b'{"step": 9.5}\n',
+    b'{"time": 1}\n',
+    b"[" * 9999,
+    b'{"step": true}\n',
+    b"\0",
+]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.txt"])
+def test_odd_lines_do_not_block_a_restart(inputs, capsys, name):
+    run = inputs["tmp"] / "run"
+    shutil.copytree(inputs["run"], run)
+    (run / name).write_bytes(b"".join(ODD))
+    arguments = ["train", str(inputs["config"]), f"output={run}"]
+    more = ["training.total_steps=5", "--allow-change", "training.total_steps"]
+    assert cli._exit_code([*arguments, *more]) == 0
+    assert "resumed from step 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [None, b"", b"output = \n", b"\xff\xfe"], ids=["lost", "empty", "no TOML", "bytes"])
+def test_a_lost_config_is_that_of_the_checkpoint(inputs, capsys, content):
+    run = inputs["tmp"] / "run"
+    shutil.copytree(inputs["run"], run)
+    config = (run / "config.toml").read_bytes()
+    (run / "config.toml").unlink() if content is None else (run / "config.toml").write_bytes(content)
+    arguments = ["train", str(inputs["config"]), f"output={run}"]
+    fails(capsys, 78, [*arguments, "optimizer.learning_rate=1.0"], "optimizer.learning_rate is 1.0 but the run has")
+    evaluation = ["evaluate", str(run), "--batch-size", "8", "--batches", "1"]
+    assert cli._exit_code(evaluation) == 0
+    assert cli._exit_code(arguments) == 0
+    assert (run / "config.toml").read_text() == config.decode().replace(str(inputs["run"]), str(run))
+
+
+def test_a_damaged_tokenizer_of_a_run_is_found_and_copied_again(inputs, capsys):
+    run = inputs["tmp"] / "run"
+    shutil.copytree(inputs["run"], run)
+    path = run / "tokenizer/vocab.txt"
+    before = path.read_bytes()
+    lines = before.splitlines()
+    lines[-1], lines[-2] = lines[-2], lines[-1]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    fails(capsys, 65, ["generate", run, "--prompt", "这"], "tokenizer is damaged", str(run / "tokenizer"))
+    assert cli._exit_code(["train", str(inputs["config"]), f"output={run}"]) == 0
+    assert f"moved to {run / 'damaged/tokenizer-0'}; copied again" in capsys.readouterr().out
+    assert path.read_bytes() == before
+
+
+def test_checkpoints_are_listed_and_verified(inputs, capsys):
+    run = inputs["tmp"] / "run"
+    shutil.copytree(inputs["run"], run)
+    before = contents(run)
+    assert cli._exit_code(["checkpoints", str(run)]) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    header, *lines = out.splitlines()
+    assert header.split() == ["step", "saved", "loss", "validation", "size", "state"]
+    assert [(line.split()[0], line.split()[-1]) for line in lines] == [("2", "committed"), ("4", "committed")]
+    assert cli._exit_code(["checkpoints", str(run), "--verify", "--json"]) == 0
+    two, four = json.loads(capsys.readouterr().out)
+    logged = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        logged.setdefault(record["step"], {}).update(record)
+    for found, step in ((two, 2), (four, 4)):
+        assert (found["step"], found["state"], found["damage"]) == (step, "verified", None)
+        assert found["train_loss"] == logged[step].get("train/loss", found["train_loss"])
+        assert found["validation_loss"] == logged[step].get("validation/loss")
+        assert abs(found["time"] - logged[step]["time"]) < 600
+        assert found["bytes"] == sum(path.stat().st_size for path in Path(found["path"]).rglob("*") if path.is_file())
+
+    damage_step(run, 2)
+    (run / "damaged").mkdir()
+    (run / "checkpoints/4").rename(run / "damaged/4-0")
+    assert cli._exit_code(["checkpoints", str(run), "--verify", "--json"]) == 74
+    out, err = capsys.readouterr()
+    assert err == f"error: damaged checkpoints: 2: {run}; train passes them over; export or evaluate another step\n"
+    two, four = json.loads(out)
+    assert (two["state"], bool(two["damage"])) == ("damaged", True)
+    assert (four["step"], four["state"], four["damage"]) == (4, "set aside", None)
+    assert {path for path in contents(run) if path.suffix == ".json"} == {
+        path for path in before if path.suffix == ".json"
+    }
+    fails(capsys, 66, ["checkpoints", inputs["tmp"] / "photos"], "no checkpoint yet")
+
+
+def test_the_best_checkpoint_is_read_wherever_a_model_is(inputs, capsys):
+    run = inputs["tmp"] / "run"
+    shutil.copytree(inputs["run"], run)
+    for step, loss in ((2, 1.5), (4, 2.5)):
+        path = run / f"checkpoints/{step}/meta/metadata"
+        content = json.loads(path.read_text())["content"] | {"metrics": {"validation/loss": loss}}
+        path.write_text(json.dumps(sealed(content)))
+    for command in ("evaluate {} --batch-size 8 --batches 1", "generate {} --prompt 这 --max-new-tokens 3"):
+        printed = []
+        for options in (["--step", "2"], ["--best"], []):
+            assert cli._exit_code([*command.format(run).split(), *options]) == 0
+            printed.append(capsys.readouterr().out)
+        assert printed[0] == printed[1]
+        assert printed[0] != printed[2] or command.startswith("generate")
+    for command in ("export {} {}", "convert {} {}"):
+        output = inputs["tmp"] / command.split()[0]
+        assert cli._exit_code([*command.format(run, output).split(), "--best"]) == 0
+        assert "1.5" in (output / "README.md").read_text() or command.startswith("convert")
+    fails(capsys, 64, ["evaluate", run, "--best", "--step", "2"], "--step and --best")
+    fails(capsys, 64, ["evaluate", run / "checkpoints/2", "--best"], "--best is for a run folder")
+    path.write_text(json.dumps(sealed(content | {"metrics": {}})))
+    shutil.rmtree(run / "checkpoints/2")
+    fails(capsys, 66, ["evaluate", run, "--best"], "no checkpoint has a validation loss")
 
 
 # Help, and what is nobody's fault but ours.

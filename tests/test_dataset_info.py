@@ -1,5 +1,6 @@
 """Whatever is wrong with dataset.json, one sentence says so."""
 
+import copy
 import json
 
 import pytest
@@ -13,6 +14,13 @@ from gpt2_flax.errors import ExitCode, UserError
 @pytest.fixture
 def dataset(tmp_path) -> TokenDataset:
     return write_dataset(tmp_path, 100, [[[2, 5, 3], [2, 6, 7, 3]], [], [[2, 99, 3], [2, 4, 8, 3]]])
+
+
+def content_of(path) -> dict:
+    """Without the checksum, which would find any change, so that what finds it is the check of the field."""
+    values = json.loads(path.read_text())
+    del values["sha256"]
+    return values
 
 
 def changed(values: dict, dotted: str, value: object = None, *, remove: bool = False) -> dict:
@@ -48,13 +56,13 @@ def refused(folder) -> UserError:
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_damaged_field_of_dataset_json_is_refused(dataset, field):
     path = dataset.folder / MARKER
-    whole = path.read_text()
+    whole, content = path.read_text(), content_of(path)
     values = [-1, 2**63, float("nan"), 1.5, True, {"a": 1}, [None], *([] if field in NAMES[2:] else ["2"])]
     for value in values:
-        path.write_text(json.dumps(changed(json.loads(whole), field, value)))
+        path.write_text(json.dumps(changed(copy.deepcopy(content), field, value)))
         refused(dataset.folder)
     if field not in OPTIONAL:
-        path.write_text(json.dumps(changed(json.loads(whole), field, remove=True)))
+        path.write_text(json.dumps(changed(copy.deepcopy(content), field, remove=True)))
         assert refused(dataset.folder).where == str(path)
     path.write_text(whole)
     TokenDataset(dataset.folder)
@@ -80,7 +88,7 @@ def test_a_damaged_field_of_dataset_json_is_refused(dataset, field):
 )
 def test_a_damaged_dataset_json_is_refused(dataset, change):
     path = dataset.folder / MARKER
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    path.write_text(json.dumps(content_of(path) | change))
     assert refused(dataset.folder).where == str(path)
 
 
@@ -101,9 +109,28 @@ def test_a_damaged_dataset_json_is_refused(dataset, change):
 )
 def test_a_shard_that_cannot_be_is_refused(dataset, field, value):
     path = dataset.folder / MARKER
-    path.write_text(json.dumps(changed(json.loads(path.read_text()), f"shards.train.0.{field}", value)))
+    path.write_text(json.dumps(changed(content_of(path), f"shards.train.0.{field}", value)))
     error = refused(dataset.folder)
     assert field != "first" or "first is for a shard with a file" in str(error)
+
+
+def test_a_dataset_json_that_says_something_else_is_refused_and_one_laid_out_otherwise_is_read(dataset):
+    path = dataset.folder / MARKER
+    whole = path.read_text()
+    values = json.loads(whole)
+    path.write_text(json.dumps(values))
+    assert TokenDataset(dataset.folder).info == dataset.info
+    # All of these are whole datasets otherwise; the first is what the figures of a validation split are computed with.
+    for field, value in (("shards.validation.0.characters", 7), ("sources", ["another.txt"]), ("vocab_size", 101)):
+        path.write_text(json.dumps(changed(copy.deepcopy(values), field, value)))
+        assert "sha256 differs" in refused(dataset.folder).what
+    flips = [i for i, character in enumerate(whole) if character.isalnum()]
+    for place in flips:
+        flipped = chr(ord(whole[place]) ^ 1)
+        path.write_text(whole[:place] + flipped + whole[place + 1 :])
+        assert refused(dataset.folder).where == str(path) or "train" in refused(dataset.folder).where
+    path.write_text(json.dumps({name: value for name, value in values.items() if name != "sha256"}))
+    assert TokenDataset(dataset.folder).info == dataset.info
 
 
 def test_a_dataset_json_cut_anywhere_is_refused(dataset):

@@ -1,6 +1,9 @@
 """What rows consist of, in each way of packing; tokens are numbers of their own, so that each says where it is from."""
 
+import contextlib
+import hashlib
 import itertools
+import shutil
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -18,12 +21,14 @@ from token_datasets import write_dataset
 from gpt2_flax.checkpoint.source import load_source
 from gpt2_flax.checkpoint.weights import model_from_weights
 from gpt2_flax.config import ModelConfig
-from gpt2_flax.data import plans
+from gpt2_flax.data import flat_files, plans
 from gpt2_flax.data.best_fit import best_fit_decreasing
+from gpt2_flax.data.flat_files import KEPT_BYTES
 from gpt2_flax.data.loader import Loader, MixedLoader
 from gpt2_flax.data.mixture import Mixture
-from gpt2_flax.data.packing import IGNORE
+from gpt2_flax.data.packing import IGNORE, rows_of
 from gpt2_flax.data.prepare import prepare_text
+from gpt2_flax.data.shards import shard_paths
 from gpt2_flax.data.token_dataset import TokenDataset
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.inference.evaluate import evaluate_source
@@ -263,10 +268,10 @@ def test_a_plan_is_made_once_for_each_split_and_length(split, packing):
         for field, other in zip(first, again, strict=True):
             np.testing.assert_array_equal(field, other)
         assert not make.called
-    assert len(files(split)) == 2
+    assert len(files(split)) == 3
     whole_epoch(split, packing, T + 1)
     whole_epoch(TokenDataset(split.folder).validation, packing)
-    assert len(files(split)) == 6
+    assert len(files(split)) == 9
     assert all(path.name.startswith(("train-", "validation-")) for path in files(split))
 
 
@@ -274,39 +279,63 @@ def test_a_changed_dataset_is_planned_anew(split):
     whole_epoch(split, "best_fit")
     other = split_of(split.folder, [[5, 9, 30, 2], [], [7, 12, 1]])
     batch = whole_epoch(other, "best_fit")
-    assert len(files(split)) == 4
+    assert len(files(split)) == 6
     assert (batch.targets_BT != IGNORE).sum() == other.n_tokens - other.n_documents
 
 
-def test_what_is_left_of_a_plan_is_not_taken_for_one(split):
+@pytest.mark.parametrize("kept", [0, KEPT_BYTES])
+def test_a_damaged_plan_is_found_and_made_again(split, monkeypatch, capsys, kept):
+    monkeypatch.setattr(flat_files, "KEPT_BYTES", kept)
+    monkeypatch.setattr("os.fsync", lambda file: None)
     expected = whole_epoch(split, "best_fit").tokens_BT
-    for path in files(split):
+    names = files(split)
+    for path in names:
         content = path.read_bytes()
-        for damaged in (b"", content[:-1], content[:-12], content[:-24]):
+        flips = [content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :] for place in range(len(content))]
+        for damaged in (b"", bytes(len(content)), content[:-1], content[:-12], content[:-24], content + b"x", *flips):
             path.write_bytes(damaged)
             np.testing.assert_array_equal(whole_epoch(split, "best_fit").tokens_BT, expected)
+            assert "damaged plan of rows" in capsys.readouterr().err
             assert path.read_bytes() == content
         path.unlink()
         np.testing.assert_array_equal(whole_epoch(split, "best_fit").tokens_BT, expected)
-    assert len(files(split)) == 2
+        assert path.read_bytes() == content
+    assert files(split) == names
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in names[:2]]
+    assert names[2].read_text() == "".join(lines)
 
 
-def test_numbers_of_a_plan_that_cannot_be_are_refused_with_the_files_to_delete(split):
-    whole_epoch(split, "best_fit")
-    for path in files(split):
+def test_a_plan_that_changes_while_it_is_in_use_is_refused_or_makes_no_difference(split, monkeypatch):
+    monkeypatch.setattr(flat_files, "KEPT_BYTES", 0)
+    rows = rows_of(split, T, "best_fit")
+    expected = rows.batch(np.arange(rows.n_rows)).tokens_BT
+    for path in files(split)[:2]:
         content = path.read_bytes()
-        for place in range(0, len(content), 4):
-            path.write_bytes(content[:place] + b"\xff\xff\xff\xff" + content[place + 4 :])
-            # A wrong number of all parts is as good as no plan: a new one is made.
-            with mock.patch.object(plans, "_make"), pytest.raises((UserError, ValueError)):
-                whole_epoch(split, "best_fit")
+        for damaged in (content[:-8], bytes(len(content)), b"\xff" * len(content)):
+            path.write_bytes(damaged)
+            with contextlib.suppress(UserError):
+                rows.batch(np.arange(rows.n_rows))
+            with pytest.raises(UserError, match="changed while it was in use") as error:
+                split.watch.check()
+            assert (error.value.exit_code, error.value.where) == (ExitCode.DATA, str(path))
         path.write_bytes(content)
-    path = files(split)[0]
-    path.write_bytes(b"\xff" * path.stat().st_size)
-    with pytest.raises(UserError, match="damaged plan of rows") as error:
+        split.watch.check()
+        np.testing.assert_array_equal(rows.batch(np.arange(rows.n_rows)).tokens_BT, expected)
+    shutil.rmtree(split.folder / "packing")  # which may be deleted at any time
+    split.watch.check()
+    np.testing.assert_array_equal(rows.batch(np.arange(rows.n_rows)).tokens_BT, expected)
+
+
+def test_no_plan_is_made_of_damaged_document_starts(split):
+    path = shard_paths(split.folder, "train", 0)[1]
+    content = path.read_bytes()
+    starts = np.frombuffer(content, "<u8").copy()
+    starts[1] += 1  # still in order
+    path.write_bytes(starts.tobytes())
+    with pytest.raises(UserError, match="sha256 differs") as error:
         whole_epoch(split, "best_fit")
-    assert error.value.exit_code == ExitCode.DATA
-    assert path.name in error.value.fix
+    assert error.value.where == str(path)
+    assert files(split) == []
 
 
 def test_the_plan_of_a_dataset_that_cannot_be_written_is_kept_in_the_cache(split, tmp_path, monkeypatch, capsys):

@@ -67,7 +67,7 @@ def test_when_one_is_killed_the_other_says_so_and_a_restart_gives_the_same_losse
     keys = {"optimizer__schedule": "constant", "training__evaluate_every": 1000, "training__keep_checkpoints": 2}
     config = changed(config, **keys, training__total_steps=3000, training__save_every=10)
     processes, run = start(config, tmp_path), RunFolder(config.output)
-    wait_until(lambda: (run.path / "sha256" / "10.json").exists() and max(logged(config)) > 15, processes)
+    wait_until(lambda: (run.checkpoints / "10").exists() and max(logged(config)) > 15, processes)
     processes[killed].kill()
     begun = time.monotonic()
     codes, _, errors = ended(processes)

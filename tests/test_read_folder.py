@@ -86,7 +86,7 @@ def test_what_is_missing_is_named(tmp_path):
 )
 def test_a_config_that_we_do_not_compute_is_refused_by_field(tmp_path, field, value):
     message = refusal(write_folder(tmp_path, **{field: value}))
-    assert field in message or "impossible size" in message
+    assert field in message
 
 
 def test_harmless_fields_and_the_other_name_of_gelu_are_accepted(tmp_path):
@@ -241,7 +241,7 @@ def test_an_index_must_say_what_its_shards_hold(tmp_path):
         write_index(tmp_path, wrong)
         assert refusal(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_bytes(b" " * (16 * 2**20 + 1))
-    assert "larger than" in refusal(tmp_path)
+    assert "more than 16,777,216 bytes" in refusal(tmp_path)
 
 
 def test_a_shard_may_not_be_a_link(tmp_path):

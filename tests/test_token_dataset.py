@@ -1,4 +1,3 @@
-import contextlib
 import itertools
 import os
 import subprocess
@@ -12,8 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from token_datasets import UNKNOWN, add, flat_shard, publish, starts_of, write_dataset
 
-from gpt2_flax.data import flat_files
+from gpt2_flax.data import flat_files, token_dataset
 from gpt2_flax.data.dataset_info import SPLITS
+from gpt2_flax.data.flat_files import KEPT_BYTES
 from gpt2_flax.data.shards import ShardWriter, shard_paths
 from gpt2_flax.data.token_dataset import TokenDataset
 from gpt2_flax.errors import ExitCode, UserError
@@ -60,10 +60,14 @@ def test_any_part_of_the_stream_is_read_as_it_was_written(tmp_path_factory, corp
 
 
 @settings(max_examples=100)
-@given(corpus=corpora(), length=st.integers(1, 12), data=st.data())
-def test_parts_of_the_stream_are_gathered_with_the_places_where_documents_start(tmp_path_factory, corpus, length, data):
+@given(corpus=corpora(), length=st.integers(1, 12), stride=st.sampled_from([1, 2, 3, 32]), data=st.data())
+def test_parts_of_the_stream_are_gathered_with_the_places_where_documents_start(
+    tmp_path_factory, corpus, length, stride, data
+):
     vocab_size, shards = corpus
-    split = write_dataset(tmp_path_factory.mktemp("dataset"), vocab_size, shards).train
+    kept = KEPT_BYTES if stride == 1 else 0
+    with mock.patch.multiple(token_dataset, KEPT_BYTES=kept, _STRIDE=stride):
+        split = write_dataset(tmp_path_factory.mktemp("dataset"), vocab_size, shards).train
     documents = list(itertools.chain.from_iterable(shards))
     stream = [*itertools.chain.from_iterable(documents), *[0] * 40]
     starts = data.draw(st.lists(st.integers(0, split.n_tokens + 9), max_size=4))
@@ -304,25 +308,35 @@ def test_an_id_that_no_int32_holds_is_found_when_read(tmp_path):
 @settings(max_examples=300)
 @given(
     starts=st.lists(st.one_of(st.integers(0, 10), st.integers(2**62, 2**64 - 1)), min_size=1, max_size=6),
+    first=st.sampled_from([[], [0]]),
     bounds=st.tuples(st.integers(0, 10), st.integers(0, 10)),
+    kept=st.sampled_from([0, KEPT_BYTES]),
+    chunk=st.sampled_from([1, 2, 2**20]),
 )
-@example(starts=[2**63 + 5, 7], bounds=(4, 10))
-def test_document_starts_are_in_order_or_refused_whatever_their_file_holds(tmp_path_factory, starts, bounds):
-    folder = tmp_path_factory.mktemp("dataset")
+@example(starts=[2**63 + 5, 7], first=[0], bounds=(4, 10), kept=0, chunk=1)
+@example(starts=[5, 2**63], first=[0], bounds=(4, 10), kept=0, chunk=2)
+def test_document_starts_are_in_order_or_refused_whatever_their_file_holds(
+    tmp_path_factory, starts, first, bounds, kept, chunk
+):
+    folder, starts = tmp_path_factory.mktemp("dataset"), first + starts
     tokens, offsets = np.ones(10, "<u2"), np.array(starts, "<u8")
     (folder / "train").mkdir()
     for path, numbers in zip(shard_paths(folder, "train", 0), (tokens, offsets), strict=True):
         path.write_bytes(numbers.tobytes())
     start, stop = sorted(bounds)
-    with mock.patch("os.fsync"):
+    with (
+        mock.patch("os.fsync"),
+        mock.patch.object(token_dataset, "KEPT_BYTES", kept),
+        mock.patch.object(flat_files, "_CHUNK", chunk),
+    ):
         split = publish(folder, {"train": [flat_shard(tokens, offsets)], "validation": []}, 100).train
-    windows = np.array([start, 0]), stop - start
-    if starts != sorted(set(starts)):
-        with contextlib.suppress(UserError):
-            found = list(zip(*split.document_starts(*windows), strict=True))
-            assert all(window in (0, 1) and 0 <= place < stop - start for window, place in found)
-            assert found == sorted(set(found))
-    else:
+        windows = np.array([start, 0]), stop - start
+        if starts[0] != 0 or starts[-1] >= 10 or starts != sorted(set(starts)):
+            for use in (lambda: split.document_starts(np.array([start]), 1), lambda: split.read(0, 1)):
+                with pytest.raises(UserError, match="do not ascend") as error:
+                    use()
+                assert error.value.where == str(shard_paths(folder, "train", 0)[1])
+            return
         found = [
             (window, place - first)
             for window, first in enumerate((start, 0))

@@ -138,10 +138,10 @@ def test_prefetch_keeps_order_and_passes_on_the_exception_of_its_thread():
         next(made)
 
 
-def logged(config):
-    """Training losses by step, as strings of exact digits; the last line of a step counts."""
+def logged(config, name="train/loss"):
+    """Values of a metric by step, as strings of exact digits; the last line of a step counts."""
     lines = [json.loads(line) for line in RunFolder(config.output).metrics.read_text().splitlines()]
-    return {line["step"]: line["train/loss"].hex() for line in lines if "train/loss" in line}
+    return {line["step"]: line[name].hex() for line in lines if name in line}
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_same_bits(config, tmp_path, monkeypatch):
@@ -189,9 +189,10 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(config, tmp_pat
     asked.clear()
     monkeypatch.setattr(loop, "evaluate", lambda *others: asked.append(evaluate(*others)) or asked[-1])
     loop.train(parts)
-    (last,) = asked  # that of the last step; the one that was left is not made up for
-    assert last.tokens > 2 * parts.data.global_batch_size * parts.data.seq_length
+    at_three, at_six = asked  # the evaluation that was left is made up for before step 4
+    assert at_three.tokens == at_six.tokens > 2 * parts.data.global_batch_size * parts.data.seq_length
     assert logged(parts) == logged(config)
+    assert logged(parts, "validation/loss") == logged(config, "validation/loss")
 
 
 def test_a_run_goes_on_over_another_mesh(config, capsys):

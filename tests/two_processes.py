@@ -1,6 +1,8 @@
 """A run of two real processes on this machine."""
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -12,14 +14,19 @@ ROOT = Path(__file__).parent.parent
 RUN = "import runpy; runpy.run_module('gpt2_flax', run_name='__main__', alter_sys=True)"
 
 
+def free_ports():
+    """Returns a port that nobody listens on, nor on the next: below the ephemeral ones, which come and go."""
+    for port in random.SystemRandom().sample(range(10000, 30000, 2), 100):
+        with contextlib.suppress(OSError), socket.create_server(("", port)), socket.create_server(("", port + 1)):
+            return port
+    raise AssertionError("no two free ports")
+
+
 def start(config, tmp_path, *more, of_1=(), devices_of_1=1, before=("", ""), folders=(ROOT, ROOT)):
     """Starts both; `before` is Python that each executes first, and `folders` are those that each works in."""
     path = tmp_path / "config.toml"
     path.write_text(dump_config(config), encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        coordinator = f"localhost:{free.getsockname()[1]}"
-    command = ["train", path, "--coordinator", coordinator, "--num-processes", "2", *more]
+    command = ["train", path, "--coordinator", f"localhost:{free_ports()}", "--num-processes", "2", *more]
     environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
     return [
         subprocess.Popen(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.folders import file_sha256
+from gpt2_flax.input_files import CONFIG_BYTES, read_whole
 
 SUMS = "SHA256SUMS"
 
@@ -35,7 +36,7 @@ def read_sums(path: Path) -> dict[str, str]:
     """Returns file name -> sum of a SHA256SUMS. Raises `UserError` (DATA) for anything else."""
     fix = "copy or export the folder again, or delete this file"
     try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines = read_whole(path, CONFIG_BYTES).decode().removesuffix("\n").split("\n")
     except UnicodeDecodeError:
         raise UserError(ExitCode.DATA, f"{SUMS} is not text", path, fix) from None
     sums = {}

@@ -16,16 +16,14 @@ from safetensors import SafetensorError
 
 from gpt2_flax.checkpoint.checksums import check_sums
 from gpt2_flax.checkpoint.tensor_files import (
-    MAX_CONFIG,
-    MAX_TENSORS,
     Tensor,
     check_finite,
     check_tensors,
     open_tensors,
-    read_json,
 )
 from gpt2_flax.config import ModelConfig, parse_model
 from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.input_files import read_object
 
 CONFIG = "config.json"
 
@@ -129,7 +127,7 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
         raise UserError(ExitCode.NO_INPUT, what, folder, "give a folder as `save_pretrained` of transformers writes it")
     try:
         check_sums(folder, [CONFIG])
-        values = read_json(path, MAX_CONFIG)
+        values = read_object(path)
         config = from_hf_config(values, path)
         with open_tensors(folder) as tensors:
             return config, assemble(tensors, config, folder)
@@ -188,8 +186,6 @@ def from_hf_config(values: Mapping[str, Any], where: object) -> ModelConfig:
     config = parse_model(fields, where, fix)
     if config.vocab_size is None:
         raise UserError(ExitCode.DATA, "bad value of vocab_size: null", where, fix)
-    if len(TABLE) * config.n_layer > MAX_TENSORS or max(config.vocab_size, config.n_positions, config.n_embd) >= 2**31:
-        raise UserError(ExitCode.DATA, "model of impossible size", where, fix)
     if values.get("n_inner") not in (None, 4 * config.n_embd):
         raise _unsupported("n_inner", values["n_inner"], (None, 4 * config.n_embd), where)
     return config

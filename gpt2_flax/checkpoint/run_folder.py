@@ -2,7 +2,8 @@
 
 config.toml                  the resolved config, with absolute paths
 tokenizer/                   the dataset's, so that the run can be used without the dataset
-checkpoints/ sha256/ damaged/   see `store`
+checkpoints/                 see `store`
+damaged/                     what was damaged and is not used; it may be deleted
 metrics.jsonl tensorboard/   numbers over the run
 crash-TIME-PROCESS.log       stacks and tracebacks of a process that died, hung or had a bug, see `crash_log`
 samples.txt                  how each evaluation continued `training.prompts`
@@ -11,22 +12,34 @@ token                        for a moment at the start of several processes: do 
 """
 
 import contextlib
+import filecmp
+import itertools
 import json
 import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from gpt2_flax.checkpoint.step_meta import committed_steps
 from gpt2_flax.config import Config, dump_config
 from gpt2_flax.config_file import load_config
 from gpt2_flax.errors import ExitCode, UserError, naming_file
 from gpt2_flax.folders import check_link, folder_lock, write_whole
 
 SIGHT = 15.0  # seconds in which other hosts see a new file; NFS keeps what it knows of a folder for some
+SAVED = "checkpoint"  # in a record of metrics.jsonl: the step that was committed
+
+
+def set_aside(path: Path, run: Path) -> Path:
+    """Move a damaged file or folder to `damaged/` of its run, under the first free name, which is returned."""
+    place = RunFolder(run).damaged
+    place.mkdir(exist_ok=True)
+    target = next(new for number in itertools.count() if not (new := place / f"{path.name}-{number}").exists())
+    return path.rename(target)
 
 
 def check_model(path: Path) -> Path:
@@ -49,6 +62,7 @@ class RunFolder:
         self.config = self.path / "config.toml"
         self.tokenizer = self.path / "tokenizer"
         self.checkpoints = self.path / "checkpoints"
+        self.damaged = self.path / "damaged"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.samples = self.path / "samples.txt"
@@ -105,7 +119,7 @@ class RunFolder:
 
     def write_config(self, config: Config, tokenizer: Path) -> None:
         """Writes the resolved config with absolute paths, and copies the tokenizer the first time."""
-        write_whole(self.config, dump_config(_with_absolute_paths(config)).encode())
+        write_whole(self.config, dump_config(with_absolute_paths(config)).encode())
         if not self.tokenizer.exists():
             # Under another name first: a tokenizer that was copied in part would stay.
             temporary = self.path / "tokenizer.tmp"
@@ -115,38 +129,61 @@ class RunFolder:
                     shutil.copyfile(file, temporary / file.name)
             temporary.rename(self.tokenizer)
 
+    def check_tokenizer(self, tokenizer: Path, tell: Callable[[str], object]) -> None:
+        """Sets the run's tokenizer aside if it differs from the dataset's `tokenizer`, of which it is a copy."""
+        files = [file.name for file in tokenizer.iterdir()]
+        if self.tokenizer.exists() and filecmp.cmpfiles(tokenizer, self.tokenizer, files, shallow=False)[0] != files:
+            moved = set_aside(self.tokenizer, self.path)
+            tell(f"warning: {self.tokenizer} differs from that of the dataset, moved to {moved}; copied again")
+
+    def has_config(self) -> bool:
+        """Returns whether config.toml is there and is a config."""
+        with contextlib.suppress(UserError):
+            return self.read_config() is not None
+        return False
+
     def read_config(self) -> Config | None:
         """Returns the config of the run so far, None for a new one."""
         return load_config(self.config) if self.config.exists() else None
 
     def last_checkpoint(self) -> int | None:
         """Returns the newest step that was saved, None when there is none."""
-        names = [path.name for path in self.checkpoints.iterdir()] if self.checkpoints.is_dir() else []
-        return max((int(name) for name in names if name.isdecimal()), default=None)
+        return max(committed_steps(self.checkpoints), default=None)
 
     def metrics_at(self, step: int) -> dict[str, float]:
         """Returns the newest value of each metric up to `step`, {} when there are none."""
         newest: dict[str, float] = {}
-        if self.metrics.exists():
-            for line in self.metrics.read_text(encoding="utf-8").split("\n"):
-                with contextlib.suppress(ValueError):  # a line cut short by a kill
-                    record = json.loads(line)
-                    newest |= record if record["step"] <= step else {}
+        for record in self._records():
+            newest |= record if record["step"] <= step else {}
         return newest
 
     def last_step(self) -> int | None:
-        """Returns the step of the last whole line of metrics, None when there is none."""
-        if self.metrics.exists():
-            with open(self.metrics, "rb") as file:
-                file.seek(max(0, self.metrics.stat().st_size - 2**16))
-                lines = file.read().split(b"\n")
-            for line in reversed(lines):
-                with contextlib.suppress(ValueError, TypeError):  # a line cut short by a kill, or by the seek
-                    return json.loads(line)["step"]
-        return None
+        """Returns the last step that the end of the metrics tells of, None when there is none."""
+        return max((record["step"] for record in self._records(last=2**16)), default=None)
+
+    def lost_checkpoint(self) -> int | None:
+        """Returns the newest step that was ever committed if no checkpoint is there, None if none ever was."""
+        saved = [record[SAVED] for record in self._records() if type(record.get(SAVED)) is int]
+        for folder in (self.damaged, self.path / "sha256"):  # the latter is of older versions
+            names = [path.name.partition("-")[0].partition(".")[0] for path in folder.glob("*")]
+            saved += [int(name) for name in names if name.isdecimal()]
+        return None if self.last_checkpoint() is not None else max(saved, default=None)
+
+    def _records(self, last: int | None = None) -> Iterator[dict[str, Any]]:
+        """Yields the records of metrics.jsonl, or of its last bytes; passes over lines of any other content."""
+        if not self.metrics.is_file():
+            return
+        with open(self.metrics, "rb") as file:
+            if last is not None:
+                file.seek(max(0, self.metrics.stat().st_size - last))
+            for line in file:
+                with contextlib.suppress(ValueError, RecursionError):  # cut short by a kill, or by the seek
+                    record = json.loads(line)
+                    if isinstance(record, dict) and type(record.get("step")) is int:
+                        yield record
 
 
-def _with_absolute_paths(config: Config) -> Config:
+def with_absolute_paths(config: Config) -> Config:
     """Returns the config that means the same wherever it is read."""
     folders = {str(Path(folder).absolute()): weight for folder, weight in config.data.datasets.items()}
     dataset = next(iter(folders)) if isinstance(config.data.dataset, str) else folders

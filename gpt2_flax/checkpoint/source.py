@@ -4,24 +4,29 @@ The files are checkpoints of UER-py, TencentPretrain and nanoGPT.
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gpt2_flax.checkpoint.huggingface import read_folder
 from gpt2_flax.checkpoint.nanogpt import from_nanogpt, open_nanogpt
 from gpt2_flax.checkpoint.run_folder import RunFolder, check_model
+from gpt2_flax.checkpoint.step_meta import VALIDATION_LOSS, Damaged
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.checkpoint.tensor_files import check_finite
 from gpt2_flax.checkpoint.uer import read_uer
 from gpt2_flax.checkpoint.weights import Weights, abstract_model, model_from_weights, weights_of
-from gpt2_flax.config import Config, ModelConfig, parse_model
+from gpt2_flax.config import Config, MeshConfig, ModelConfig, parse_config, parse_model
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import new_folder
+from gpt2_flax.parallel.mesh import make_mesh
 from gpt2_flax.text.special_tokens import FROM_FILES, Ends
 from gpt2_flax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -42,10 +47,17 @@ class Source:
     hardware: str | None = None
     ends: Ends = FROM_FILES
     kind: Literal["run", "transformers", "uer", "nanogpt"] = "run"
+    tokenizer_fingerprint: str | None = None
+    """Which the tokenizer must have."""
 
     def tokenizer(self) -> Tokenizer:
-        """Read the tokenizer; raises `UserError` as `load_tokenizer`."""
-        return load_tokenizer(self.tokenizer_folder, ends=self.ends)
+        """Read the tokenizer; raises `UserError` as `load_tokenizer`, and DATA when it has another fingerprint."""
+        tokenizer = load_tokenizer(self.tokenizer_folder, ends=self.ends)
+        if self.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
+            what = f"tokenizer is damaged or not the one of {self.origin} (its fingerprint differs)"
+            fix = "copy the folder tokenizer of the run's dataset there"
+            raise UserError(ExitCode.DATA, what, self.tokenizer_folder, fix)
+        return tokenizer
 
 
 def load_source(
@@ -54,19 +66,23 @@ def load_source(
     tokenizer: Path | None = None,
     uer_config: Path | None = None,
     ends: Ends = FROM_FILES,
+    best: bool = False,
 ) -> Source:
-    """Reads the model at `path`; of a run the newest whole checkpoint, or `step`.
+    """Reads the model at `path`; of a run the newest whole checkpoint, `step`, or the `best` by validation loss.
 
     `tokenizer` stands in for the one beside the model; a UER-py `.bin` and a nanoGPT `ckpt.pt` have none, so it must be
     given. `uer_config` is as in `read_uer`, `ends` as in `load_tokenizer`.
     Raises `UserError`: NO_INPUT when there is nothing of the kind, DATA or IO when it is damaged or its numbers are not
-    finite, USAGE for a `step` or `uer_config` of what has none, or a missing `tokenizer`.
+    finite, USAGE for a `step`, `best` or `uer_config` of what has none, or a missing `tokenizer`.
     """
     check_model(path)
     is_checkpoint = path.parent.name == "checkpoints" and path.name.isdecimal()
     is_file, is_folder = path.is_file(), (path / "config.json").is_file()
-    if step is not None and (is_checkpoint or is_folder or is_file):
-        raise UserError(ExitCode.USAGE, "--step is for a run folder", path, "leave --step out, or name the run")
+    if step is not None and best:
+        raise UserError(ExitCode.USAGE, "--step and --best name a checkpoint each", path, "give one of them")
+    if (step is not None or best) and (is_checkpoint or is_folder or is_file):
+        option = "--best" if best else "--step"
+        raise UserError(ExitCode.USAGE, f"{option} is for a run folder", path, f"leave {option} out, or name the run")
     if is_file:
         return _file_source(path, tokenizer, uer_config, ends)
     if uer_config is not None:
@@ -75,8 +91,10 @@ def load_source(
         model, weights = read_folder(path)
         return Source(f"transformers folder {path}", model, weights, tokenizer or path, ends=ends, kind="transformers")
     run = RunFolder(path.parent.parent if is_checkpoint else path)
-    source = _run_source(run, int(path.name) if is_checkpoint else step)
-    return dataclasses.replace(source, tokenizer_folder=tokenizer or source.tokenizer_folder, ends=ends)
+    source = _run_source(run, int(path.name) if is_checkpoint else step, best)
+    if tokenizer is not None:
+        source = dataclasses.replace(source, tokenizer_folder=tokenizer, tokenizer_fingerprint=None)
+    return dataclasses.replace(source, ends=ends)
 
 
 def save_as_run(source: Source, output: Path, overwrite: bool = False) -> None:
@@ -119,34 +137,72 @@ def _no_uer_config(path: Path) -> UserError:
     return UserError(ExitCode.USAGE, "--uer-config is for a .bin file of UER-py", path, fix)
 
 
-def _run_source(run: RunFolder, step: int | None) -> Source:
-    with CheckpointStore(run.checkpoints) as store:
-        step = _choose(store, step)
-        meta = store.meta(step)
-        fix = "another version of gpt2_flax wrote it: export it with that one, then import it here"
-        model = parse_model(meta["model"], store.folder / str(step), fix)
-        model = model.model_copy(update={"attention": "auto"})  # what trained it need not be what it is used on
-        on_one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+def _run_source(run: RunFolder, step: int | None, best: bool) -> Source:
+    with CheckpointStore(run.checkpoints, tell=_warn) as store:
+        if step is None and not best:
+            found = store.newest(lambda step: _read(store, step))
+        else:
+            step = _chosen(store, step)
+            try:
+                found = step, _read(store, step)
+            except Damaged as error:
+                what = f"checkpoint {step} is damaged ({error})"
+                raise UserError(ExitCode.IO, what, store.folder, "use another step") from error
+    if found is None:
+        raise UserError(ExitCode.NO_INPUT, "no checkpoint yet", run.checkpoints, "wait for the first save of the run")
+    step, (meta, model, weights) = found
+    config = parse_config(meta["config"], f"{run.checkpoints / str(step)}") if "config" in meta else run.read_config()
+    return Source(
+        f"{run.path} at step {step}",
+        model,
+        weights,
+        run.tokenizer,
+        config,
+        step,
+        meta["metrics"] if "metrics" in meta else run.metrics_at(step),
+        meta.get("hardware"),
+        tokenizer_fingerprint=meta.get("tokenizer_fingerprint"),
+    )
+
+
+def _read(store: CheckpointStore, step: int) -> tuple[dict[str, Any], ModelConfig, Weights]:
+    """Returns what a checkpoint says of itself, and its model. Raises `Damaged`, and `UserError` as `load_source`."""
+    meta, place = store.meta(step), store.folder / str(step)
+    fix = "another version of gpt2_flax wrote it: export it with that one, then import it here"
+    model = parse_model(meta["model"], place, fix)
+    model = model.model_copy(update={"attention": "auto"})  # what trained it need not be what it is used on
+    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+    with jax.set_mesh(mesh):  # `init_from` is read where another mesh is set
         layout = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_one_device), abstract_model(model)
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, P())),
+            abstract_model(model),
         )
         weights = weights_of(store.restore(step, model=layout)["model"])
-        for name, array in weights.items():
-            check_finite(name, array, store.folder / str(step))
-    origin = f"{run.path} at step {step}"
-    metrics, hardware = run.metrics_at(step), meta.get("hardware")
-    return Source(origin, model, weights, run.tokenizer, run.read_config(), step, metrics, hardware)
+    for name, array in weights.items():
+        check_finite(name, array, place)
+    return meta, model, weights
 
 
-def _choose(store: CheckpointStore, step: int | None) -> int:
+def _chosen(store: CheckpointStore, step: int | None) -> int:
+    """Returns `step`, or that of the lowest validation loss if None."""
     steps = store.steps()
-    if not steps:
-        raise UserError(ExitCode.NO_INPUT, "no checkpoint yet", store.folder, "wait for the first save of the run")
     if step is not None and step not in steps:
-        saved = ", ".join(map(str, steps))
-        raise UserError(ExitCode.NO_INPUT, f"no checkpoint {step}", store.folder, f"there are {saved}")
-    if step is None:
-        return store.newest_whole(lambda warning: print(warning, file=sys.stderr))
-    if damage := store.damage(step):
-        raise UserError(ExitCode.IO, f"checkpoint {step} is damaged ({damage})", store.folder, "use another step")
-    return step
+        there = f"there are {', '.join(map(str, steps))}" if steps else "there are none"
+        raise UserError(ExitCode.NO_INPUT, f"no checkpoint {step}", store.folder, there)
+    if step is not None:
+        return step
+    losses = {}
+    for one in steps:
+        try:
+            losses[one] = store.meta(one).get("metrics", {}).get(VALIDATION_LOSS, math.inf)
+        except Damaged as error:
+            _warn(f"warning: checkpoint {one} is damaged ({error})")
+    best = min(losses, key=lambda one: (losses[one], one), default=None)
+    if best is None or losses[best] == math.inf:
+        fix = "leave --best out; a checkpoint has one if its step is a multiple of training.evaluate_every"
+        raise UserError(ExitCode.NO_INPUT, "no checkpoint has a validation loss", store.folder, fix)
+    return best
+
+
+def _warn(warning: str) -> None:
+    print(warning, file=sys.stderr)

@@ -1,209 +1,326 @@
 """Checkpoints of a run, in orbax: `checkpoints/STEP/` with the items `model`, `opt_state` and `meta`.
 
-Arrays lie under their paths (`h/attn/c_attn/kernel`), so the format does not depend on the framework's classes.
-Orbax commits a step by renaming its folder; `sha256/STEP.json` is added when that is seen, and a step that does not
-match it is moved to `damaged/` instead of being restored: one flipped bit would otherwise go unnoticed.
+Arrays lie under their paths (`h/attn/c_attn/kernel`), so the format does not depend on the framework's classes. Orbax
+commits a step by renaming its folder. `meta` holds a checksum of every array (see `step_meta`), which every reader
+computes again: a step that differs is damaged, and the next older one is read in its place.
 """
 
 import contextlib
-import itertools
-import json
+import errno
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
+from gpt2_flax.checkpoint.device_checksum import checksums
+from gpt2_flax.checkpoint.run_folder import set_aside
+from gpt2_flax.checkpoint.step_meta import VALIDATION_LOSS, Damaged, committed_steps, read_meta, sealed
 from gpt2_flax.errors import ExitCode, UserError, io_error
-from gpt2_flax.folders import file_sha256, write_whole
+from gpt2_flax.memory import out_of_memory
 from gpt2_flax.parallel.rules import path_of
+from gpt2_flax.progress import si
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax also raises what it logs as errors
+
+T = TypeVar("T")
+
+_SAID = 300  # bytes of the sentence that processes exchange
+# The state of the machine, not of a file.
+_PASSING = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
+_LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleted")  # of a save or a deletion that was killed
 
 
 class CheckpointStore:
     """Saves in the background and restores the newest step that is whole, in any sharding.
 
-    Without `keep`, the number of newest steps that stay, it only reads. All processes of a run call the same methods.
+    Without `keep` it only reads. With it, the `keep` newest steps stay, the `keep_best` of lowest validation loss, and
+    multiples of `keep_every` unless that is 0; `tell` prints warnings. All processes of a run call the same methods.
     Use as a context: leaving it waits for the last save.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None):
-        self.folder, self._writes, self._saving = folder, keep is not None, None
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, cleanup_tmp_directories=self._writes)
-        if self._writes:
-            logging.getLogger("asyncio").setLevel(
-                logging.CRITICAL
-            )  # of one error on a disk it logs what follows from it
-        if self._writes and jax.process_index() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("checkpoints")
-        handlers = {item: ocp.StandardCheckpointHandler() for item in ("model", "opt_state")}
-        handlers["meta"] = ocp.JsonCheckpointHandler()
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+    def __init__(
+        self,
+        folder: Path,
+        keep: int | None = None,
+        keep_best: int = 0,
+        keep_every: int = 0,
+        tell: Callable[[str], object] = print,
+    ):
+        self.folder, self._tell = folder, tell
+        self._keep, self._keep_best, self._keep_every = keep, keep_best, keep_every
+        self._saving: int | None = None
+        self._failure: Exception | None = None
+        self._size = 0  # bytes of the arrays last saved
+        self._reader, self._writer = ocp.StandardCheckpointHandler(), None
+        if keep is not None:
+            # Of one error on a disk asyncio logs what follows from it.
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+            if jax.process_index() == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._remove_leftovers()
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("checkpoints")
+            handlers: dict[str, Any] = {item: ocp.StandardCheckpointHandler() for item in ("model", "opt_state")}
+            handlers["meta"] = ocp.JsonCheckpointHandler()
+            self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
 
     def __enter__(self) -> "CheckpointStore":
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not self._writer:
+            return
         # What failed first is what the user is to read: on a full disk all of this fails too.
-        with contextlib.suppress(*((Exception,) if error else ())), self._naming_step():
-            try:
-                self.seal()
-            finally:
-                self._manager.close()
+        with contextlib.suppress(*((Exception,) if error else ())):
+            if not error:
+                self.seal(must=True)
+            self._writer.close()
 
     def steps(self) -> list[int]:
-        """Returns the committed steps, ascending."""
-        return sorted(self._manager.all_steps(read=True))
-
-    def save(self, step: int, model: Any, opt_state: Any | None, meta: dict[str, Any]) -> None:
-        """Starts writing a step; returns when the arrays may change. Raises `UserError` (IO), for earlier saves too."""
-        items = {"model": ocp.args.StandardSave(_to_dict(model)), "meta": ocp.args.JsonSave(meta)}
-        if opt_state is not None:
-            items["opt_state"] = ocp.args.StandardSave(_to_dict(opt_state))
-        self.seal()
-        self._saving = step
-        with self._naming_step():
-            self._manager.save(step, args=ocp.args.Composite(**items))
-
-    def seal(self) -> None:
-        """Waits for the save under way, then notes the sha256 of every new step. Raises `UserError` (IO)."""
-        with self._naming_step():
-            self._manager.wait_until_finished()
-        if jax.process_index() != 0 or not self._writes:
-            return
-        for step in self.steps():
-            path = self._sums(step)
-            if not path.exists():
-                write_whole(path, json.dumps(_sha256_of(self.folder / str(step)), indent=1).encode())
-        for path in self._sums(0).parent.glob("*.json"):
-            if not (self.folder / path.stem).exists():
-                path.unlink()
-
-    def newest_whole(
-        self, tell: Callable[[str], None], agree: Callable[[Mapping[str, str]], None] = lambda facts: None
-    ) -> int | None:
-        """Returns the newest step whose files match their sha256, None when there is no step at all.
-
-        Damaged steps before it are told of and, unless the store only reads, moved to `damaged/`. Raises `UserError`
-        (IO) when all are damaged; all stay where they are then. `agree` compares what each process of a run has found.
-        """
-        damaged: dict[int, str] = {}
-        newest = None
-        for step in reversed(self.steps()):
-            damage = self.damage(step)
-            if damage is None:
-                newest = step
-                break
-            damaged[step] = damage
-        found = "; ".join(f"{step}: {damage}" for step, damage in damaged.items())
-        agree({f"the newest whole checkpoint in {self.folder}": f"{newest}{found and f' ({found})'}"})
-        if damaged and newest is None:
-            fix = f"all are damaged ({found}): put a whole copy back, or choose another output to start anew"
-            raise UserError(ExitCode.IO, "no usable checkpoint", self.folder, fix)
-        for bad, what in damaged.items():
-            moved = f", moved to {self._move_aside(bad)}" if self._writes else ""
-            tell(f"warning: checkpoint {bad} is damaged ({what}){moved}; using {newest}")
-        return newest
-
-    def damage(self, step: int) -> str | None:
-        """Returns what is wrong with a step's files, None when nothing is or when it was never sealed."""
-        try:
-            expected = json.loads(self._sums(step).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None if (self.folder / str(step) / "_CHECKPOINT_METADATA").is_file() else "it is not complete"
-        except ValueError:
-            return f"{self._sums(step).name} is not JSON"
-        found = _sha256_of(self.folder / str(step))
-        for name in sorted(expected.keys() | found.keys()):
-            if expected.get(name) != found.get(name):
-                return f"file {name}: {'missing' if name not in found else 'sha256 differs'}"
-        return None
+        """Return the committed steps, ascending."""
+        return committed_steps(self.folder)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Returns what was saved beside the arrays."""
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        """Return what was saved beside the arrays. Raises `Damaged`."""
+        return _together(lambda: read_meta(self.folder / str(step), step))
+
+    def save(self, step: int, model: Any, opt_state: Any | None, meta: Mapping[str, Any]) -> None:
+        """Start to write a step; return when the arrays may change.
+
+        `seal` says whether it was written, and must be called before the next save.
+        """
+        trees = {"model": model} if opt_state is None else {"model": model, "opt_state": opt_state}
+        leaves = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
+        self._size = sum(leaf.nbytes for leaf in leaves.values())
+        arrays = {
+            path: {"shape": list(leaves[path].shape), "dtype": leaves[path].dtype.name, "sum": checksum}
+            for path, checksum in checksums(trees).items()
+        }
+        content = {"time": round(time.time(), 3), **meta, "step": step, "arrays": arrays}
+        items: dict[str, Any] = {item: ocp.args.StandardSave(_to_dict(tree)) for item, tree in trees.items()}
+        items["meta"] = ocp.args.JsonSave(sealed(content))
+        self._saving = step
+        try:
+            self._writer.save(self._place(step), args=ocp.args.Composite(**items))
+        except (OSError, ValueError) as error:
+            self._failure = error
+
+    def poll(self) -> None:
+        """Report a save that has failed as soon as this process knows; otherwise `seal` does."""
+        if self._saving is not None and jax.process_count() == 1:
+            try:
+                self._writer.check_for_errors()
+            except (OSError, ValueError) as error:
+                self._failure = error
+                self.seal()
+
+    def seal(self, must: bool = False) -> int | None:
+        """Wait for the save under way, then delete the steps that are not kept; return the step that was committed.
+
+        A failed save only gets a warning, unless it `must` succeed or no step is there: then it raises `UserError`
+        (IO), in all processes.
+        """
+        if self._saving is None:
+            return None
+        (step, failure), self._saving, self._failure = (self._saving, self._failure), None, None
+        try:
+            self._writer.wait_until_finished()
+        except (OSError, ValueError) as error:
+            failure = failure or error
+        failed = _first_said(_reason(failure) if failure else "")
+        if not failed:
+            if jax.process_index() == 0:
+                self._prune()
+            return step
+        if jax.process_index() == 0:
+            self._remove_leftovers()
+        steps = self.steps()
+        if must or not steps:
+            system = _system_error(failure) if failure else None
+            raise io_error(system or OSError(failed), self.folder / str(step)) from failure
+        sizes = f"{si(self._size, 'B')} needed, {si(shutil.disk_usage(self.folder).free, 'B')} free"
+        self._tell(
+            f"warning: checkpoint {step} was not saved: {failed}: {self.folder / str(step)} ({sizes}); "
+            f"the run continues, its last checkpoint is {steps[-1]}, and the next save tries again"
+        )
+        return None
+
+    def newest(self, read: Callable[[int], T]) -> tuple[int, T] | None:
+        """Return the newest step for which `read` does not raise `Damaged`, and its result; None without any step.
+
+        Damaged steps before it get a warning and, unless the store only reads, move to `damaged/`. Raises `UserError`
+        (IO) when all are damaged; all stay where they are then.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                result = read(step)
+            except Damaged as error:
+                damaged[step] = str(error)
+                continue
+            for bad, what in damaged.items():
+                moved = f", moved to {self._set_aside(bad)}" if self._writer else ""
+                self._tell(f"warning: checkpoint {bad} is damaged ({what}){moved}; using {step}")
+            return step, result
+        if damaged:
+            found = "; ".join(f"{step}: {what}" for step, what in damaged.items())
+            fix = f"all are damaged ({found}): put a whole copy back, or choose another output to start anew"
+            raise UserError(ExitCode.IO, "no usable checkpoint", self.folder, fix)
+        return None
 
     def restore(self, step: int, **abstract: Any) -> dict[str, Any]:
-        """Returns the items named (`model=`, `opt_state=`), laid out as the given trees of ShapeDtypeStructs.
+        """Return the items named (`model=`, `opt_state=`), laid out as the given trees of ShapeDtypeStructs.
 
-        Raises `UserError`: CONFIG when names, shapes or dtypes differ (before an array is read), IO when an item is
-        not there or cannot be read.
+        Raises `Damaged` when something cannot be read or differs from its checksum; `UserError`: CONFIG when names,
+        shapes or dtypes differ from `abstract` (before an array is read), IO when an item was never saved.
         """
+        expected = self.meta(step).get("arrays")
         self.check_layout(step, **abstract)
-        items = {item: ocp.args.StandardRestore(_to_dict(tree)) for item, tree in abstract.items()}
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise UserError(ExitCode.IO, "checkpoint cannot be read", self.folder / str(step), reason) from error
+        restored = {item: _together(lambda item=item: self._read(step, item, abstract[item])) for item in abstract}
+        if expected is not None:
+            for path, checksum in checksums(restored).items():
+                if checksum != expected[path]["sum"]:
+                    raise Damaged(f"the checksum of {path} differs")
         return {item: _from_dict(tree, restored[item]) for item, tree in abstract.items()}
 
     def check_layout(self, step: int, **abstract: Any) -> None:
-        """Raises `UserError` as `restore` would, without reading an array."""
+        """Raise what `restore` would, without reading an array."""
+        arrays = self.meta(step).get("arrays")
         for item, tree in abstract.items():
-            self._check_item(step, item, tree)
+            saved = _saved(arrays, item) if arrays is not None else _together(lambda item=item: self._old(step, item))
+            if not saved:
+                what = f"checkpoint {step} holds no {item}"
+                raise UserError(ExitCode.IO, what, self.folder, "to start from its weights, name it as init_from")
+            expected = {path_of(path): _shown(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+            differences = [
+                f"{path} {saved.get(path, 'nothing')} saved, {expected.get(path, 'nothing')} expected"
+                for path in sorted(saved.keys() | expected.keys())
+                if saved.get(path) != expected.get(path)
+            ]
+            if differences:
+                what = f"checkpoint differs from the configured {item}"
+                more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
+                raise UserError(ExitCode.CONFIG, what, self.folder / str(step), "; ".join(differences[:5]) + more)
 
-    def _check_item(self, step: int, item: str, tree: Any) -> None:
-        metadata = self._manager.item_metadata(step).get(item)
-        if metadata is None:
-            what = f"checkpoint {step} holds no {item}"
-            raise UserError(ExitCode.IO, what, self.folder, "to start from its weights, name it as init_from")
-        saved = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(metadata)}
-        expected = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        differences = []
-        for path in sorted(saved.keys() | expected.keys()):
-            shown = [_shown(leaves.get(path)) for leaves in (saved, expected)]
-            if shown[0] != shown[1]:
-                differences.append(f"{path} {shown[0]} saved, {shown[1]} expected")
-        if differences:
-            what = f"checkpoint differs from the configured {item}"
-            more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
-            raise UserError(ExitCode.CONFIG, what, self.folder / str(step), "; ".join(differences[:5]) + more)
+    def _read(self, step: int, item: str, tree: Any) -> dict[str, Any]:
+        with _damage():
+            return self._reader.restore(self._place(step) / item, args=ocp.args.StandardRestore(_to_dict(tree)))
 
-    @contextlib.contextmanager
-    def _naming_step(self) -> Iterator[None]:
-        """Turns errors of a disk into `UserError` that names the step last saved."""
-        try:
-            yield
-        except (OSError, ValueError) as error:
-            number = re.search(r"os_error_code='(\d+)'", str(error))  # as tensorstore says it, in a ValueError
-            if number:
-                error = OSError(int(number[1]), os.strerror(int(number[1])))
-            if not isinstance(error, OSError):
-                raise
-            raise io_error(error, self.folder / str(self._saving or "")) from error
+    def _old(self, step: int, item: str) -> dict[str, str]:
+        """What a checkpoint without checksums holds of an item."""
+        if not (self.folder / str(step) / item).is_dir():
+            return {}
+        with _damage():
+            leaves = jax.tree_util.tree_leaves_with_path(self._reader.metadata(self._place(step) / item))
+            return {path_of(path): _shown(leaf) for path, leaf in leaves}
 
-    def _move_aside(self, step: int) -> Path:
-        place = self.folder.parent / "damaged"
-        target = next(path for number in itertools.count() if not (path := place / f"{step}-{number}").exists())
+    def _place(self, step: int) -> epath.Path:
+        return epath.Path(self.folder.absolute()) / str(step)
+
+    def _set_aside(self, step: int) -> Path:
+        place = self.folder / str(step)
         if jax.process_index() == 0:
-            place.mkdir(exist_ok=True)
-            (self.folder / str(step)).rename(target)
-            self._sums(step).unlink(missing_ok=True)
+            place = set_aside(place, self.folder.parent)
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("moved aside")
-        self._manager.reload()
-        return target
+            multihost_utils.sync_global_devices("set aside")
+        return place
 
-    def _sums(self, step: int) -> Path:
-        return self.folder.parent / "sha256" / f"{step}.json"
+    def _prune(self) -> None:
+        """Deletes the steps that are not kept, if the newest can be read; what cannot be read stays."""
+        readable = {}
+        for step in self.steps():
+            with contextlib.suppress(Damaged):
+                readable[step] = read_meta(self.folder / str(step), step).get("metrics", {}).get(VALIDATION_LOSS)
+        if not readable or max(readable) != max(self.steps()):
+            return
+        rated = sorted((loss, step) for step, loss in readable.items() if isinstance(loss, float))
+        kept = {*sorted(readable)[-self._keep :], *(step for _, step in rated[: self._keep_best])}
+        for step in readable.keys() - kept:
+            if not self._keep_every or step % self._keep_every:
+                # Under another name first: a deletion that is killed leaves no half of a step.
+                doomed = (self.folder / str(step)).rename(self.folder / f"{step}.deleted")
+                shutil.rmtree(doomed, ignore_errors=True)
+
+    def _remove_leftovers(self) -> None:
+        for pattern in _LEFTOVERS:
+            for left in self.folder.glob(pattern):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _damage():
+    """Turns whatever a file makes orbax, tensorstore or JSON raise into `Damaged`; not the state of the machine."""
+    try:
+        yield
+    except Exception as error:
+        system = _system_error(error)
+        if out_of_memory(error, "", "") or (system and system.errno in _PASSING):
+            raise system or error from error
+        raise Damaged(f"it cannot be read: {_first_line(error)}") from error
+
+
+def _together(read: Callable[[], T]) -> T:
+    """Returns what `read` returns; raises `Damaged` in all processes of the run if it does in one."""
+    damage, result = "", None
+    try:
+        result = read()
+    except Damaged as error:
+        damage = str(error) or "damaged"
+    if damage := _first_said(damage):
+        raise Damaged(damage)
+    return result  # pyright: ignore[reportReturnType]
+
+
+def _first_said(sentence: str) -> str:
+    """Returns the first sentence that is not empty, of those that all processes bring."""
+    if jax.process_count() == 1:
+        return sentence
+    said = sentence.encode(errors="replace")[:_SAID].ljust(_SAID, b"\0")
+    all_said = np.asarray(multihost_utils.process_allgather(np.frombuffer(said, np.uint8), tiled=False))
+    texts = (row.tobytes().rstrip(b"\0").decode(errors="replace") for row in all_said)
+    return next(filter(None, texts), "")
+
+
+def _reason(failure: Exception) -> str:
+    system = _system_error(failure)
+    if system is None:
+        return _first_line(failure)
+    return "disk full" if system.errno == errno.ENOSPC else os.strerror(system.errno) if system.errno else str(system)
+
+
+def _system_error(error: Exception) -> OSError | None:
+    """Returns what the operating system said, which tensorstore hides in a ValueError."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    if number:
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    return error if isinstance(error, OSError) else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+def _saved(arrays: Mapping[str, Any], item: str) -> dict[str, str]:
+    """Returns path -> shape and type of the arrays of an item."""
+    return {
+        path.removeprefix(f"{item}/"): f"{tuple(array['shape'])} {array['dtype']}"
+        for path, array in arrays.items()
+        if path.startswith(f"{item}/")
+    }
 
 
 def _shown(leaf: Any) -> str:
-    return "nothing" if leaf is None else f"{tuple(leaf.shape)} {leaf.dtype}"
-
-
-def _sha256_of(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): file_sha256(path) for path in sorted(files)}
+    return f"{tuple(leaf.shape)} {leaf.dtype}"
 
 
 def _to_dict(tree: Any) -> dict[str, Any]:

@@ -4,7 +4,6 @@ A folder holds model.safetensors, or shards named by model.safetensors.index.jso
 """
 
 import contextlib
-import json
 import math
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from gpt2_flax.checkpoint.checksums import check_sums
 from gpt2_flax.errors import ExitCode, UserError, missing_package, quote
+from gpt2_flax.input_files import read_object
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -26,7 +26,6 @@ TORCH_WEIGHTS = "pytorch_model.bin"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 
 MAX_HEADER = MAX_INDEX = 16 * 2**20
-MAX_CONFIG = 2**20
 MAX_TENSORS = 10_000
 MAX_INDEX_ENTRIES = 100_000
 
@@ -74,28 +73,6 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Tensor]]:
         yield unwrapped(tensors)
 
 
-def read_json(path: Path, limit: int) -> dict[str, Any]:
-    """Returns the JSON object in a file of at most `limit` bytes; raises `UserError` (DATA) for anything else."""
-    with open(path, "rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise UserError(ExitCode.DATA, f"file is larger than {limit} bytes", path, "it should be a short JSON file")
-    try:
-        values = json.loads(data, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise UserError(ExitCode.DATA, f"not a JSON file ({quote(str(error))})", path, _DAMAGED) from None
-    if not isinstance(values, dict):
-        raise UserError(ExitCode.DATA, "not a JSON object", path, _DAMAGED)
-    return values
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key stands there twice")
-    return values
-
-
 def check_tensors(
     tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], optional: str, misfit: str, where: object
 ) -> None:
@@ -121,7 +98,7 @@ def check_tensors(
 
 def _read_index(path: Path) -> dict[str, str]:
     """Returns tensor name -> shard name, every shard a plain file beside the index."""
-    names = read_json(path, MAX_INDEX).get("weight_map")
+    names = read_object(path, MAX_INDEX).get("weight_map")
     if not isinstance(names, dict) or not names or len(names) > MAX_INDEX_ENTRIES:
         what = f"weight_map is not an object of 1 to {MAX_INDEX_ENTRIES} names"
         raise UserError(ExitCode.DATA, what, path, _DAMAGED)

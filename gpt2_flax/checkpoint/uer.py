@@ -17,16 +17,15 @@ import numpy as np
 
 from gpt2_flax.checkpoint.huggingface import weight_shapes
 from gpt2_flax.checkpoint.tensor_files import (
-    MAX_CONFIG,
     Tensor,
     check_finite,
     check_tensors,
-    read_json,
     read_torch,
     sized_torch_tensors,
 )
 from gpt2_flax.config import ModelConfig, parse_model
 from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.input_files import read_object
 
 LAYER_NORM_EPSILON = 1e-7
 HEAD_SIZE = 64  # of all their published models; shapes do not tell
@@ -126,7 +125,7 @@ def read_uer(path: Path, uer_config: Path | None = None) -> tuple[ModelConfig, d
     for file in filter(None, (path, uer_config)):
         if not file.is_file():
             raise UserError(ExitCode.NO_INPUT, "file not found", file, "check the path")
-    values = read_json(uer_config, MAX_CONFIG) if uer_config else {}
+    values = read_object(uer_config) if uer_config else {}
     return from_uer(open_uer(path), values, path, uer_config or path)
 
 

@@ -9,6 +9,7 @@ import typer
 
 import gpt2_flax
 from gpt2_flax.folders import is_address, is_utf8, local_path
+from gpt2_flax.input_files import MOST_STEPS
 
 app = typer.Typer(
     name="gpt2-flax",
@@ -84,7 +85,12 @@ PathOption = partial(typer.Option, parser=_path)
 ModelArgument = partial(PathArgument, callback=existing_model)
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that an earlier call made.")]
 Model = Annotated[Path, ModelArgument(help="A run folder, RUN/checkpoints/STEP, or a transformers folder.")]
-Step = Annotated[int | None, typer.Option(help="Which checkpoint of a run; the newest when left out.")]
+Step = Annotated[
+    int | None, typer.Option(min=0, max=MOST_STEPS, help="Which checkpoint of a run; the newest when left out.")
+]
+Best = Annotated[
+    bool, typer.Option("--best", help="The checkpoint of a run that has the lowest validation loss, not the newest.")
+]
 Bos = Annotated[
     str | None, typer.Option(callback=utf8, help="Token that begins a document, if the tokenizer's files do not say.")
 ]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from gpt2_flax.cli.app import Bos, Eos, Model, ModelArgument, Overwrite, PathArgument, PathOption, Step, app, utf8
+from gpt2_flax.cli.app import Best, Bos, Eos, Model, ModelArgument, Overwrite, PathArgument, PathOption, Step, app, utf8
 from gpt2_flax.text.special_tokens import Ends
 
 CardText = partial(typer.Option, callback=utf8)
@@ -24,6 +24,7 @@ def export(
     model: Model,
     output: Annotated[Path, PathArgument(help="Folder to make, for transformers.")],
     step: Step = None,
+    best: Best = False,
     format: Annotated[
         Literal["safetensors", "bin", "gguf"],
         typer.Option(help="bin and gguf write pytorch_model.bin or model.gguf beside model.safetensors."),
@@ -61,7 +62,7 @@ def export(
     shard_bytes = shard_size(max_shard_size)
     check_output(output, MARKER, overwrite)
     verification = publish(
-        load_source(model, step),
+        load_source(model, step, best=best),
         output,
         format=format,
         dtype=dtype,
@@ -124,6 +125,7 @@ def convert(
     language: Annotated[str | None, CardText(help="Language code for the model card, such as zh.")] = None,
     license: Annotated[str | None, CardText(help="License for the model card, such as apache-2.0.")] = None,
     step: Step = None,
+    best: Best = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Turn a model of UER-py, nanoGPT, transformers or this program into one of another, and compare the two."""
@@ -135,7 +137,7 @@ def convert(
     from gpt2_flax.folders import check_output
 
     check_output(output, UER_CONFIG if format == "uer" else MARKER, overwrite)
-    source = load_source(model, step, tokenizer, uer_config, Ends(bos, eos))
+    source = load_source(model, step, tokenizer, uer_config, Ends(bos, eos), best)
     if found := compare_with_original(model, source):
         print(f"{model}: {found}")
     if format == "uer":

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from gpt2_flax.cli.app import Model, PathOption, Step, app, utf8
+from gpt2_flax.cli.app import Best, Model, PathOption, Step, app, utf8
+from gpt2_flax.input_files import MOST_POSITIONS, MOST_ROWS, MOST_TOKENS
 
 
 @app.command()
@@ -19,16 +20,22 @@ def generate(
         list[str] | None, typer.Option(callback=utf8, help="Beginning of a text; repeat it for a batch.")
     ] = None,
     prompt_file: Annotated[Path | None, PathOption(help="A file with a prompt on each line; - reads stdin.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many texts to make of each prompt.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Lower is safer; 0 takes the likeliest token.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Only the K likeliest tokens; 0 for all.")] = 50,
+    samples: Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="How many texts to make of each prompt.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_POSITIONS, help="Most tokens to add.")] = 100,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, max=1000.0, help="Lower is safer; 0 takes the likeliest token.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, max=MOST_TOKENS, help="Only the K likeliest tokens; 0 for all.")] = 50,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Only the likeliest that share this much.")] = 1.0,
     min_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Only tokens with this part of the likeliest's probability.")
     ] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(min=1.0, help="Above 1 avoids what was said before.")] = 1.0,
-    no_repeat_ngram: Annotated[int, typer.Option(min=0, help="No N tokens in a row come twice; 0 allows it.")] = 0,
+    repetition_penalty: Annotated[
+        float, typer.Option(min=1.0, max=1000.0, help="Above 1 avoids what was said before.")
+    ] = 1.0,
+    no_repeat_ngram: Annotated[
+        int, typer.Option(min=0, max=MOST_POSITIONS, help="No N tokens in a row come twice; 0 allows it.")
+    ] = 0,
     allow_unknown: Annotated[bool, typer.Option("--allow-unknown", help="Let the model say [UNK].")] = False,
     stream: Annotated[
         bool | None,
@@ -36,6 +43,7 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Same seed, same text.")] = 0,
     step: Step = None,
+    best: Best = False,
 ) -> None:
     """Continue texts."""
     from gpt2_flax.cli.prompts import read_prompts, warn_of_unknown
@@ -55,7 +63,7 @@ def generate(
     from gpt2_flax.inference.generate import Generator, with_text_only
     from gpt2_flax.inference.sampling import Sampling
 
-    generator = Generator(load_source(model, step))
+    generator = Generator(load_source(model, step, best=best))
     warn_of_unknown(generator.tokenizer, prompts)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram)
     sampling = with_text_only(sampling, generator.tokenizer, generator.decoder.cfg.vocab_size, unknown=allow_unknown)
@@ -74,9 +82,12 @@ def serve(
     model: Model,
     host: Annotated[str, typer.Option(callback=utf8, help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes one that is free.")] = 8000,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens that a text may ask for.")] = 512,
-    max_concurrent: Annotated[int, typer.Option(min=1, help="Most requests that run or wait.")] = 4,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST_POSITIONS, help="Most new tokens that a text may ask for.")
+    ] = 512,
+    max_concurrent: Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="Most requests that run or wait.")] = 4,
     step: Step = None,
+    best: Best = False,
 ) -> None:
     """Serve a page to play with, and OpenAI's /v1/completions.
 
@@ -99,4 +110,4 @@ def serve(
     name = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
     limits = Limits(max_tokens=max_tokens, max_concurrent=max_concurrent)
     with listen(host, port) as listener:  # first, because it is what fails most and takes no time
-        run(load_source(model, step), name, listener, limits)
+        run(load_source(model, step, best=best), name, listener, limits)

@@ -7,14 +7,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from gpt2_flax.cli.app import Model, PathArgument, PathOption, Step, app, corpus_source, positive, utf8
+from gpt2_flax.cli.app import Best, Model, PathArgument, PathOption, Step, app, corpus_source, positive, utf8
 from gpt2_flax.cli.text import Between, Encoding, Format, OnBad, TextField
+from gpt2_flax.input_files import MOST_POSITIONS, MOST_ROWS, MOST_STEPS
 from gpt2_flax.text.documents import CorpusOptions
 
 
 @app.command()
 def doctor(
-    seconds: Annotated[float, typer.Option(min=10, help="Time for everything; what matters most comes first.")] = 280,
+    seconds: Annotated[
+        float, typer.Option(min=10, max=86400, help="Time for everything; what matters most comes first.")
+    ] = 280,
     json: Annotated[
         Path | None, PathOption("--json", metavar="FILE", help="Write all that is found to this new file.")
     ] = None,
@@ -40,15 +43,24 @@ def train(
         list[str] | None, typer.Option(help="Key that may differ from the run so far, when resuming; repeatable.")
     ] = None,
     profile: Annotated[
-        int, typer.Option(min=0, metavar="STEPS", help="Trace so many steps for TensorBoard's profiler or XProf.")
+        int,
+        typer.Option(
+            min=0, max=MOST_STEPS, metavar="STEPS", help="Trace so many steps for TensorBoard's profiler or XProf."
+        ),
     ] = 0,
     max_hours: Annotated[
         float | None,
         typer.Option(callback=positive, metavar="H", help="Stop and save, with 75, before so many hours are over."),
     ] = None,
-    coordinator: Annotated[str | None, typer.Option(help="Several hosts: HOST:PORT of process 0.")] = None,
-    num_processes: Annotated[int | None, typer.Option(min=1, help="Several hosts: number of processes.")] = None,
-    process_id: Annotated[int | None, typer.Option(min=0, help="Several hosts: number of this process.")] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(help="Several hosts: HOST:PORT of process 0. PORT + 1 must be free and reachable too.")
+    ] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(min=1, max=MOST_ROWS, help="Several hosts: number of processes.")
+    ] = None,
+    process_id: Annotated[
+        int | None, typer.Option(min=0, max=MOST_ROWS, help="Several hosts: number of this process.")
+    ] = None,
 ) -> None:
     """Train a model, or go on with a run where it stopped.
 
@@ -64,14 +76,19 @@ def train(
     """
     begun = time.monotonic()
     from gpt2_flax.config_file import load_stages
-    from gpt2_flax.cpu import tune_cpu
+    from gpt2_flax.parallel.place import find_place
+    from gpt2_flax.parallel.watchdog import announced
 
-    tune_cpu()
-    from gpt2_flax.parallel.processes import start_processes
-    from gpt2_flax.training.loop import train as run
+    place = find_place(coordinator, num_processes, process_id)
+    with announced(place):  # importing JAX may fail on one host
+        from gpt2_flax.cpu import tune_cpu
+
+        tune_cpu()
+        from gpt2_flax.parallel.processes import start_processes
+        from gpt2_flax.training.loop import train as run
 
     deadline = math.inf if max_hours is None else begun + 3600 * max_hours
-    with start_processes(coordinator, num_processes, process_id) as watchdog:
+    with start_processes(place) as watchdog:
         stages = load_stages(config, overrides or ())  # here: what is wrong with it in one process ends all
         run(*stages, allow_change=allow_change or (), profile_steps=profile, watchdog=watchdog, deadline=deadline)
 
@@ -86,7 +103,9 @@ def plan(
     topology: Annotated[
         str | None, typer.Option(help="Compile for v5e:2x4, v6e:16x16, h200:8, h200:32x8, ...; none need be here.")
     ] = None,
-    stage: Annotated[int | None, typer.Option(min=1, help="Which stage of the config; all when left out.")] = None,
+    stage: Annotated[
+        int | None, typer.Option(min=1, max=MOST_ROWS, help="Which stage of the config; all when left out.")
+    ] = None,
     mfu: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of the devices' peak that training is taken to reach.")
     ] = 0.4,
@@ -114,6 +133,41 @@ def plan(
 
 
 @app.command()
+def checkpoints(
+    run: Annotated[Path, PathArgument(help="A run folder.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every array and compare it with its checksum; 74 if one differs.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
+) -> None:
+    """List the checkpoints of a run: step, date, losses, size, state.
+
+    Nothing is changed. A damaged checkpoint is passed over by all other commands; `train` moves it to RUN/damaged.
+    """
+    import json as json_format
+    import time
+
+    from gpt2_flax.checkpoint.listing import list_checkpoints
+    from gpt2_flax.checkpoint.run_folder import RunFolder
+    from gpt2_flax.errors import ExitCode, UserError
+    from gpt2_flax.progress import si
+
+    found = list_checkpoints(RunFolder(run), verify)
+    if json:
+        print(json_format.dumps([one._asdict() for one in found], indent=1))
+    else:
+        print(f"{'step':>9}  {'saved':<19}  {'loss':>8}  {'validation':>10}  {'size':>8}  state")
+        for one in found:
+            saved = "-" if one.time is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.time))
+            losses = ["-" if loss is None else f"{loss:.4f}" for loss in (one.train_loss, one.validation_loss)]
+            state = one.state if one.damage is None else f"{one.state}: {one.damage}"
+            print(f"{one.step:>9}  {saved:<19}  {losses[0]:>8}  {losses[1]:>10}  {si(one.bytes, 'B'):>8}  {state}")
+    if damaged := ", ".join(str(one.step) for one in found if one.state == "damaged"):
+        fix = "train passes them over; export or evaluate another step"
+        raise UserError(ExitCode.IO, f"damaged checkpoints: {damaged}", run, fix)
+
+
+@app.command()
 def keys() -> None:
     """List every key of a training config with its default."""
     from pydantic_core import PydanticUndefined
@@ -132,9 +186,11 @@ def evaluate(
         str | None,
         typer.Option(parser=corpus_source, help="A dataset or a corpus; the datasets of the run when left out."),
     ] = None,
-    seq_length: Annotated[int | None, typer.Option(min=1, help="Tokens a row; the run's, else n_positions.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows computed together.")] = 16,
-    batches: Annotated[int, typer.Option(min=0, help="Batches to read; 0 reads everything.")] = 0,
+    seq_length: Annotated[
+        int | None, typer.Option(min=1, max=MOST_POSITIONS, help="Tokens a row; the run's, else n_positions.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="Rows computed together.")] = 16,
+    batches: Annotated[int, typer.Option(min=0, max=MOST_STEPS, help="Batches to read; 0 reads everything.")] = 0,
     split: Annotated[
         Literal["train", "validation"] | None, typer.Option(help="Of a dataset; validation when left out.")
     ] = None,
@@ -147,6 +203,7 @@ def evaluate(
     encoding: Encoding = "auto",
     on_error: OnBad = "stop",
     step: Step = None,
+    best: Best = False,
 ) -> None:
     """Print loss, perplexity, bits per character and accuracy on text that was not trained on.
 
@@ -157,6 +214,6 @@ def evaluate(
     from gpt2_flax.inference.evaluate import evaluate_source
 
     options = CorpusOptions(format, separator, field, encoding, on_error)
-    source = load_source(model, step)
+    source = load_source(model, step, best=best)
     result = evaluate_source(source, data, seq_length, batch_size, batches, options, split, per_document)
     print(f"{result}  tokens {result.tokens:,}")

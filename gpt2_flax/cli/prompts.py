@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpt2_flax.errors import ExitCode, UserError, io_error, printable
+from gpt2_flax.input_files import VOCABULARY_BYTES, read_whole
 from gpt2_flax.text.tokenizer import Tokenizer
 
 _MOST_NAMED = 20  # characters in a warning
@@ -17,7 +18,7 @@ def read_prompts(path: Path) -> list[str]:
     """
     where = "stdin" if str(path) == "-" else path
     try:
-        data = sys.stdin.buffer.read() if where == "stdin" else path.read_bytes()
+        data = sys.stdin.buffer.read() if where == "stdin" else read_whole(path, VOCABULARY_BYTES)
     except FileNotFoundError:
         raise UserError(ExitCode.NO_INPUT, "file of prompts not found", path, "check the name") from None
     except OSError as error:

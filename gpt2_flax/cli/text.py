@@ -18,6 +18,7 @@ from gpt2_flax.cli.app import (
     utf8,
 )
 from gpt2_flax.data.engines import Engine
+from gpt2_flax.input_files import MOST_ROWS, MOST_STEPS, MOST_TOKENS
 from gpt2_flax.text.documents import CorpusFormat, CorpusOptions, OnError, Problem, Separator
 from gpt2_flax.text.special_tokens import Ends
 
@@ -46,7 +47,9 @@ def tokenizer(
         Literal["wordpiece", "sentencepiece"],
         typer.Option(help="wordpiece: a BERT vocabulary, for BertTokenizer; sentencepiece: any text, any language."),
     ] = "wordpiece",
-    vocab_size: Annotated[int, typer.Option(min=1, help="Most tokens the vocabulary may have.")] = 21128,
+    vocab_size: Annotated[
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Most tokens the vocabulary may have.")
+    ] = 21128,
     model_type: Annotated[
         Literal["bpe", "unigram", "char"],
         typer.Option(help="char: single characters only; unigram: SentencePiece's other kind, slow to train."),
@@ -125,7 +128,7 @@ def prepare(
         bool, typer.Option("--allow-unknown", help="Do not stop when over 20% of the tokens are unknown.")
     ] = False,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes, all cores when left out; the result is the same.")
+        int | None, typer.Option(min=1, max=4096, help="Processes, all cores when left out; the result is the same.")
     ] = None,
     engine: Annotated[Engine, typer.Option(help="ray: on the cluster that RAY_ADDRESS names.")] = "local",
     cased: Annotated[bool, typer.Option("--cased", help="For a vocab.txt: keep upper case and accents.")] = False,
@@ -163,12 +166,17 @@ def inspect(
         Path | None, PathArgument(help="A folder made by `gpt2-flax prepare`; with --batch the config's if left out.")
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read everything; check sha256 sums and token ids.")] = False,
-    samples: Annotated[int, typer.Option(min=0, help="Documents, or rows of a batch, to show.")] = 3,
+    samples: Annotated[int, typer.Option(min=0, max=MOST_ROWS, help="Documents, or rows of a batch, to show.")] = 3,
     batch: Annotated[
-        int | None, typer.Option(min=1, metavar="STEP", help="Show what this step of a run trains on, with --config.")
+        int | None,
+        typer.Option(
+            min=1, max=MOST_STEPS, metavar="STEP", help="Show what this step of a run trains on, with --config."
+        ),
     ] = None,
     config: Annotated[Path | None, PathOption(help="For --batch: TOML file, or config.toml of a run.")] = None,
-    stage: Annotated[int | None, typer.Option(min=1, help="For --batch: which stage of the config.")] = None,
+    stage: Annotated[
+        int | None, typer.Option(min=1, max=MOST_ROWS, help="For --batch: which stage of the config.")
+    ] = None,
 ) -> None:
     """Show what a dataset holds: counts, lengths of documents, unknown tokens, some of its text.
 

@@ -48,6 +48,7 @@ def batch_lines(config: Config, mixture: Mixture, step: int, samples: int) -> It
             inside_T = segments_T == segment
             yield f"  {_place(part.split, start, int(inside_T.sum()))}, {trained_T[inside_T].sum():,} targets"
             yield f"    {_with_ends(tokens_T[inside_T], tokenizer)}"
+    mixture.check_unchanged()
 
 
 def _place(split: TokenSplit, start: int, length: int) -> str:

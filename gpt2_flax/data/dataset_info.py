@@ -1,13 +1,17 @@
 """What dataset.json says of a prepared dataset."""
 
+import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from gpt2_flax.errors import ExitCode, UserError, io_error, quote
 from gpt2_flax.folders import write_whole
+from gpt2_flax.input_files import VOCABULARY_BYTES, read_whole
 
 FORMAT = "gpt2_flax token dataset"
 VERSION = 2
@@ -110,17 +114,23 @@ class DatasetInfo(Record):
 
 
 def write_info(folder: Path, info: DatasetInfo) -> None:
-    """Writes dataset.json, the last file of a dataset."""
-    write_whole(folder / MARKER, f"{info.model_dump_json(indent=2)}\n".encode())
+    """Writes dataset.json, the last file of a dataset, with a checksum of itself."""
+    content = info.model_dump(mode="json")
+    text = json.dumps({"sha256": _checksum(content)} | content, ensure_ascii=False, indent=2)
+    write_whole(folder / MARKER, f"{text}\n".encode())
 
 
 def read_info(folder: Path) -> DatasetInfo:
     """Returns what dataset.json holds; raises `UserError`: NO_INPUT when there is none, DATA when it is damaged."""
     path = folder / MARKER
     try:
-        content = from_json(path.read_bytes())
+        content = from_json(read_whole(path, VOCABULARY_BYTES))
         _check_version(content, path)
+        sha256 = content.pop("sha256", None)  # not in old datasets
         info = DatasetInfo.model_validate(content)
+        if sha256 not in (None, _checksum(content)):
+            fix = 'prepare it again; if it was changed on purpose, delete its line "sha256"'
+            raise UserError(ExitCode.DATA, "damaged dataset (sha256 differs)", path, fix)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(ExitCode.NO_INPUT, "dataset not found", path, "make it with `gpt2-flax prepare`") from None
     except OSError as error:
@@ -138,6 +148,11 @@ def read_info(folder: Path) -> DatasetInfo:
         if token >= info.vocab_size:
             raise _damaged(path, f"token id {token} of {name} is outside the vocabulary of {info.vocab_size}")
     return info
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Of what a dataset.json says, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _check_version(content: object, path: Path) -> None:

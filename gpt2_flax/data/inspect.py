@@ -66,7 +66,8 @@ def split_figures(split: TokenSplit, lengths: Sequence[int] = (128, 1024)) -> Sp
 def inspection_lines(dataset: TokenDataset, samples: int = 3, lengths: Sequence[int] = (128, 1024)) -> Iterator[str]:
     """Yields what there is to say of a dataset, with the beginnings of up to `samples` documents of each split.
 
-    Raises `UserError` (DATA) for damaged document starts, or a tokenizer that is missing or not the dataset's.
+    Raises `UserError` (DATA) for damaged document starts, a tokenizer that is missing or not the dataset's, and at the
+    end when a file changed meanwhile.
     """
     info, splits, tokenizer = dataset.info, (dataset.train, dataset.validation), dataset_tokenizer(dataset)
     special = {"begin": info.bos_id, "end": info.eos_id, "unknown": info.unk_id}
@@ -87,6 +88,7 @@ def inspection_lines(dataset: TokenDataset, samples: int = 3, lengths: Sequence[
             yield ""
             yield f"{split.name} document {number:,} of {split.n_documents:,}, {stop - start:,} tokens"
             yield f"  {printable(shown)}"
+    dataset.check_unchanged()
 
 
 def dataset_tokenizer(dataset: TokenDataset) -> Tokenizer:

@@ -3,7 +3,8 @@
 import hashlib
 from collections.abc import Mapping
 
-from gpt2_flax.config import Packing
+from gpt2_flax.config import Packing, Verify
+from gpt2_flax.data.integrity import FirstUse
 from gpt2_flax.data.loader import MixedLoader, shares_of_rest
 from gpt2_flax.data.token_dataset import TokenDataset
 from gpt2_flax.errors import ExitCode, UserError
@@ -18,6 +19,7 @@ class Mixture:
     def __init__(self, weights: Mapping[str, float]):
         self.name = ", ".join(weights)
         self.datasets = {folder: TokenDataset(folder) for folder in weights}
+        self._first_use = FirstUse()
         self.shares = shares_of_rest(weights.values())
         first = next(iter(self.datasets.values()))
         self.vocab_size, self.tokenizer_fingerprint = first.info.vocab_size, first.info.tokenizer_fingerprint
@@ -28,6 +30,33 @@ class Mixture:
                 where = f"{first.folder} and {other.folder}"
                 fix = "prepare both with the same tokenizer"
                 raise UserError(ExitCode.CONFIG, "datasets were prepared with different tokenizers", where, fix)
+
+    def verify(self, how: Verify) -> None:
+        """Verify all splits ("full"), or validation splits now and each training shard when it is used ("first-use").
+
+        "off": nothing. Raises `UserError` (DATA) naming the first file that is wrong. For a training shard that is
+        verified later whoever reads next raises it, and the two methods below.
+        """
+        for dataset in self.datasets.values():
+            if how == "full":
+                dataset.verify()
+            elif how == "first-use":
+                dataset.verify(dataset.validation)
+                dataset.train.check_at_first_use(self._first_use)
+
+    def check_unchanged(self) -> None:
+        """Raise `UserError` (DATA) that names a file which changed since it was opened, or a damaged shard."""
+        self._first_use.raise_failure()
+        for dataset in self.datasets.values():
+            dataset.check_unchanged()
+
+    def wait_until_verified(self, patience: float | None) -> None:
+        """Wait until the shards used so far are verified, but warn after `patience` seconds (None: never).
+
+        A run computes checksums from its start on, and soon has them all: a save seldom waits.
+        Raises `UserError` (DATA) for a damaged shard.
+        """
+        self._first_use.wait(patience)
 
     def loader(
         self, seq_length: int, seed: int, packing: Packing = "stream", attend_across_documents: bool = False

@@ -1,10 +1,11 @@
 """Which parts of documents make up each row, worked out once and kept beside the dataset.
 
     DATASET/packing/train-best_fit-1024-0123456789abcdef.parts.bin   where parts start (uint64), their tokens (uint32)
-    DATASET/packing/train-best_fit-1024-0123456789abcdef.rows.bin    uint64 number of the first part of each row, of all
+    DATASET/packing/train-best_fit-1024-0123456789abcdef.rows.bin    uint64 first part of each row, all parts twice
+    DATASET/packing/train-best_fit-1024-0123456789abcdef.sha256      of both, as `sha256sum -c` reads it; written last
 
 A plan is a function of where documents start, of which the name has a checksum: any process may write it, several at
-once write the same bytes, and that of a changed dataset has another name.
+once write the same bytes, and that of a changed dataset has another name. A damaged one is made again.
 Dimension key: B rows of a batch, D documents, N parts, R rows.
 """
 
@@ -14,16 +15,17 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from gpt2_flax.config import Packing
 from gpt2_flax.data.best_fit import best_fit_decreasing
-from gpt2_flax.data.token_dataset import TokenSplit, ranges
+from gpt2_flax.data.flat_files import FlatFile, OpenFile
+from gpt2_flax.data.token_dataset import TokenSplit
 from gpt2_flax.errors import ExitCode, UserError, io_error
-from gpt2_flax.folders import cache_folder
+from gpt2_flax.folders import cache_folder, file_sha256
 from gpt2_flax.interruption import cleaned_up
 from gpt2_flax.progress import progress_bar
 
@@ -36,41 +38,47 @@ _PATIENCE = 2.0  # seconds without a progress bar
 
 
 class Plan:
-    """The parts of documents that rows of `seq_length` positions consist of, memory-mapped.
+    """The parts of documents that rows of `seq_length` positions consist of, opened for reading by any thread.
 
     With an `overlap` of 1 the last token of a part is a target only, and the first of the next part of the document.
-    Raises OSError or ValueError when there is no whole plan at `path`.
+    Raises OSError when there is no plan at `path`, ValueError when it is damaged.
     """
 
     def __init__(self, path: Path, split: TokenSplit, seq_length: int, overlap: int):
         self.path, self.seq_length, self.overlap = path, seq_length, overlap
         self._n_tokens = split.n_tokens
-        self._parts_N, self._firsts_R = (
-            np.memmap(file, dtype, "r").view(np.ndarray) if file.stat().st_size else np.zeros(0, dtype)
-            for file, dtype in zip(_files(path), (_PART, _FIRST), strict=True)
+        *files, sums_file = _files(path)
+        sums = [file_sha256(file) for file in files]
+        if sums_file.read_bytes() != _sum_lines(path, sums):
+            raise ValueError(f"damaged plan of rows: {path}")
+        self._parts, self._firsts = (
+            OpenFile(FlatFile(file, dtype, file.stat().st_size // dtype.itemsize, sha256=sha256))
+            for file, dtype, sha256 in zip(files, (_PART, _FIRST), sums, strict=True)
         )
-        if not len(self._firsts_R) or self._firsts_R[-1] != len(self._parts_N):
-            raise ValueError(f"{path} is not whole")
-        self.n_rows = len(self._firsts_R) - 1
+        for opened in (self._parts, self._firsts):
+            opened.keep()
+            split.watch.add(opened.file.path, opened.verify, opened.descriptor)
+        self.n_rows = self._firsts.file.count - 2
 
     def parts(self, rows_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns how many parts each row has, and where they start in the stream and how many tokens they are.
 
         All int64; rows past the last have none. Raises `UserError` (DATA) when the files are damaged.
         """
-        bounds = self._firsts_R[np.minimum((rows_B, rows_B + 1), self.n_rows)].astype(np.int64)
-        counts_B = bounds[1] - bounds[0]
-        if ((counts_B < 0) | (counts_B > self.seq_length) | (bounds[1] > len(self._parts_N))).any():
+        rows_B = np.minimum(rows_B, self.n_rows)
+        low_B, high_B = self._firsts.pieces(rows_B, rows_B + 2).astype(np.int64).reshape(-1, 2).T
+        counts_B = high_B - low_B
+        if ((low_B < 0) | (counts_B < 0) | (counts_B > self.seq_length) | (high_B > self._parts.file.count)).any():
             raise self.damage()
-        parts_N = self._parts_N[ranges(bounds[0], counts_B)]
-        starts_N, tokens_N = (parts_N[name].astype(np.int64) for name in parts_N.dtype.names)
+        parts_N = self._parts.pieces(low_B, high_B)
+        starts_N, tokens_N = (parts_N[name].astype(np.int64) for name in _PART.names)
         if ((starts_N < 0) | (tokens_N <= self.overlap) | (starts_N + tokens_N > self._n_tokens)).any():
             raise self.damage()
         return counts_B, starts_N, tokens_N
 
     def damage(self) -> UserError:
-        files = " and ".join(file.name for file in _files(self.path))
-        return UserError(ExitCode.DATA, "damaged plan of rows", self.path.parent, f"delete {files}")
+        fix = "run the same command again: a damaged plan is made again"
+        return UserError(ExitCode.DATA, "plan of rows changed while it was in use", self.path, fix)
 
 
 def read_or_make_plan(split: TokenSplit, seq_length: int, packing: Packing) -> Plan:
@@ -83,8 +91,11 @@ def read_or_make_plan(split: TokenSplit, seq_length: int, packing: Packing) -> P
     cache = cache_folder()
     folders = [split.folder / "packing", *([cache / "packing"] if cache else [])]
     for folder in folders:
-        with contextlib.suppress(OSError, ValueError):
-            return Plan(folder / name, split, seq_length, overlap)
+        with contextlib.suppress(OSError):
+            try:
+                return Plan(folder / name, split, seq_length, overlap)
+            except ValueError as error:
+                print(f"warning: {error}: it is made again", file=sys.stderr, flush=True)
     for folder in folders:
         try:
             _make(folder / name, split, seq_length, overlap)
@@ -105,8 +116,12 @@ def _checksum(split: TokenSplit) -> str:
     return hashlib.sha256(f"{_VERSION}{shards}".encode()).hexdigest()[:16]
 
 
-def _files(path: Path) -> tuple[Path, Path]:
-    return path.with_name(f"{path.name}.parts.bin"), path.with_name(f"{path.name}.rows.bin")
+def _files(path: Path) -> list[Path]:
+    return [path.with_name(f"{path.name}.{ending}") for ending in ("parts.bin", "rows.bin", "sha256")]
+
+
+def _sum_lines(path: Path, sums: Iterable[str]) -> bytes:
+    return "".join(f"{sha256}  {file.name}\n" for sha256, file in zip(sums, _files(path), strict=False)).encode()
 
 
 def _make(path: Path, split: TokenSplit, seq_length: int, overlap: int) -> None:
@@ -116,7 +131,8 @@ def _make(path: Path, split: TokenSplit, seq_length: int, overlap: int) -> None:
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(cleaned_up(lambda: _discard(temporary)))
-            parts_file, rows_file = files = [stack.enter_context(open(file, "xb")) for file in _files(temporary)]
+            files = [stack.enter_context(open(file, "xb")) for file in _files(temporary)]
+            parts_file, rows_file, sums_file = files
             advance = stack.enter_context(_late_bar("packing documents in rows", split.n_tokens, "tokens"))
             n_parts = 0
             for parts_N in _portions(_parts(split, seq_length, overlap)):
@@ -128,7 +144,10 @@ def _make(path: Path, split: TokenSplit, seq_length: int, overlap: int) -> None:
                 rows_file.write((n_parts + np.cumsum(counts_R) - counts_R).astype(_FIRST))
                 n_parts += len(parts_N)
                 advance(int(parts_N["tokens"].sum()))
-            rows_file.write(np.array([n_parts], _FIRST))
+            rows_file.write(np.array([n_parts, n_parts], _FIRST))  # a row after the last, of no parts
+            for file in (parts_file, rows_file):
+                file.flush()
+            sums_file.write(_sum_lines(path, map(file_sha256, _files(temporary)[:-1])))
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())

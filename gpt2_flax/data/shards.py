@@ -1,12 +1,11 @@
-"""One shard of a dataset: its tokens and where documents start in them, written, mapped and verified.
+"""One shard of a dataset: its tokens and where documents start in them, written, read and verified.
 
 Dimension key: B documents, T tokens.
 """
 
 import contextlib
-import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from gpt2_flax.data.dataset_info import Shard, TokenType
 from gpt2_flax.data.flat_files import FlatFile, NewFile
 from gpt2_flax.text.encoded import token_dtype
 
-_OFFSET = np.dtype("<u8")
+OFFSET = np.dtype("<u8")
 UNORDERED = "document starts do not ascend from 0 to below the number of tokens"
 
 
@@ -72,7 +71,7 @@ class ShardWriter:
         ascending = (np.diff(starts_B, prepend=-1, append=len(ids_T)) > 0).all()
         if not ascending or not (self._tally.tokens or (len(starts_B) and starts_B[0] == 0)):
             raise ValueError("document starts must ascend within the ids, and the first token of a shard must be one")
-        self._offsets.write((starts_B + self._tally.tokens).astype(_OFFSET))
+        self._offsets.write((starts_B + self._tally.tokens).astype(OFFSET))
         self._tokens.write(np.ascontiguousarray(ids_T, self._dtype))
         self._tally.add(ids_T, high)
         self._documents += len(starts_B)
@@ -118,24 +117,39 @@ class ShardFiles(NamedTuple):
     tokens: FlatFile
     offsets: FlatFile
 
-    def lengths(self, offsets: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yields the int64 lengths of its documents in pieces, given the pieces of its offset file.
+    def starts(self, read: Callable[[int], None] = lambda n_bytes: None) -> Iterator[np.ndarray]:
+        """Yields the int64 offsets in pieces and tells `read` of their bytes.
 
-        Raises `UserError` (DATA) when the offsets do not ascend from 0 to below the number of tokens.
+        Raises `UserError` (DATA) when they do not ascend from 0 to below the number of tokens, or their sha256 differs.
         """
-        last_B = np.array([-1])
-        for starts_B in itertools.chain(offsets, [np.array([self.shard.tokens])]):
-            bounds_B = np.concatenate((last_B, starts_B.astype(np.int64)))
-            lengths_B = np.diff(bounds_B)
-            if (lengths_B <= 0).any() or (last_B[0] < 0 and starts_B[0] != 0):
+        last = None
+        for starts_B in self.offsets.chunks(read):
+            follows = starts_B[0] == 0 if last is None else starts_B[0] > last
+            last = starts_B[-1]
+            if not follows or last >= self.shard.tokens or (starts_B[1:] <= starts_B[:-1]).any():
                 raise self.offsets.damage(UNORDERED)
-            yield lengths_B[1:] if last_B[0] < 0 else lengths_B
-            last_B = bounds_B[-1:]
+            yield starts_B.astype(np.int64)
 
-    def verify(self, vocab_size: int, unk_id: int | None, read: Callable[[int], None]) -> None:
+    def lengths(self) -> Iterator[np.ndarray]:
+        """Yields the int64 lengths of its documents in pieces; raises as `starts`."""
+        before_B = np.zeros(0, np.int64)
+        for starts_B in itertools.chain(self.starts(), [np.array([self.shard.tokens])]):
+            bounds_B = np.concatenate((before_B, starts_B))
+            yield np.diff(bounds_B)
+            before_B = bounds_B[-1:]
+
+    def every(self, stride: int) -> np.ndarray:
+        """Returns each `stride`-th offset from the first on, int64; raises as `starts`."""
+        kept, done = [], 0
+        for starts_B in self.starts():
+            kept.append(starts_B[-done % stride :: stride].copy())
+            done += len(starts_B)
+        return np.concatenate(kept)
+
+    def verify(self, vocab_size: int, unk_id: int | None, read: Callable[[int], None] = lambda n_bytes: None) -> None:
         """As `TokenDataset.verify` for one shard; `read` is told of the bytes that are done."""
         tally = _Tally(unk_id)
-        for ids_T in _hashed(self.tokens, self.shard.tokens_sha256, read):
+        for ids_T in self.tokens.chunks(read):
             tally.add(ids_T, int(ids_T.max()))
         if tally.max_id >= vocab_size:
             raise self.tokens.damage(outside(tally.max_id, vocab_size))
@@ -143,26 +157,16 @@ class ShardFiles(NamedTuple):
             found, recorded = getattr(tally, name), getattr(self.shard, name)
             if found != recorded:
                 raise self.tokens.damage(f"{name} is {found} where dataset.json says {recorded}")
-        for _ in self.lengths(_hashed(self.offsets, self.shard.offsets_sha256, read)):
+        for _ in self.starts(read):
             pass
 
 
 def shard_files(folder: Path, split: str, index: int, shard: Shard, dtype: np.dtype) -> ShardFiles:
     """Returns where the numbers of a shard lie; the tokens are of `dtype`."""
     ours, offsets = shard_paths(folder, split, index)
-    tokens = FlatFile(folder / shard.file if shard.file else ours, dtype, shard.tokens, shard.first, bool(shard.file))
-    return ShardFiles(shard, tokens, FlatFile(offsets, _OFFSET, shard.documents))
-
-
-def _hashed(file: FlatFile, sha256: str, read: Callable[[int], None]) -> Iterator[np.ndarray]:
-    """Yields the pieces of a file and raises `UserError` (DATA) at its end when its checksum is another."""
-    found = hashlib.sha256()
-    for numbers_N in file.chunks():
-        found.update(numbers_N)
-        read(numbers_N.nbytes)
-        yield numbers_N
-    if found.hexdigest() != sha256:
-        raise file.damage("sha256 differs")
+    place, shared = (folder / shard.file, True) if shard.file else (ours, False)
+    tokens = FlatFile(place, dtype, shard.tokens, shard.first, shared, shard.tokens_sha256)
+    return ShardFiles(shard, tokens, FlatFile(offsets, OFFSET, shard.documents, sha256=shard.offsets_sha256))
 
 
 def outside(token: int, vocab_size: int) -> str:

@@ -22,18 +22,23 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_flax.data.dataset_info import SPLITS, DatasetInfo, read_info
-from gpt2_flax.data.shards import UNORDERED, outside, shard_files
+from gpt2_flax.data.dataset_info import MARKER, SPLITS, DatasetInfo, read_info
+from gpt2_flax.data.flat_files import KEPT_BYTES, OpenFile, gather, ranges
+from gpt2_flax.data.integrity import FirstUse, Watch
+from gpt2_flax.data.shards import OFFSET, UNORDERED, outside, shard_files
 from gpt2_flax.progress import progress_bar
+
+_STRIDE = 32  # of so many document starts one is kept in memory, where all of a split are too many
 
 
 class TokenSplit:
-    """One split as a stream of `n_tokens` tokens, memory-mapped; any number of threads may read.
+    """One split as a stream of `n_tokens` tokens; any number of threads may read.
 
-    Raises `UserError` (DATA) when a file is missing or has another size than dataset.json says.
+    Raises `UserError` (DATA) when a file is missing or has another size than dataset.json says; all that reads raises
+    it when a file has become shorter, and when the offsets of a shard that is used first are damaged.
     """
 
-    def __init__(self, folder: Path, name: str, info: DatasetInfo):
+    def __init__(self, folder: Path, name: str, info: DatasetInfo, watch: Watch | None = None):
         self.folder, self.name, self.vocab_size, shards = folder, name, info.vocab_size, info.shards[name]
         self.n_documents = sum(shard.documents for shard in shards)
         self.n_tokens = sum(shard.tokens for shard in shards)
@@ -43,14 +48,26 @@ class TokenSplit:
         """None: not known."""
         self._dtype = np.dtype(info.dtype).newbyteorder("<")
         self.pairs = [shard_files(folder, name, index, shard, self._dtype) for index, shard in enumerate(shards)]
+        self.watch = watch or Watch()
+        """Of all files that are read."""
         for _, *files in self.pairs:
             for file in files:
                 file.check()
+                self.watch.add(file.path, file.verify)
+        self._unk_id, self._first_use = info.unk_id, None
         self._filled = [pair for pair in self.pairs if pair.shard.tokens]
         # Tokens and documents before each shard.
         starts = list(itertools.accumulate((pair.shard.tokens for pair in self._filled), initial=0))
         self._bounds = np.array([*starts, np.iinfo(np.int64).max])
         self._documents = list(itertools.accumulate((pair.shard.documents for pair in self._filled), initial=0))
+        # Each `_stride`-th start of a document in the stream, and how many of them are before each shard. Until a shard
+        # is used they are where it begins, which keeps the order.
+        self._counts = np.array([*(pair.shard.documents for pair in self._filled), 0])
+        self._stride = 1 if self.n_documents * OFFSET.itemsize <= KEPT_BYTES else _STRIDE
+        n_marks = -(-self._counts // self._stride)
+        self._first_marks = np.cumsum(n_marks) - n_marks
+        self._marks = np.append(np.repeat(self._bounds[:-1], n_marks), self.n_tokens)
+        self._used: set[int] = set()
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Returns int32 ids of the stream from `start` up to `stop` or its end; raises as `gather`."""
@@ -63,17 +80,14 @@ class TokenSplit:
         Past the stream's end is token 0. Raises `UserError` (DATA) for an id outside the vocabulary: JAX would clamp
         it silently.
         """
-        _, shards_P, *bounds = self._pieces(starts_N, starts_N + lengths_N)
-        shards = {shard: _mapped(self, shard)[0] for shard in set(shards_P.tolist()) - {len(self._filled)}}
-        parts = [
-            shards[shard][start:stop] if shard in shards else np.zeros(stop - start, self._dtype)
-            for shard, start, stop in zip(shards_P.tolist(), *(bound.tolist() for bound in bounds), strict=True)
-        ]
-        tokens_T = np.concatenate(parts) if parts else np.zeros(0, self._dtype)
-        if len(tokens_T) and int(tokens_T.max()) >= self.vocab_size:
-            highest = [int(part.max(initial=0)) for part in parts]
-            wrong = int(np.argmax(highest))
-            raise self._filled[shards_P[wrong]].tokens.damage(outside(highest[wrong], self.vocab_size))
+        if self._first_use is not None:
+            self._first_use.raise_failure()
+        _, shards_P, starts_P, stops_P = self._pieces(starts_N, starts_N + lengths_N)
+        opened = {shard: files[0] for shard, files in self._opened(shards_P).items()}
+        tokens_T = gather(opened, shards_P, starts_P, stops_P, self._dtype)
+        if len(tokens_T) and int(highest := tokens_T.max()) >= self.vocab_size:
+            wrong = np.searchsorted(np.cumsum(stops_P - starts_P), tokens_T.argmax(), "right")
+            raise self._filled[shards_P[wrong]].tokens.damage(outside(int(highest), self.vocab_size))
         return tokens_T
 
     def document_starts(self, starts_N: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -82,29 +96,37 @@ class TokenSplit:
         Two int64 arrays, the window and the place in it, in ascending order.
         """
         parts_P, shards_P, a_P, b_P = self._pieces(starts_N, starts_N + length)
-        offsets, low_P, high_P = self._search(shards_P, a_P, b_P)
-        if (high_P < low_P).any():
-            raise self._filled[shards_P[np.argmax(high_P < low_P)]].offsets.damage(UNORDERED)
-        spans = zip(shards_P.tolist(), low_P.tolist(), high_P.tolist(), strict=True)
-        found = [offsets[shard][low:high] for shard, low, high in spans if high > low]
-        if not found:
-            return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        in_shard = np.concatenate(found).astype(np.int64)
-        piece = np.repeat(np.arange(len(parts_P)), high_P - low_P)
-        wrong = (in_shard < a_P[piece]) | (in_shard >= b_P[piece])
-        wrong[1:] |= (in_shard[1:] <= in_shard[:-1]) & (piece[1:] == piece[:-1])
-        if wrong.any():
-            raise self._filled[shards_P[piece[np.argmax(wrong)]]].offsets.damage(UNORDERED)
+        opened = {shard: files[1] for shard, files in self._opened(shards_P).items()}
+        if self._stride == 1:
+            low_N, high_N = self._marks[:-1].searchsorted((starts_N, starts_N + length))
+            windows = np.repeat(np.arange(len(starts_N)), high_N - low_N)
+            return windows, self._marks[ranges(low_N, high_N - low_N)] - starts_N[windows]
+        bases_P, firsts_P, stride = self._bounds[shards_P], self._first_marks[shards_P], self._stride
+        marks_P = self._marks.searchsorted(bases_P + a_P, "right") - 1
+        low_P = (marks_P - firsts_P) * stride
+        high_P = (self._marks.searchsorted(bases_P + b_P) - firsts_P) * stride
+        counts_P = np.minimum(high_P, self._counts[shards_P]) - low_P
+        in_shard = gather(opened, shards_P, low_P, low_P + counts_P, OFFSET).view("<i8")
+        read_P = counts_P.nonzero()[0]
+        firsts = (np.cumsum(counts_P) - counts_P)[read_P]
+        ascends = np.ones(len(in_shard), bool)
+        ascends[1:] = in_shard[1:] > in_shard[:-1]
+        ascends[firsts] = in_shard[firsts] == (self._marks[marks_P] - bases_P)[read_P]
+        if not ascends.all():
+            wrong = read_P[firsts.searchsorted(ascends.argmin(), "right") - 1]
+            raise self._filled[shards_P[wrong]].offsets.damage(UNORDERED)
+        inside = ((in_shard >= np.repeat(a_P, counts_P)) & (in_shard < np.repeat(b_P, counts_P))).nonzero()[0]
+        piece = read_P[firsts.searchsorted(inside, "right") - 1]
         windows = parts_P[piece]
-        return windows, in_shard + self._bounds[shards_P[piece]] - starts_N[windows]
+        return windows, in_shard[inside] + bases_P[piece] - starts_N[windows]
 
     def bounds(self, document: int) -> tuple[int, int]:
         """Returns where in the stream the document of that number, from 0, starts and stops."""
         index = bisect.bisect_right(self._documents, document) - 1
-        offsets_B, base = _mapped(self, index)[1], int(self._bounds[index])
-        start, *rest = offsets_B[document - self._documents[index] :][:2].tolist()
-        stop = rest[0] if rest else self._filled[index].shard.tokens
-        if not start < stop <= self._filled[index].shard.tokens:
+        shard, first, base = self._filled[index].shard, document - self._documents[index], int(self._bounds[index])
+        start, *rest = _open(self, index)[1].read(first, min(first + 2, shard.documents)).tolist()
+        stop = rest[0] if rest else shard.tokens
+        if not start < stop <= shard.tokens:
             raise self._filled[index].offsets.damage(UNORDERED)
         return base + start, base + stop
 
@@ -115,28 +137,33 @@ class TokenSplit:
     def document_lengths(self) -> Iterator[np.ndarray]:
         """Yields the int64 lengths_B of all documents in order, in pieces."""
         for pair in self._filled:
-            yield from pair.lengths(pair.offsets.chunks())
+            yield from pair.lengths()
 
-    def map(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the tokens and the offsets of a shard that is not empty, memory-mapped."""
-        return self._filled[index].tokens.map(), self._filled[index].offsets.map()
+    def check_at_first_use(self, first_use: FirstUse) -> None:
+        """From now on `first_use` verifies each shard that is used, once."""
+        self._first_use = first_use
+        for index in list(self._used):
+            self._verify_later(index)
 
-    def _search(
-        self, shards_P: np.ndarray, a_P: np.ndarray, b_P: np.ndarray
-    ) -> tuple[dict[int, np.ndarray], np.ndarray, np.ndarray]:
-        """The offsets of shards, and which of them, from and up to, lie in each piece if they are in order."""
-        order_P = np.argsort(shards_P, kind="stable")
-        ordered_P, sought = shards_P[order_P], np.array((a_P, b_P), np.uint64)[:, order_P]
-        firsts = np.flatnonzero(np.concatenate(([True], ordered_P[1:] != ordered_P[:-1]))[: len(ordered_P)]).tolist()
-        offsets, found = {}, np.zeros(sought.shape, np.int64)
-        for first, last in itertools.pairwise([*firsts, len(ordered_P)]):
-            shard = int(ordered_P[first])
-            if shard < len(self._filled):
-                offsets[shard] = _mapped(self, shard)[1]
-                found[:, first:last] = offsets[shard].searchsorted(sought[:, first:last])
-        restored = np.empty_like(found)
-        restored[:, order_P] = found
-        return offsets, *restored
+    def open(self, index: int) -> tuple[OpenFile, OpenFile]:
+        """Opens the tokens and the offsets of a shard that is not empty, whose offsets are verified if it is new."""
+        pair = self._filled[index]
+        files = pair.tokens.open(), pair.offsets.open()
+        if index not in self._used:
+            first = self._first_marks[index]
+            marks = self._bounds[index] + pair.every(self._stride)
+            self._marks[first : first + len(marks)] = marks
+            self._used.add(index)
+            self._verify_later(index)
+        return files
+
+    def _verify_later(self, index: int) -> None:
+        if self._first_use is not None:
+            self._first_use.add(functools.partial(self._filled[index].verify, self.vocab_size, self._unk_id))
+
+    def _opened(self, shards_P: np.ndarray) -> dict[int, tuple[OpenFile, OpenFile]]:
+        """The files of shards; what lies past the stream's end has none."""
+        return {shard: _open(self, shard) for shard in set(shards_P.tolist()) if shard < len(self._filled)}
 
     def _pieces(self, starts_N: np.ndarray, stops_N: np.ndarray) -> tuple[np.ndarray, ...]:
         """What parts of the stream are made of: the number of the part, a shard, start and stop in it, in order.
@@ -163,7 +190,12 @@ class TokenDataset:
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
         self.info = read_info(self.folder)
-        self.train, self.validation = (TokenSplit(self.folder, name, self.info) for name in SPLITS)
+        self._watch = Watch()
+        self._watch.add_content(self.folder / MARKER)
+        for path in sorted(self.tokenizer_folder.glob("*")):
+            if path.is_file():
+                self._watch.add_content(path)
+        self.train, self.validation = (TokenSplit(self.folder, name, self.info, self._watch) for name in SPLITS)
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -177,22 +209,20 @@ class TokenDataset:
             sums[name] = hashlib.sha256(shards.encode()).hexdigest()
         return sums
 
-    def verify(self) -> None:
-        """Reads everything and compares it with dataset.json: sha256, ids, counts, the order of documents.
+    def check_unchanged(self) -> None:
+        """Raises `UserError` (DATA) that names a file which changed since it was opened; reads none that did not."""
+        self._watch.check()
+
+    def verify(self, *splits: TokenSplit) -> None:
+        """Reads all of some splits, by default both, and compares: sha256, ids, counts, the order of documents.
 
         Raises `UserError` (DATA) naming the first file that is wrong.
         """
-        pairs = self.train.pairs + self.validation.pairs
+        pairs = [pair for split in splits or (self.train, self.validation) for pair in split.pairs]
         total = sum(pair.tokens.n_bytes + pair.offsets.n_bytes for pair in pairs)
         with progress_bar("verifying", total, "B") as advance:
             for pair in pairs:
                 pair.verify(self.info.vocab_size, self.info.unk_id, advance)
-
-
-def ranges(starts_N: np.ndarray, counts_N: np.ndarray) -> np.ndarray:
-    """Returns the numbers from each of `starts_N` on, as many as `counts_N` says, one after another."""
-    shifts_N = starts_N - (np.cumsum(counts_N) - counts_N)
-    return np.repeat(shifts_N, counts_N) + np.arange(counts_N.sum())
 
 
 def _descriptors() -> int:
@@ -201,5 +231,5 @@ def _descriptors() -> int:
     return 8192 if limit == resource.RLIM_INFINITY else min(limit, 8192)
 
 
-# A mapped file keeps a descriptor, and a dataset may have thousands: all datasets together take half of what there are.
-_mapped = functools.lru_cache(_descriptors() // 4)(TokenSplit.map)
+# A dataset may have thousands of files: all datasets together keep half of the descriptors that there are.
+_open = functools.lru_cache(_descriptors() // 4)(TokenSplit.open)

@@ -20,6 +20,7 @@ from gpt2_flax.export.uer_file import Comparison as UerComparison
 from gpt2_flax.export.uer_file import compare_with_uer
 from gpt2_flax.export.verify import Verification
 from gpt2_flax.export.weight_files import MAX_SHARD_SIZE, Dtype
+from gpt2_flax.input_files import CONFIG_BYTES, read_whole
 from gpt2_flax.text.tokenizer import Tokenizer
 from gpt2_flax.text.wordpiece import WordPieceTokenizer
 
@@ -88,7 +89,7 @@ def compare_with_original(path: Path, source: Source) -> UerComparison | NanoGPT
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_whole(path, CONFIG_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(ExitCode.DATA, "not UTF-8", path, "give a Markdown file in UTF-8") from None
     except OSError as error:

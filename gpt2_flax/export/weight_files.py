@@ -30,10 +30,10 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]I?B|)", re.IGNORECASE)
 def shard_size(text: str) -> int:
     """Returns the bytes of a size such as `2GB`, `500MB` or `1GiB`. Raises `UserError` (USAGE) for anything else."""
     found = _SIZE.fullmatch(text.strip())
-    size = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
-    if size < 1:
+    size = float(found[1]) * _UNITS[found[2].upper()] if found else 0
+    if not 1 <= size < 2**63:
         raise UserError(ExitCode.USAGE, "not a size", quote(text), "give a number and KB, MB or GB, such as 2GB")
-    return size
+    return int(size)
 
 
 def rounded(state_dict: Mapping[str, np.ndarray], dtype: Dtype, where: object) -> dict[str, np.ndarray]:

@@ -96,20 +96,27 @@ def evaluate_source(
     packing = source.config.data.packing if source.config else "stream"
     with scratch_folder() as folder, jax.set_mesh(mesh):
         tokenizer = source.tokenizer()
+        mixture = None
         if _is_corpus(data):
             splits = {data: _prepared(data, part, tokenizer, folder, options)}
         else:
-            splits = _splits(source, data, part or "validation", tokenizer)
+            mixture = Mixture(source.config.data.datasets if data is None else {data: 1.0})
+            splits = _splits(mixture, source, part or "validation", tokenizer)
+            mixture.verify("first-use")
         model = jax.device_put(model_from_weights(source.model, source.weights), NamedSharding(mesh, P()))
         if per_document is not None:
             known = _is_corpus(data) and data != "-"  # what comes by a pipe cannot be read twice
             characters_M = document_characters(data, options, tokenizer, splits[data]) if known else None
-            return _each_document(model, splits, seq_length, packing, mesh, n_rows, characters_M, per_document)
+            lines, total = _each_document(model, splits, seq_length, packing, mesh, n_rows, characters_M)
+            _check_data(mixture)
+            write_whole(per_document, "".join(f"{line}\n" for line in lines).encode())
+            return total
         across = source.model.attend_across_documents
         loaders = [Loader(split, seq_length, 0, packing, across) for split in splits.values()]
         total = sum(_rows_to_read(loader, n_rows, n_batches) for loader in loaders) * seq_length
         with progress_bar("evaluating", total, "tokens") as advance:
             parts = [evaluate(model, loader, mesh, n_rows, n_batches, advance) for loader in loaders]
+        _check_data(mixture)
     return sum(parts, Evaluation())
 
 
@@ -128,9 +135,8 @@ def _prepared(data: str, part: Split | None, tokenizer: Tokenizer, folder: Path,
     return prepare_text([data], tokenizer, folder, options)
 
 
-def _splits(source: Source, data: str | None, part: Split, tokenizer: Tokenizer) -> dict[str, TokenSplit]:
+def _splits(mixture: Mixture, source: Source, part: Split, tokenizer: Tokenizer) -> dict[str, TokenSplit]:
     """Returns that split of each dataset that has it, by folder; raises `UserError` (DATA) when none has."""
-    mixture = Mixture(source.config.data.datasets if data is None else {data: 1.0})
     if mixture.tokenizer_fingerprint != tokenizer.fingerprint:
         what = f"the dataset was prepared with another tokenizer than that of {source.origin}"
         raise UserError(ExitCode.CONFIG, what, mixture.name, "prepare it with the model's, or give a text file")
@@ -149,19 +155,24 @@ def _each_document(
     mesh: Mesh,
     n_rows: int,
     characters_M: np.ndarray | None,
-    output: Path,
-) -> Evaluation:
-    """Writes a line for each document of each split, and returns the sum of them all."""
+) -> tuple[list[str], Evaluation]:
+    """Returns a line for each document of each split, and the sum of them all."""
     lines, total = [], Evaluation()
     with progress_bar("evaluating", sum(split.n_tokens for split in splits.values()), "tokens") as advance:
         for name, split in splits.items():
             documents = evaluate_documents(model, split, seq_length, packing, mesh, n_rows, characters_M, advance)
             lines += document_lines(name, documents)
             total = sum(documents, total)
-    write_whole(output, "".join(f"{line}\n" for line in lines).encode())
     if total.characters is None and all(split.n_characters is not None for split in splits.values()):
         total = replace(total, characters=sum(split.n_characters for split in splits.values()))
-    return total
+    return lines, total
+
+
+def _check_data(mixture: Mixture | None) -> None:
+    """Raises `UserError` (DATA) when figures are of data that was damaged, or changed meanwhile."""
+    if mixture is not None:
+        mixture.wait_until_verified(None)
+        mixture.check_unchanged()
 
 
 @jax.jit

@@ -5,16 +5,16 @@ What is said is described in `messages`, and how the processes come together in 
 
 import itertools
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.parallel.meeting import Meeting
-from gpt2_flax.parallel.messages import Peer, facts_of, send
+from gpt2_flax.parallel.meeting import Meeting, verdict
+from gpt2_flax.parallel.messages import Peer, send
 from gpt2_flax.parallel.phases import hang
+from gpt2_flax.parallel.place import Place
 
 BEAT = 2.0
 SILENCE = 30.0  # seconds after which a process that does not beat is taken for dead
@@ -37,14 +37,14 @@ def first_difference(facts: Sequence[Mapping[str, Any]]) -> tuple[str, int] | No
 
 
 class Hub(threading.Thread):
-    """Listens on a port from its creation on; the thread gathers the processes and watches them until the end.
+    """Listens from its creation on; the thread gathers the processes and watches them until the end.
 
-    Raises `UserError` (USAGE) when the port is taken.
+    Raises `UserError` as `Meeting`.
     """
 
-    def __init__(self, port: int, n_processes: int):
+    def __init__(self, place: Place):
         super().__init__(name="watchdog hub", daemon=True)
-        self._meeting = Meeting(port, n_processes)
+        self._meeting = Meeting(place)
         self._connections, self.own = self._meeting.connections, self._meeting.own
         self._members: dict[int, Peer] = {}
         self._fewest, self._moved = 0, 0.0  # marks of those behind, and since when
@@ -55,13 +55,10 @@ class Hub(threading.Thread):
             self._meeting.gather()
         except UserError as error:
             self._members = self._meeting.members
-            self._end(None, error.exit_code, error.what, error.fix)
+            self._end(None, error.exit_code, error.what, error.fix, error.where)
         self._members = self._meeting.members
         if not self._ended and self._agree():
-            with socket.create_server(("", 0)) as free:
-                port = free.getsockname()[1]
-            token = secrets.token_hex(16)
-            self._connections.tell_all("started", port=port, hub=self._members[0].name, token=token)
+            self._connections.tell_all("started", hub=self._members[0].name, token=secrets.token_hex(16))
         beaten = self._moved = time.monotonic()
         for member in self._members.values():  # they said nothing while they waited for others
             member.heard = beaten
@@ -78,24 +75,18 @@ class Hub(threading.Thread):
 
     def _note(self, peer: Peer, message: dict[str, Any]) -> None:
         match message:
-            case {
-                "kind": "beat",
-                "phase": str(phase),
-                "marks": int(marks),
-                "waited": float(waited),
-                "limit": float(limit),
-            }:
+            case {"kind": "beat", "phase": phase, "marks": marks, "waited": waited, "limit": limit}:
                 peer.phase, peer.marks, peer.waited, peer.limit = phase, marks, waited, limit
-            case {"kind": "failed", "code": int(code), "sentence": str(sentence)}:
+            case {"kind": "failed", "code": code, "sentence": sentence}:
                 peer.failed, peer.code, peer.sentence = time.monotonic(), code, sentence
-            case {"kind": "facts", "patience": float(patience)}:
-                peer.facts, peer.patience, peer.asked = facts_of(message), patience, time.monotonic()
+            case {"kind": "facts", "patience": patience}:
+                peer.facts, peer.patience, peer.asked = message["facts"], patience, time.monotonic()
                 if all(member.facts is not None for member in self._members.values()) and self._agree():
                     self._connections.tell_all("agreed")
             case {"kind": "stop"} if not self._stopping:
                 self._stopping = True
                 self._connections.tell_all("stop")
-            case {"kind": "asked", "times": int(times)}:
+            case {"kind": "asked", "times": times}:
                 peer.asked_times = times
                 asked = [member.asked_times for member in self._members.values()]
                 if None not in asked:
@@ -124,7 +115,8 @@ class Hub(threading.Thread):
             return self._connections.tell_all("over")
         for peer in members:
             if peer.gone:
-                return self._blame(peer, "has ended")
+                how = "has ended" if peer.nonsense is None else f"said what no process of a run says: {peer.nonsense}"
+                return self._blame(peer, how)
             if now - peer.heard > SILENCE:
                 return self._blame(peer, f"has been silent for {SILENCE:.0f} s", stacks=True)
         busy = [peer for peer in members if peer.failed is None and not peer.out]
@@ -160,20 +152,18 @@ class Hub(threading.Thread):
             return self._end(peer, peer.code, f"{peer.name} of the run has failed", f"it says: {peer.sentence}")
         return self._end(peer, ExitCode.TRY_AGAIN, f"{peer.name} of the run {how}", AGAIN, stacks=stacks)
 
-    def _end(
-        self, peer: Peer | None, code: int, what: str, fix: str, where: str | None = None, stacks: bool = False
-    ) -> None:
+    def _end(self, peer: Peer | None, code: int, what: str, fix: str, where: str = "", stacks: bool = False) -> None:
         """Tells all, the process of the hub last: JAX's coordinator ends with it, and that aborts those still there."""
         self._ended = True
         number = -1 if peer is None else peer.number
-        verdict = {"number": number, "code": int(code), "what": what, "where": where, "fix": fix, "stacks": stacks}
+        message = verdict(UserError(ExitCode(code), what, where, fix), number) | {"stacks": stacks}
         own = self._members.get(0)
         others = {member for member in self._members.values() if member is not own}
         for member in others:
-            send(member.connection, "verdict", **verdict)
+            send(member.connection, "verdict", **message)
         patience = time.monotonic() + CLOSING
         while time.monotonic() < patience and not all(member.gone for member in others):
             for _ in self._connections.hear(min(0.5, BEAT)):  # until they close
                 pass
         if own:
-            send(own.connection, "verdict", **verdict)
+            send(own.connection, "verdict", **message)

@@ -52,9 +52,10 @@ class Phases:
 
     @contextlib.contextmanager
     def during(self, kind: Literal["evaluation", "save"], step: int) -> Iterator[None]:
-        """Evaluate or save between two steps."""
-        before = self.name
-        self._stepping = (self._stepping or 0.0) + self._mark()
+        """Evaluate or save between two steps, or before the first."""
+        kind_before, before, gap = self._kind, self.name, self._mark()
+        if self._stepping is not None:
+            self._stepping += gap
         self._enter(kind, f"the {kind} at step {step}")
         begun = self._marked
         if kind == "save":
@@ -62,7 +63,7 @@ class Phases:
         yield
         self.progress()
         self._took(kind, self._marked - begun)
-        self._enter("step", before)
+        self._enter(kind_before, before)
 
     def progress(self) -> None:
         """Note progress within an evaluation."""

@@ -23,11 +23,12 @@ from typing import Any
 from gpt2_flax.crash_log import CrashLog
 from gpt2_flax.errors import ExitCode, UserError, io_error, printable
 from gpt2_flax.memory import out_of_memory
-from gpt2_flax.parallel import hub, meeting
-from gpt2_flax.parallel.hub import AGAIN, Hub
-from gpt2_flax.parallel.joining import connect
+from gpt2_flax.parallel import hub
+from gpt2_flax.parallel.hub import AGAIN
+from gpt2_flax.parallel.joining import error_of, join, say_goodbye
 from gpt2_flax.parallel.messages import receive, send
 from gpt2_flax.parallel.phases import Phases, hang
+from gpt2_flax.parallel.place import Place
 
 UNWINDING = 5.0  # seconds in which the process that is to blame may end in its own way
 
@@ -56,28 +57,14 @@ class Watchdog(AbstractContextManager):
         self._watching, self._log = False, None
 
     @classmethod
-    def join(
-        cls, coordinator: str, n_processes: int, number: int, facts: Mapping[str, str] | None = None
-    ) -> tuple["Watchdog", str]:
-        """Waits until all processes have come; returns the watchdog and the address for JAX's coordinator.
-
-        `coordinator` is HOST:PORT of process 0. Raises `UserError`: TRY_AGAIN when a process does not come, USAGE
-        when numbers do not fit or the port is taken, CONFIG when `facts` are not the same in all processes.
-        """
+    def join(cls, place: Place, facts: Mapping[str, str]) -> "Watchdog":
+        """Waits until all processes have come, and returns the watchdog. Raises `UserError`, see `joining.join`."""
         self = cls()
-        self.number = number
-        host, port = coordinator.rsplit(":", 1)
-        own_hub = Hub(int(port), n_processes) if number == 0 else None
-        self._connection = own_hub.own if own_hub else connect(host.strip("[]"), int(port))
-        self._connection.settimeout(min(0.5, hub.BEAT))
-        me = {"number": number, "n_processes": n_processes, "host": socket.gethostname(), "pid": os.getpid()}
-        self._send("hello", **me, facts=facts or {})
-        if own_hub:
-            own_hub.start()
-        jax_port = self._started(coordinator)
+        self.number = place.number
+        self._connection, self._hub, self.token = join(place, facts)
         self._abort = _delay_abort()
         threading.Thread(target=self._listen, name="watchdog", daemon=True).start()
-        return self, f"{host}:{jax_port}"
+        return self
 
     def __enter__(self) -> "Watchdog":
         self._watching = True
@@ -150,22 +137,6 @@ class Watchdog(AbstractContextManager):
             finally:
                 self.phases.end()
 
-    def _started(self, coordinator: str) -> int:
-        """Returns the port for JAX once all have come."""
-        rest, patience = bytearray(), time.monotonic() + meeting.START + hub.SILENCE
-        while time.monotonic() < patience:
-            try:
-                messages = receive(self._connection, rest)
-            except EOFError:
-                break
-            for message in messages:
-                if message["kind"] == "started":
-                    self._hub, self.token = message["hub"], message["token"]
-                    return message["port"]
-                if message["kind"] == "verdict":
-                    raise _error(message, coordinator)
-        raise UserError(ExitCode.TRY_AGAIN, "process 0 has ended before all had come", coordinator, "start all again")
-
     def _announce(self, error: BaseException) -> None:
         self._failure = error
         if self._connection:
@@ -203,7 +174,7 @@ class Watchdog(AbstractContextManager):
                 if message["kind"] in ("stop", "stops"):
                     self._agree_to_stop(message.get("at", math.inf))
                 if message["kind"] == "verdict":
-                    return self._end(_error(message, self._where), message["number"], message.get("stacks", False))
+                    return self._end(error_of(message, self._where), message["number"], message["stacks"])
 
     def _agree_to_stop(self, at: float) -> None:
         with self._stopping:
@@ -247,8 +218,15 @@ class Watchdog(AbstractContextManager):
             send(self._connection, kind, **values)
 
 
-def _error(verdict: Mapping[str, Any], where: str) -> UserError:
-    return UserError(ExitCode(verdict["code"]), verdict["what"], verdict["where"] or where, verdict["fix"])
+@contextlib.contextmanager
+def announced(place: Place | None) -> Iterator[None]:
+    """Lets the other processes know of an error in the block, which comes before they meet."""
+    try:
+        yield
+    except Exception as error:
+        if place:
+            say_goodbye(place, _exit_code(error), _sentence(error))
+        raise
 
 
 def _exit_code(error: BaseException) -> int:

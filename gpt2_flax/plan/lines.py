@@ -69,9 +69,10 @@ def _figure_lines(config: Config, counts: Figures, mixture: Mixture | None) -> I
         for folder, epochs in counts.epochs.items():
             tokens = mixture.datasets[folder].train.n_tokens
             yield _line("epochs", f"{epochs:,.2f} of {tokens:,} tokens in {folder}")
-    kept = config.training.keep_checkpoints
+    kept = config.training.keep_checkpoints + config.training.keep_best
     size = checkpoint_bytes(config)
-    yield _line("a checkpoint", f"{_bytes(size)}, float32 parameters and moments; {kept} kept, {_bytes(size * kept)}")
+    moments = "float32 parameters and moments"
+    yield _line("a checkpoint", f"{_bytes(size)}, {moments}; up to {kept} kept, {_bytes(size * kept)}")
 
 
 def _estimate_lines(config: Config, devices: Sequence[jax.Device]) -> Iterator[str]:

@@ -16,8 +16,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.input_files import VOCABULARY_BYTES, read_object
 from gpt2_flax.text.encoded import Encoded
-from gpt2_flax.text.special_tokens import CONFIG, FROM_FILES, SPECIAL_TOKENS_MAP, Ends, named_tokens, read_object
+from gpt2_flax.text.special_tokens import CONFIG, FROM_FILES, SPECIAL_TOKENS_MAP, Ends, named_tokens, optional_object
 
 # The begin, end, padding and unknown tokens of the families we know, by the names that `transformers` gives them.
 FAMILIES = (
@@ -105,8 +106,9 @@ def read_fast_tokenizer(path: Path, ends: Ends = FROM_FILES) -> FastTokenizer:
     and as `named_tokens`.
     """
     try:
-        spec = _byte_level_spec(path) if path.name == VOCABULARY else json.loads(path.read_bytes())
+        spec = _byte_level_spec(path) if path.name == VOCABULARY else read_object(path, VOCABULARY_BYTES)
         ids = tokenizers.Tokenizer.from_str(json.dumps(spec)).get_vocab(with_added_tokens=True)
+        _check_ids(ids, spec["added_tokens"])
         added = {token["content"]: token for token in spec["added_tokens"]}
     except (OSError, UserError):
         raise
@@ -131,6 +133,19 @@ def read_fast_tokenizer(path: Path, ends: Ends = FROM_FILES) -> FastTokenizer:
     return FastTokenizer(spec, named)
 
 
+def _check_ids(ids: Mapping[str, int], added: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError for ids that programs would read in different ways, or that a damaged file has."""
+    tokens: dict[int, str] = {}
+    for token, number in ids.items():
+        if (other := tokens.setdefault(number, token)) != token:
+            raise ValueError(f"tokens {other!r} and {token!r} have the same id {number}")
+    for entry in added:  # `tokenizers` gives what does not follow the vocabulary another id
+        if (number := ids.get(entry["content"])) != entry["id"]:
+            raise ValueError(f"added token {entry['content']!r} cannot have the id {entry['id']}, but {number}")
+    if (largest := max(tokens, default=0)) >= 2 * len(tokens):
+        raise ValueError(f"the largest id is {largest}, but there are {len(tokens)} tokens")
+
+
 def _with_special(added: Mapping[str, Any], ids: Mapping[str, int], tokens: Sequence[str]) -> list[dict[str, Any]]:
     """Return the added tokens with `tokens` among them as special ones, which no text can hold."""
     new = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -142,13 +157,13 @@ def _with_special(added: Mapping[str, Any], ids: Mapping[str, int], tokens: Sequ
 def _byte_level_spec(path: Path) -> dict[str, Any]:
     """Return the tokenizer.json that `transformers` makes of the vocab.json and merges.txt of a GPT-2."""
     backend = tokenizers.Tokenizer(models.BPE.from_file(str(path), str(path.with_name(MERGES))))
-    config = read_object(path.with_name(CONFIG))
+    config = optional_object(path.with_name(CONFIG))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))
     backend.decoder = decoders.ByteLevel()
     known = [token for ends in _KNOWN_ENDS for token in ends if backend.token_to_id(token) is not None]
     backend.add_special_tokens(sorted(set(known), key=backend.token_to_id))
     # Tokens that were added to the vocabulary: in old folders with their ids, in newer ones as `tokenizers` has them.
-    added = {index: {"content": token} for token, index in read_object(path.with_name("added_tokens.json")).items()}
+    added = {index: {"content": token} for token, index in optional_object(path.with_name("added_tokens.json")).items()}
     added |= {int(index): entry for index, entry in config.get("added_tokens_decoder", {}).items()}
     for index, entry in sorted(added.items()):
         options = {name: value for name, value in entry.items() if name not in ("content", "__type")}

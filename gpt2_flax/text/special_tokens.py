@@ -1,12 +1,13 @@
 """Which tokens begin and end a document: what the user says, else what the files beside a tokenizer say."""
 
-import json
+import os
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.input_files import VOCABULARY_BYTES, read_object
 
 CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
@@ -36,7 +37,7 @@ def named_tokens(file: Path, ids: Mapping[str, int], special: Collection[str], e
     Raises:
         UserError: USAGE if a token of `ends` is not in `ids`, DATA if a file cannot be read.
     """
-    files = {place: read_object(file.with_name(place)) for place in (*_NAMES, *_IDS)}
+    files = {place: optional_object(file.with_name(place)) for place in (*_NAMES, *_IDS)}
     tokens = {ids[token]: token for token in special}
     found = {}
     for name, wanted in (("bos_token", ends.bos), ("eos_token", ends.eos)):
@@ -51,17 +52,9 @@ def named_tokens(file: Path, ids: Mapping[str, int], special: Collection[str], e
     return {name: token for name, token in found.items() if token is not None}
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, an empty one if there is none. Raises `UserError` (DATA) if it is damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(ExitCode.DATA, f"not a JSON file ({quote(str(error))})", path, "restore or delete it") from None
-    if not isinstance(values, dict):
-        raise UserError(ExitCode.DATA, "not a JSON object", path, "restore or delete it")
-    return values
+def optional_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, an empty one if there is none. Raises `UserError` as `read_object`."""
+    return read_object(path, VOCABULARY_BYTES, "restore or delete it") if os.path.lexists(path) else {}
 
 
 def _said(

@@ -24,6 +24,7 @@ from sentencepiece import sentencepiece_model_pb2 as protobuf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.input_files import VOCABULARY_BYTES, read_whole
 from gpt2_flax.text.encoded import Encoded
 from gpt2_flax.text.fast import FastTokenizer, tokenizer_spec
 from gpt2_flax.text.special_tokens import FROM_FILES, Ends, named_tokens
@@ -100,7 +101,7 @@ class SentencePieceTokenizer:
 
 def read_sentencepiece(path: Path, ends: Ends = FROM_FILES) -> SentencePieceTokenizer:
     """Return the tokenizer of a `.model`, begin and end by `named_tokens`. Raises `UserError` as that."""
-    model = path.read_bytes()
+    model = read_whole(path, VOCABULARY_BYTES)
     proto, _ = _parsed(model, path)
     ids = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     named = named_tokens(path, ids, _names(proto, _Piece.CONTROL), ends)

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Protocol
 
 from gpt2_flax.errors import ExitCode, UserError, io_error
+from gpt2_flax.input_files import MOST_TOKENS
 from gpt2_flax.text.encoded import Encoded
 from gpt2_flax.text.fast import MERGES, VOCABULARY, read_fast_tokenizer
-from gpt2_flax.text.special_tokens import CONFIG, FROM_FILES, Ends, read_object
+from gpt2_flax.text.special_tokens import CONFIG, FROM_FILES, Ends, optional_object
 from gpt2_flax.text.spm import read_sentencepiece
 from gpt2_flax.text.wordpiece import read_wordpiece
 
@@ -55,12 +56,17 @@ def load_tokenizer(path: Path, lowercase: bool | None = None, ends: Ends = FROM_
         file = _tokenizer_file(path)
         if file.suffix == ".txt":
             lowercase = _lowercase(file) if lowercase is None else lowercase
-            return read_wordpiece(file, lowercase, ends)
-        if file.suffix == ".model":
-            return read_sentencepiece(file, ends)
-        return read_fast_tokenizer(file, ends)
+            tokenizer = read_wordpiece(file, lowercase, ends)
+        elif file.suffix == ".model":
+            tokenizer = read_sentencepiece(file, ends)
+        else:
+            tokenizer = read_fast_tokenizer(file, ends)
     except OSError as error:
         raise io_error(error, path) from None
+    if tokenizer.vocab_size > MOST_TOKENS:
+        what = f"largest token id is {tokenizer.vocab_size - 1:,}"
+        raise UserError(ExitCode.DATA, what, file, f"restore the file: a vocabulary has at most {MOST_TOKENS:,} tokens")
+    return tokenizer
 
 
 def _tokenizer_file(path: Path) -> Path:
@@ -90,7 +96,7 @@ def _tokenizer_file(path: Path) -> Path:
 def _lowercase(vocabulary: Path) -> bool:
     """What the configuration beside a `vocab.txt` says about lower-casing."""
     path = vocabulary.with_name(CONFIG)
-    lowercase = read_object(path).get("do_lower_case", True)
+    lowercase = optional_object(path).get("do_lower_case", True)
     if not isinstance(lowercase, bool):
         fix = "restore it, or delete it for a lower-casing tokenizer"
         raise UserError(ExitCode.DATA, "do_lower_case cannot be read", path, fix)

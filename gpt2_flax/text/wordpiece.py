@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.input_files import VOCABULARY_BYTES, read_whole
 from gpt2_flax.text.bert_table import BertTable
 from gpt2_flax.text.encoded import Encoded
 from gpt2_flax.text.fast import FastTokenizer, tokenizer_spec
@@ -92,7 +93,7 @@ class WordPieceTokenizer(FastTokenizer):
 
 def read_wordpiece(path: Path, lowercase: bool, ends: Ends = FROM_FILES) -> WordPieceTokenizer:
     """Return the tokenizer of a `vocab.txt`, begin and end by `named_tokens`. Raises `UserError` as that."""
-    vocabulary = path.read_bytes()
+    vocabulary = read_whole(path, VOCABULARY_BYTES)
     named = named_tokens(path, read_vocabulary(vocabulary, path), {*SPECIAL_TOKENS.values()}, ends)
     return WordPieceTokenizer(vocabulary, path, lowercase, Ends(named.get("bos_token"), named.get("eos_token")))
 

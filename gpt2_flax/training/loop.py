@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from gpt2_flax.checkpoint.run_folder import RunFolder
+from gpt2_flax.checkpoint.run_folder import RunFolder, with_absolute_paths
+from gpt2_flax.checkpoint.step_meta import VALIDATION_LOSS
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.config import Config
+from gpt2_flax.data.inspect import dataset_tokenizer
 from gpt2_flax.data.loader import Loader
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError, io_error
@@ -24,16 +26,17 @@ from gpt2_flax.parallel.mesh import make_mesh
 from gpt2_flax.parallel.phases import Kind
 from gpt2_flax.parallel.watchdog import Watchdog
 from gpt2_flax.training.agreement import agree_on_start, check_shared
+from gpt2_flax.training.best import Best
 from gpt2_flax.training.choices import choices
 from gpt2_flax.training.metrics import MetricsLog, StepReport
 from gpt2_flax.training.profiler import Profiler
 from gpt2_flax.training.samples import Samples, check_prompts
 from gpt2_flax.training.signals import SLOW_DISK, StopRequest
 from gpt2_flax.training.start import (
+    Start,
     check_fits,
     check_rows,
     check_same_run,
-    newest_step,
     start_or_resume,
     with_vocab_size,
 )
@@ -149,6 +152,9 @@ def _check(config: Config, mixture: Mixture, before: Sequence[Config], devices: 
     for stage in before:
         if stage.output == config.init_from:
             check_fits(config, stage.model)
+    for dataset in mixture.datasets.values():
+        dataset_tokenizer(dataset)
+    mixture.verify(config.data.verify)
     return _Stage(config, mixture, mesh, chosen)
 
 
@@ -161,7 +167,8 @@ def _train(
         if leads:
             stack.enter_context(run.lock())
         log = stack.enter_context(MetricsLog(run if leads else None))
-        store = stack.enter_context(CheckpointStore(run.checkpoints, config.training.keep_checkpoints))
+        kept = (config.training.keep_checkpoints, config.training.keep_best, config.training.keep_every)
+        store = stack.enter_context(CheckpointStore(run.checkpoints, *kept, lambda line: log.say(name + line)))
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(watchdog.running(config.output))
         stack.enter_context(_naming_savings(config, mesh))
@@ -169,23 +176,21 @@ def _train(
         def say(line: str) -> None:
             log.say(name + line)
 
-        step = newest_step(store, mixture, allow_change, say, watchdog.agree)
-        finished = step is not None and step >= total
-        if finished:  # by the configured model, or its config is not the run's
-            layout = state_layout(config, mesh)
-            store.check_layout(step, model=layout.model, opt_state=layout.opt_state)
-        start = () if finished else start_or_resume(config, mesh, store, step, mixture, say, watchdog)
+        start = start_or_resume(config, mesh, store, mixture, allow_change, say, watchdog)
         if leads:
+            run.check_tokenizer(mixture.tokenizer_folder, say)
             run.write_config(config, mixture.tokenizer_folder)
-        if finished:
+        if start.state is None and start.best.ends(config.training.patience):
+            say(f"{config.output} has ended: {_no_better(config, start.best)}")
+        elif start.state is None:
             more = "" if name else "; to go on add training.total_steps=N --allow-change training.total_steps"
             say(f"{config.output} has all its {total} steps{more}")
         else:
             for what, choice in stage.chosen.items():
                 say(f"{what} {choice}")
-            profiler = stack.enter_context(Profiler(profile_steps, run.tensorboard, int(start[0].step), say))
+            profiler = stack.enter_context(Profiler(profile_steps, run.tensorboard, int(start.state.step), say))
             with _naming_checkpoint(run):
-                _run(stage, store, log, profiler, stop, watchdog, *start)
+                _run(stage, store, log, profiler, stop, watchdog, start)
 
 
 def _run(
@@ -195,11 +200,11 @@ def _run(
     profiler: Profiler,
     stop: StopRequest,
     watchdog: Watchdog,
-    state: TrainState,
-    samples_seen: int,
+    start: Start,
 ) -> None:
     config, mixture, mesh = stage.config, stage.mixture, stage.mesh
     training, n_rows = config.training, config.data.global_batch_size
+    state, best, samples_seen = start.state, start.best, start.samples_seen
     total, first_step, first_sample = training.total_steps, int(state.step), samples_seen
     packing, across = config.data.packing, config.model.attend_across_documents
     loader = mixture.loader(config.data.seq_length, training.seed, packing, across)
@@ -212,7 +217,8 @@ def _run(
         log.say(f"no validation split, so no validation loss: {without}")
     train_step = make_train_step(config, state_layout(config, mesh), mesh)
     hardware = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-    meta = {"model": config.model.model_dump(), "hardware": hardware, **mixture.fingerprints()}
+    meta = {"model": config.model.model_dump(), "config": with_absolute_paths(config).model_dump()}
+    meta |= {"hardware": hardware, **mixture.fingerprints()}
     report = StepReport(config, log, throughput(config, mesh, mixture, loader), first_step, first_sample)
     stop.first_save = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / jax.process_count() / SLOW_DISK
     samples, save_due = Samples(config, mixture.tokenizer_folder), False
@@ -221,6 +227,23 @@ def _run(
         start = first_sample + (step - first_step) * n_rows
         return device_batch(mesh, n_rows, lambda first, last: loader.batch(start + first, start + last))
 
+    def evaluate_at(step: int, stop: StopRequest | None) -> bool:
+        """Returns whether the evaluation has come to its end."""
+        nonlocal best
+        with watchdog.phases.during("evaluation", step):
+            evaluations = _evaluate(state.model, held_out, mesh, config, watchdog, stop)
+            mixture.check_unchanged()
+            if evaluations is not None:
+                report.evaluated(step, evaluations, samples.texts(state.model))
+                if evaluations:
+                    best = best.after(step, report.figures[VALIDATION_LOSS])
+        return evaluations is not None
+
+    if not start.evaluated and not evaluate_at(first_step, stop):
+        raise _stopped(first_step, config)
+    if best.ends(training.patience):
+        log.say(f"stopped at step {first_step}: {_no_better(config, best)}")
+        return
     with contextlib.closing(prefetch(make, range(first_step, total))) as batches:
         for step in range(first_step + 1, total + 1):
             batch = report.next_batch(batches)
@@ -228,35 +251,50 @@ def _run(
             report.dispatched(step, metrics)
             profiler.after(step, metrics)
             watchdog.phases.step(step)
+            store.poll()
             samples_seen += n_rows
-            evaluation_due = step % training.evaluate_every == 0
+            ended = step == total
+            evaluation_due = step % training.evaluate_every == 0 or ended
             save_due |= step % training.save_every == 0
             ahead: list[Kind] = ["evaluation"] * (evaluation_due or step + 1 == total) + ["save"] * save_due
-            stopping = stop("step", *ahead)
-            if (evaluation_due and not stopping) or step == total:
+            stopping, evaluated = stop("step", *ahead), not evaluation_due
+            if evaluation_due and (not stopping or ended):
                 report.catch_up()
-                with watchdog.phases.during("evaluation", step):
-                    evaluations = _evaluate(
-                        state.model, held_out, mesh, config, watchdog, stop if step < total else None
-                    )
-                    if evaluations is None:
-                        stopping = True
-                    else:
-                        report.evaluated(step, evaluations, samples.texts(state.model))
-            last = step == total or stopping
+                evaluated = evaluate_at(step, None if ended else stop)
+                stopping |= not evaluated
+                ended |= best.ends(training.patience)
+            last = ended or stopping
             if save_due or last:
                 report.catch_up()
                 # Steps may be skipped for the state's sake: as long as they are, older states are not given up for it.
                 if last or not report.skipped_in_a_row:
                     so_far = {"step": step, "samples_seen": samples_seen, "skipped": report.skipped}
+                    figures = {name: value for name, value in report.figures.items() if math.isfinite(value)}
+                    so_far |= {"metrics": figures, "best": best._asdict(), "evaluated": evaluated}
                     with watchdog.phases.during("save", step):
-                        _save(store, state, meta | so_far, config.output)
+                        mixture.wait_until_verified(patience=0 if stopping else 10)
+                        mixture.check_unchanged()
+                        _save(store, log, state, meta | so_far, config.output)
                         if last or stop.measures_save:
-                            store.seal()  # now, before anybody reads that it is saved
+                            log.committed(store.seal(must=last))  # now, before anybody reads that it is saved
                     save_due = False
-            if stopping and step < total:
-                what = f"stopped at step {step}, saved"
-                raise UserError(ExitCode.TRY_AGAIN, what, config.output, "run the same command to go on")
+            if ended:
+                if step < total:
+                    log.say(f"stopped at step {step}, saved: {_no_better(config, best)}")
+                return
+            if stopping:
+                raise _stopped(step, config)
+
+
+def _stopped(step: int, config: Config) -> UserError:
+    return UserError(
+        ExitCode.TRY_AGAIN, f"stopped at step {step}, saved", config.output, "run the same command to go on"
+    )
+
+
+def _no_better(config: Config, best: Best) -> str:
+    found = f"the best is {best.loss:.4f} at step {best.step}" if best.loss is not None else "none was finite"
+    return f"no lower validation loss in {config.training.patience} evaluations, {found}"
 
 
 def _evaluate(
@@ -287,9 +325,10 @@ class _Stopped(Exception):
     pass
 
 
-def _save(store: CheckpointStore, state: TrainState, meta: dict[str, Any], output: str) -> None:
+def _save(store: CheckpointStore, log: MetricsLog, state: TrainState, meta: dict[str, Any], output: str) -> None:
     step = meta["step"]
     if not jax.device_get(all_finite(state)):
         fix = "lower optimizer.learning_rate or raise optimizer.warmup; the newest checkpoint is from before"
         raise UserError(ExitCode.DIVERGED, f"parameters are not finite after step {step}", output, fix)
+    log.committed(store.seal())
     store.save(step, state.model, state.opt_state, meta)

@@ -1,22 +1,24 @@
 """Numbers of a run: lines on the screen, metrics.jsonl, TensorBoard events; and texts by which to judge it."""
 
 import contextlib
-import io
+import errno
 import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 
-from gpt2_flax.checkpoint.run_folder import RunFolder
+from gpt2_flax.checkpoint.run_folder import SAVED, RunFolder
+from gpt2_flax.checkpoint.step_meta import VALIDATION_LOSS
 from gpt2_flax.config import Config
 from gpt2_flax.data.packing import Batch
-from gpt2_flax.errors import ExitCode, UserError, naming_file, printable
+from gpt2_flax.errors import ExitCode, UserError, io_error, naming_file, printable
 from gpt2_flax.inference.evaluate import Evaluation
 from gpt2_flax.parallel.devices import peak_memory
 from gpt2_flax.progress import duration, si
@@ -28,47 +30,95 @@ from gpt2_flax.training.throughput import Throughput
 class MetricsLog(AbstractContextManager):
     """Writes on one process of a run; the others are given `run=None` and stay silent.
 
-    A step that is repeated after a restart is written again: the last line of a step counts.
+    A step that is repeated after a restart is written again: the last line of a step counts. What a full disk refuses
+    is kept and written later; leaving the context raises `UserError` (IO) if it still cannot be written.
     """
 
     def __init__(self, run: RunFolder | None):
         self._run = run
-        self._file = _lines(run.metrics) if run else None
-        self._events = TensorBoard(run.tensorboard, self.say) if run else None
+        if run:
+            self._records, self._texts = (_Lines(path, self.say) for path in (run.metrics, run.samples))
+            self._events = TensorBoard(run.tensorboard, self.say)
 
-    def __exit__(self, *exception: object) -> None:
-        if self._file:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self._run:
             self._events.close()
-            with contextlib.suppress(OSError):  # each line was flushed, or its error raised
-                self._file.close()
+            for lines in (self._records, self._texts):
+                with contextlib.suppress(*((UserError,) if error else ())):  # what failed first is what the user reads
+                    lines.close()
 
     def write(self, step: int, values: dict[str, float], line: str) -> None:
         """Adds the values of a step, with names such as `train/loss`, and prints `line`."""
-        if not self._file:
+        if not self._run:
             return
-        record: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
-        record |= {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        with naming_file(f"{self._run.metrics} at step {step}"):
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
-            self._file.flush()
+        record = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+        self._add_record(step, record)
         self._events.add_scalars(step, {name: value for name, value in values.items() if math.isfinite(value)})
         self.say(line)
 
     def write_texts(self, step: int, texts: Sequence[str]) -> None:
         """Adds texts of the model at a step, one a line, to samples.txt and to TensorBoard."""
-        if not self._file or not texts:
+        if not self._run or not texts:
             return
         lines = [printable(text) for text in texts]
-        where = f"{self._run.samples} at step {step}"
-        with naming_file(where), open(self._run.samples, "a", encoding="utf-8") as file:
-            file.writelines(f"step {step:>7}  {line}\n" for line in lines)
+        self._texts.add(step, "".join(f"step {step:>7}  {line}\n" for line in lines))
         self._events.add_text(step, "samples", "\n\n".join(lines))
+
+    def committed(self, step: int | None) -> None:
+        """Notes that the checkpoint of `step` was committed, so that its loss would be known; None: there is none."""
+        if self._run and step is not None:
+            self._add_record(step, {SAVED: step})
 
     def say(self, line: str) -> None:
         """Prints a line, on the process that prints."""
-        if self._file:
+        if self._run:
             with naming_file("standard output"):
                 print(line, flush=True)
+
+    def _add_record(self, step: int, values: Mapping[str, Any]) -> None:
+        record = {"step": step, "time": round(time.time(), 3), **values}
+        self._records.add(step, json.dumps(record, allow_nan=False) + "\n")
+
+
+class _Lines:
+    """A file of lines to add to, behind the end of a line that a kill may have cut short; made with the first line."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]):
+        self._path, self._say = path, say
+        self._file: FileIO | None = None
+        self._waiting, self._step = b"", 0  # what a full disk has refused so far, and from which step on
+
+    def add(self, step: int, lines: str) -> None:
+        refused, self._step = bool(self._waiting), self._step if self._waiting else step
+        self._waiting += lines.encode()
+        try:
+            self.flush()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            if not refused:
+                self._say(
+                    f"warning: {error.strerror}: {self._path} at step {step}; the run continues, and writes it later"
+                )
+
+    def close(self) -> None:
+        try:
+            self.flush()
+        except OSError as error:
+            raise io_error(error, error.filename) from error
+        finally:
+            if self._file:
+                self._file.close()
+
+    def flush(self) -> None:
+        with naming_file(f"{self._path} at step {self._step}"):
+            if self._waiting and not self._file:
+                self._file = open(self._path, "ab+", buffering=0)  # noqa: SIM115 - `close` closes it
+                if self._file.tell():
+                    self._file.seek(-1, os.SEEK_END)
+                    self._waiting = (b"" if self._file.read() == b"\n" else b"\n") + self._waiting
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
 
 
 class StepReport:
@@ -79,6 +129,8 @@ class StepReport:
         self._pending: tuple[int, StepMetrics] | None = None
         self._first_step, self._first_sample, self._first_time = first_step, first_sample, time.perf_counter()
         self._busy_steps, self._busy_seconds = 0, 0.0  # of all intervals written
+        self.figures: dict[str, float] = {}
+        """Of the last step that was read: its loss, and the validation loss if it was evaluated."""
         self.skipped = 0
         """Of the whole run, up to the last step that was read."""
         self.skipped_in_a_row = 0
@@ -103,6 +155,7 @@ class StepReport:
             return
         (step, on_device), self._pending = self._pending, None
         metrics = StepMetrics(*map(float, jax.device_get(on_device)))
+        self.figures = {"train/loss": metrics.loss}
         self._real += metrics.real
         if step == self._first_step + 1:
             took = duration(time.perf_counter() - self._first_time)
@@ -123,11 +176,13 @@ class StepReport:
             self._write_evaluations(step, evaluations)
         self._log.write_texts(step, texts)
         self._start_interval(step)
+        if step == self._first_step:
+            self._first_time = self._line_time
 
     def _write_evaluations(self, step: int, evaluations: Mapping[str, Evaluation]) -> None:
         whole = sum(evaluations.values(), Evaluation())
         values = {
-            "validation/loss": whole.loss,
+            VALIDATION_LOSS: whole.loss,
             "validation/perplexity": whole.perplexity,
             "validation/accuracy": whole.accuracy,
         }
@@ -135,6 +190,7 @@ class StepReport:
             values["validation/bits_per_character"] = whole.bits_per_character
         if len(evaluations) > 1:
             values |= {f"validation/loss/{folder}": part.loss for folder, part in evaluations.items()}
+        self.figures = self.figures | {VALIDATION_LOSS: whole.loss}
         self._log.write(step, values, f"step {step:>7}  validation {whole}")
 
     def _count_skipped(self, step: int, metrics: StepMetrics) -> None:
@@ -201,12 +257,3 @@ class StepReport:
 
     def _start_interval(self, step: int) -> None:
         self._line_step, self._line_time, self._waited, self._real = step, time.perf_counter(), 0.0, 0.0
-
-
-def _lines(path: Path) -> TextIO:
-    """Opens a file of lines to add to, behind the end of a line that a kill may have cut short."""
-    file = open(path, "ab+")  # noqa: SIM115 (the caller closes it)
-    if file.tell():
-        file.seek(-1, os.SEEK_END)
-        file.write(b"" if file.read() == b"\n" else b"\n")
-    return io.TextIOWrapper(file, encoding="utf-8")

@@ -5,7 +5,7 @@ import operator
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,14 @@ from jax.sharding import Mesh
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.source import Source, load_source
 from gpt2_flax.checkpoint.store import CheckpointStore
-from gpt2_flax.config import Config, ModelConfig, config_keys
+from gpt2_flax.config import Config, ModelConfig, config_keys, parse_config
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.parallel.feed import row_shards
 from gpt2_flax.parallel.watchdog import Watchdog
 from gpt2_flax.progress import si
 from gpt2_flax.training.agreement import agree_on_weights
+from gpt2_flax.training.best import Best
 from gpt2_flax.training.step import TrainState, initial_state, state_layout
 
 # What may differ between the parts of a run without being asked for: it changes speed and reports, not the numbers.
@@ -29,6 +30,7 @@ FREE_TO_CHANGE = (
     "output",
     "init_from",
     "data.dataset",  # places; what lies there, and its shares, are compared by fingerprint
+    "data.verify",
     "model.attention",
     "model.layers",
     "model.remat",
@@ -39,6 +41,9 @@ FREE_TO_CHANGE = (
     "training.evaluation_batches",
     "training.save_every",
     "training.keep_checkpoints",
+    "training.keep_best",
+    "training.keep_every",
+    "training.patience",
     "training.max_skipped_steps",
     "training.prompts",
     "training.sample_tokens",
@@ -48,49 +53,67 @@ FREE_TO_CHANGE = (
 )
 
 
-def newest_step(
-    store: CheckpointStore,
-    mixture: Mixture,
-    allow_change: Sequence[str],
-    say: Callable[[str], None],
-    agree: Callable[[Mapping[str, str]], None],
-) -> int | None:
-    """Returns the step that the run goes on from, None for a new one.
+class Start(NamedTuple):
+    """Where a run begins, or goes on."""
 
-    Raises `UserError`: IO when there are only damaged checkpoints, CONFIG when they saw other data than `mixture`,
-    and as `agree`, see `CheckpointStore.newest_whole`.
-    """
-    step = store.newest_whole(say, agree)
-    if step is not None and "data.dataset" not in allow_change:
-        _check_datasets(store.meta(step), mixture)
-    return step
+    state: TrainState | None
+    """None: the run has ended."""
+    samples_seen: int = 0
+    best: Best = Best()
+    evaluated: bool = True
+    """Whether the evaluation that was due at this step has been done."""
 
 
 def start_or_resume(
     config: Config,
     mesh: Mesh,
     store: CheckpointStore,
-    step: int | None,
     mixture: Mixture,
+    allow_change: Sequence[str],
     say: Callable[[str], None],
     watchdog: Watchdog,
-) -> tuple[TrainState, int]:
-    """1 the run's own checkpoint `step`, 2 `init_from`, 3 scratch. Returns the state and the samples it has seen.
+) -> Start:
+    """Return where to start: from 1 the newest whole checkpoint of the run, 2 `init_from`, 3 random weights.
 
-    Raises `UserError`: CONFIG when the checkpoint or `init_from` is of another model or not the same in all processes,
-    IO when the disk is too full, and as `load_source`.
+    Raises `UserError`: CONFIG when the checkpoint or `init_from` is of another model, config or data or not the same in
+    all processes, IO when the disk is too full or the run has lost its checkpoints, and as `load_source`.
     """
     layout = state_layout(config, mesh)
-    _check_disk(config, layout, store)
-    if step is not None:
+    run = RunFolder(config.output)
+    watchdog.agree({f"the checkpoints in {store.folder}": " ".join(map(str, store.steps())) or "none"})
+
+    def read(step: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         meta = store.meta(step)
-        restored = store.restore(step, model=layout.model, opt_state=layout.opt_state)
-        say(f"resumed from step {step} of {config.output}{_repeated(config, step)}")
-        count, skipped = (jax.device_put(jnp.int32(n), layout.step.sharding) for n in (step, meta.get("skipped", 0)))
-        return TrainState(restored["model"], restored["opt_state"], count, skipped), meta["samples_seen"]
+        if not run.has_config() and "config" in meta:
+            _check_same(parse_config(meta["config"], f"checkpoint {step}"), config, run, allow_change)
+        if "data.dataset" not in allow_change:
+            _check_datasets(meta, mixture)
+        return meta, store.restore(step, model=layout.model, opt_state=layout.opt_state)
+
+    found = store.newest(read)
+    if found is None:
+        if (lost := run.lost_checkpoint()) is not None:
+            fix = "bring the folder back, or choose another output to start anew"
+            raise UserError(ExitCode.IO, f"the run has lost its checkpoints, the last was {lost}", store.folder, fix)
+        _check_disk(config, layout, store)
+        return Start(_initial_state(config, layout, mixture, say, watchdog))
+    step, (meta, restored) = found
+    best = Best(**meta["best"]) if "best" in meta else Best()
+    if step >= config.training.total_steps or best.ends(config.training.patience):
+        return Start(None, meta["samples_seen"], best)
+    _check_disk(config, layout, store)
+    say(f"resumed from step {step} of {config.output}{_repeated(config, step)}")
+    count, skipped = (jax.device_put(jnp.int32(n), layout.step.sharding) for n in (step, meta.get("skipped", 0)))
+    state = TrainState(restored["model"], restored["opt_state"], count, skipped)
+    return Start(state, meta["samples_seen"], best, meta.get("evaluated", True))
+
+
+def _initial_state(
+    config: Config, layout: TrainState, mixture: Mixture, say: Callable[[str], None], watchdog: Watchdog
+) -> TrainState:
     if config.init_from is None:
         say(f"starting from scratch with seed {config.training.seed}")
-        return initial_state(config, layout), 0
+        return initial_state(config, layout)
     try:
         source = load_source(Path(config.init_from))
     except UserError as error:
@@ -100,7 +123,7 @@ def start_or_resume(
     _warn_of_tokenizer(source, mixture, say)
     loaded = f"{len(source.weights)} parameter arrays, {sum(map(np.size, source.weights.values())):,} parameters"
     say(f"starting from {source.origin}: {loaded}; fresh optimizer and schedule")
-    return initial_state(config, layout, source.weights), 0
+    return initial_state(config, layout, source.weights)
 
 
 def with_vocab_size(config: Config, mixture: Mixture) -> Config:
@@ -135,14 +158,16 @@ def check_fits(config: Config, model: ModelConfig) -> None:
 
 
 def check_same_run(config: Config, run: RunFolder, allow_change: Sequence[str]) -> None:
-    keys = config_keys()
+    """Raise `UserError`: USAGE for an unknown key in `allow_change`, CONFIG when another key has changed."""
     for key in allow_change:
-        if key not in keys:
+        if key not in config_keys():
             raise UserError(ExitCode.USAGE, f"unknown key {key}", "--allow-change", "give a key of the config")
-    before = run.read_config()
-    if before is None or not run.checkpoints.is_dir() or not any(run.checkpoints.iterdir()):
-        return
-    for key in keys:
+    if run.last_checkpoint() is not None and run.has_config():
+        _check_same(run.read_config(), config, run, allow_change)
+
+
+def _check_same(before: Config, config: Config, run: RunFolder, allow_change: Sequence[str]) -> None:
+    for key in config_keys():
         old, new = map(operator.attrgetter(key), (before, config))
         if old != new and key not in FREE_TO_CHANGE and key not in allow_change:
             what = f"{key} is {new} but the run has {old}"
@@ -153,12 +178,12 @@ def check_same_run(config: Config, run: RunFolder, allow_change: Sequence[str]) 
 def _check_disk(config: Config, layout: TrainState, store: CheckpointStore) -> None:
     # What would fill the disk hours from now is refused now. While one checkpoint is written no other is deleted yet.
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((layout.model, layout.opt_state)))
-    keep = config.training.keep_checkpoints
+    keep = config.training.keep_checkpoints + config.training.keep_best
     needed = size * (keep + 1 - min(keep, len(store.steps())))
     free = shutil.disk_usage(store.folder).free
     if free < needed:
         what = f"{si(free)}B free on the disk but checkpoints need {si(needed)}B, {si(size)}B each"
-        fix = "free some space, choose another output, or lower training.keep_checkpoints"
+        fix = "free some space, choose another output, or lower training.keep_checkpoints or training.keep_best"
         raise UserError(ExitCode.IO, what, config.output, fix)
 
 

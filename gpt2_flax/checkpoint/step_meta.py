@@ -1,0 +1,58 @@
+"""What a checkpoint says of itself beside its arrays, in `STEP/meta/metadata`, JSON: `{"content": ..., "sha256": ...}`.
+
+The content has `step`, `model`, `arrays` and what the writer adds. `arrays` names each array as `ITEM/path` with its
+`shape`, `dtype` and `sum`, see `device_checksum`. The sha256 is of the content as canonical JSON.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+VALIDATION_LOSS = "validation/loss"  # in its `metrics`
+
+# Checkpoints of versions without checksums held the content alone, of these fields.
+_OLD_FIELDS = {
+    *("step", "model", "hardware", "samples_seen", "skipped"),
+    *("tokenizer_fingerprint", "tokens_fingerprint", "validation_fingerprint"),
+}
+
+
+class Damaged(Exception):
+    """A checkpoint is not what was written; the text says how."""
+
+
+def committed_steps(folder: Path) -> list[int]:
+    """Return the steps that lie in a folder of checkpoints, ascending; [] if there is no such folder."""
+    names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is written for `content`."""
+    return {"content": content, "sha256": _sha256(content)}
+
+
+def read_meta(step_folder: Path, step: int) -> dict[str, Any]:
+    """Return the content that was written for a step. Raises `Damaged`; PermissionError when it may not be read."""
+    try:
+        written = json.loads((step_folder / "meta" / "metadata").read_bytes())
+    except PermissionError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise Damaged(f"its metadata cannot be read: {str(error)[:100]}") from error
+    if isinstance(written, dict) and "model" in written and written.keys() <= _OLD_FIELDS:
+        return written
+    if not isinstance(written, dict) or written.keys() != {"content", "sha256"}:
+        raise Damaged("its metadata is of another form")
+    content = written["content"]
+    if written["sha256"] != _sha256(content):
+        raise Damaged("the sha256 of its metadata differs")
+    if content["step"] != step:
+        raise Damaged(f"it is step {content['step']}")
+    return content
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
