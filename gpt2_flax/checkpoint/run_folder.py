@@ -5,6 +5,7 @@ tokenizer/                   the dataset's, so that the run can be used without 
 checkpoints/                 see `store`
 damaged/                     what was damaged and is not used; it may be deleted
 metrics.jsonl tensorboard/   numbers over the run
+crash-TIME-PROCESS.log       stacks and tracebacks of a process that died, hung or had a bug, see `crash_log`
 samples.txt                  how each evaluation continued `training.prompts`
 lock                         held by the process that trains
 token                        for a moment at the start of several processes: do all see the same folder?

@@ -209,7 +209,7 @@ class Watchdog(AbstractContextManager):
             self._log.remove()  # what is in it followed from the end of another process, as JAX's abort does
         elif self._log and not self._log.closed:
             self._log.add_stacks(str(error))
-            fix = f"{error.fix}; the stacks of its threads are in {self._log.path}"
+            fix = f"{error.fix}; the stacks of this process are in {self._log.path}"
             error = UserError(error.exit_code, error.what, error.where, fix)
         return error
 
