@@ -69,9 +69,6 @@ _SMALLER = {
 
 def _failure(error: BaseException, arguments: Sequence[str]) -> UserError:
     """Returns what the user is told of `error`; the traceback of one that should not have come up is kept in a file."""
-    import tempfile
-    import traceback
-
     import typer
 
     if isinstance(error, UserError):
@@ -87,11 +84,10 @@ def _failure(error: BaseException, arguments: Sequence[str]) -> UserError:
         return failure
     if isinstance(error, OSError):
         return io_error(error, error.filename or "a file")
-    log = {"prefix": "gpt2-flax-crash-", "suffix": ".log", "encoding": "utf-8", "errors": "backslashreplace"}
-    with tempfile.NamedTemporaryFile("w", delete=False, **log) as file:
-        traceback.print_exception(error, file=file)
-    what = f"a bug in gpt2_flax ({type(error).__name__})"
-    return UserError(ExitCode.BUG, what, file.name, "please report it with that file")
+    from gpt2_flax.crash_log import CrashLog
+
+    with CrashLog() as log:
+        return log.bug(error)
 
 
 if __name__ == "__main__":

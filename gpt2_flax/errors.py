@@ -4,6 +4,7 @@ import contextlib
 import enum
 import errno
 import os
+import signal
 from collections.abc import Iterator
 
 
@@ -22,8 +23,12 @@ class ExitCode(enum.IntEnum):
     TRY_AGAIN = 75  # stopped, and saved if it had begun; the same command resumes
     DIVERGED = 76  # loss or gradient not finite
     CONFIG = 78  # the configuration
-    INTERRUPTED = 130  # Ctrl-C, nothing was saved
-    TERMINATED = 143  # SIGTERM, likewise
+    # Ended by a signal, nothing was saved:
+    HUNG_UP = 128 + signal.SIGHUP
+    INTERRUPTED = 128 + signal.SIGINT
+    SIGNALLED_1 = 128 + signal.SIGUSR1
+    SIGNALLED_2 = 128 + signal.SIGUSR2
+    TERMINATED = 128 + signal.SIGTERM
 
 
 class UserError(Exception):

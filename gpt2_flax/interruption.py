@@ -1,4 +1,4 @@
-"""Ctrl-C (SIGINT) and SIGTERM end the program with one line and an exit code, at any moment.
+"""Ctrl-C (SIGINT) and `SIGNALS` like it end the program with one line and an exit code, at any moment.
 
 No handler raises an exception: foreign imports, callbacks and destructors swallow it, or abort the process. Instead a
 thread reads each signal from a pipe, also while the main thread computes in C, and ends the process.
@@ -12,13 +12,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import FrameType
+from typing import Any
 
 from gpt2_flax.errors import ExitCode, UserError
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
 _END, _NOTE, _IGNORE = range(100, 103)  # what the thread does with a signal; sent through the same pipe, so in order
 _GRACE = 5.0  # seconds for cleaning up
 _ONE = 0.2  # seconds; some launchers send a signal twice at once, to the process and to its group
@@ -37,8 +38,9 @@ def catch_signals() -> None:
     atexit.register(_leave)  # registered first, so called last
     threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
     signal.set_wakeup_fd(_pipe, warn_on_full_buffer=False)
-    for number in _SIGNALS:
-        signal.signal(number, lambda number, frame: None)
+    for number in SIGNALS:
+        if number in (signal.SIGINT, signal.SIGTERM) or number in _heard():  # a shell's background job ignores SIGINT
+            signal.signal(number, lambda number, frame: None)
 
 
 def finish(exit_code: int) -> int:
@@ -53,7 +55,7 @@ def finish(exit_code: int) -> int:
 def interrupted(number: int) -> UserError:
     """Return what the user reads about a signal that ended the command."""
     command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
-    code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED
+    code = ExitCode(128 + number)
     if command == "train" and number != signal.SIGINT:
         code = ExitCode.TRY_AGAIN  # job scripts start a stopped run again, whether it was saved or not
     where = f"gpt2-flax {command}, by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}"
@@ -73,32 +75,34 @@ def cleaned_up(clean_up: Callable[[], object]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def handled_elsewhere() -> Iterator[None]:
-    """Leave signals in the block to handlers of others."""
+def handled_by(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Leave signals in the block to `handler`."""
     _tell(_IGNORE)
+    previous = {number: signal.signal(number, handler) for number in _heard()}
     try:
         yield
     finally:
+        _restore(previous)
         _tell(_END)
 
 
 class FirstSignal(AbstractContextManager):
     """While the block runs, the first signal is only noted; a second ends the process at once."""
 
-    def __init__(self, numbers: Sequence[int] = _SIGNALS):
+    def __init__(self):
         self.number: int | None = None
-        self._numbers, self._previous = numbers, {}
+        self._previous = {}
 
     def __enter__(self) -> "FirstSignal":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in self._numbers}
+            self._previous = {number: signal.signal(number, self._note) for number in _heard()}
             _tell(_NOTE)
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._previous:
             _tell(_END)
-            self._restore()
+            _restore(self._previous)
 
     def check(self) -> None:
         """Raise `UserError` when a signal has come."""
@@ -107,11 +111,17 @@ class FirstSignal(AbstractContextManager):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        self._restore()  # outside the program a second signal does what it did before
+        _restore(self._previous)  # outside the program a second signal does what it did before
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+
+def _heard() -> list[int]:
+    """Returns the signals that are not ignored, as nohup makes SIGHUP."""
+    return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def _restore(handlers: Mapping[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def _tell(byte: int) -> None:
@@ -125,7 +135,7 @@ def _watch(reading: int) -> None:
         for byte in os.read(reading, 1):
             if byte in (_END, _NOTE, _IGNORE):
                 reaction, noted = byte, 0.0
-            elif byte not in _SIGNALS or reaction == _IGNORE:
+            elif byte not in SIGNALS or reaction == _IGNORE:
                 continue
             elif reaction == _NOTE and (not noted or time.monotonic() - noted < _ONE):
                 noted = noted or time.monotonic()

@@ -136,10 +136,10 @@ def test_skipped_steps_are_named_counted_and_resumed_to_the_same_bits(
     parts = changed(config, output=str(tmp_path / "parts"))
     ask, calls = loop.StopRequest.__call__, itertools.count(1)
 
-    def stop_at_four(self):
+    def stop_at_four(self, *ahead):
         if next(calls) == 5:  # the fourth was after the batch of the evaluation at step 3
             signal.raise_signal(signal.SIGTERM)
-        return ask(self)
+        return ask(self, *ahead)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.StopRequest, "__call__", stop_at_four)
@@ -171,7 +171,7 @@ def test_a_save_that_was_due_is_made_after_the_next_good_step(config, monkeypatc
 def test_a_killed_run_says_how_many_steps_are_repeated_and_ends_the_line_it_was_writing(config, monkeypatch, capsys):
     calls = itertools.count(1)
 
-    def die(self):
+    def die(self, *ahead):
         if next(calls) == 7:  # at step 6; the fourth was after the batch of the evaluation at step 3
             raise RuntimeError("killed")
 

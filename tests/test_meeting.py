@@ -238,6 +238,8 @@ def test_a_short_secret_is_refused(port, monkeypatch, number):
 
 # Who is let in
 
+BEAT = {"kind": "beat", "phase": "step 1", "marks": 1, "waited": 1.0, "limit": 9.0}
+
 
 @pytest.mark.parametrize(
     "said",
@@ -313,9 +315,10 @@ def test_a_visitor_that_says_nothing_is_dropped(port, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "said",
     [
-        *({"kind": "beat", "step": step, "paused": False, "limit": 9.0} for step in (True, 1.5, "1", None, 2**64)),
-        *({"kind": "beat", "step": 1, "paused": paused, "limit": 9.0} for paused in (0, "no", None)),
-        *({"kind": "beat", "step": 1, "paused": False, "limit": limit} for limit in (math.nan, True, "9", -math.inf)),
+        *(BEAT | {"marks": marks} for marks in (True, 1.5, "1", None, 2**64)),
+        *(BEAT | {"phase": phase} for phase in (0, None, ["step 1"])),
+        *(BEAT | {"waited": waited} for waited in ("no", False, math.nan)),
+        *(BEAT | {"limit": limit} for limit in (math.nan, True, "9", -math.inf)),
         *({"kind": "failed", "code": code, "sentence": "s"} for code in (3, 75.0, True, None)),
         *({"kind": "failed", "code": 74, "sentence": 1}, {"kind": "failed", "code": 74}),
         *({"kind": "facts", "facts": facts, "patience": 1.0} for facts in ([], None, {"a": []})),

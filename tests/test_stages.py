@@ -162,10 +162,10 @@ def stop_at(monkeypatch, call):
     """The `call`th time that the loop asks, it has just been told to stop."""
     ask, calls = loop.StopRequest.__call__, itertools.count(1)
 
-    def stopping(self):
+    def stopping(self, *ahead):
         if next(calls) == call:
             signal.raise_signal(signal.SIGTERM)
-        return ask(self)
+        return ask(self, *ahead)
 
     monkeypatch.setattr(loop.StopRequest, "__call__", stopping)
 

@@ -153,10 +153,10 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(config, tmp_path, mon
     parts = changed(config, output=str(tmp_path / "parts"))
     ask, calls = loop.StopRequest.__call__, itertools.count(1)
 
-    def stop_at_four(self):
+    def stop_at_four(self, *ahead):
         if next(calls) == 5:  # the fourth was after the batch of the evaluation at step 3
             signal.raise_signal(signal.SIGTERM)
-        return ask(self)
+        return ask(self, *ahead)
 
     monkeypatch.setattr(loop.StopRequest, "__call__", stop_at_four)
     with pytest.raises(UserError, match="stopped at step 4, saved") as stopped:

@@ -3,8 +3,10 @@
 import contextlib
 import json
 import math
+import random
 import re
 import socket
+import tempfile
 import threading
 import time
 
@@ -12,20 +14,21 @@ import pytest
 from two_processes import free_ports
 
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.parallel import hub, meeting, messages, watchdog
+from gpt2_flax.parallel import hub, meeting, messages, phases, watchdog
 from gpt2_flax.parallel.place import Place
 from gpt2_flax.parallel.watchdog import Watchdog
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def quick(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # for crash logs of runs without a folder
     for name, seconds in {"BEAT": 0.05, "SILENCE": 1.0, "GRACE": 0.5, "CLOSING": 0.3}.items():
         monkeypatch.setattr(hub, name, seconds)
     monkeypatch.setattr(meeting, "START", 5.0)
     monkeypatch.setattr(meeting, "LINGER", 0.3)
     monkeypatch.setattr(watchdog, "UNWINDING", 0.2)
-    monkeypatch.setattr(watchdog, "LEAST_LIMIT", 1.0)
-    monkeypatch.setattr(watchdog, "MEDIANS", 1)
+    monkeypatch.setattr(phases, "LEAST_STEP", 1.0)
+    monkeypatch.setattr(phases, "TIMES", 1)
     monkeypatch.setattr(watchdog, "_delay_abort", lambda: None)
     monkeypatch.setattr(watchdog, "_libc_signal", lambda handler: None)
     monkeypatch.setattr(watchdog.atexit, "register", lambda *arguments: None)
@@ -45,15 +48,18 @@ def left(monkeypatch):
         raise Ended
 
     numbers = {}
-    listen = Watchdog._listen
 
-    def known(self):
-        numbers[threading.current_thread()] = self.number
-        with contextlib.suppress(Ended):
-            listen(self)
+    def known(method):
+        def run(self):
+            numbers[threading.current_thread()] = self.number
+            with contextlib.suppress(Ended):
+                method(self)
+
+        return run
 
     monkeypatch.setattr(watchdog, "_leave", leave)
-    monkeypatch.setattr(Watchdog, "_listen", known)
+    monkeypatch.setattr(Watchdog, "_listen", known(Watchdog._listen))
+    monkeypatch.setattr(Watchdog, "_watch", known(Watchdog._watch))
     return said
 
 
@@ -133,11 +139,9 @@ def leave(dog, error=None):
 def test_one_process_needs_none():
     dog = Watchdog()
     with dog, dog.running("run"):
-        dog.step(1)
-        with dog.paused():
+        dog.phases.step(1)
+        with dog.phases.during("save", 1):
             pass
-    with pytest.raises(ZeroDivisionError), dog, dog.running("run"):
-        1 / 0  # noqa: B018
 
 
 def test_all_finish_whoever_is_first(address, left):
@@ -219,13 +223,13 @@ def test_one_fails_and_the_others_say_so(address, left):
     assert left[1] == (ExitCode.IO, "disk full: runs/x; free some")
 
 
-def test_process_0_fails_alone(address, left):
+def test_process_0_fails_alone(address, left, tmp_path):
     dogs = join(address, 2, 0, 1)
     _, raised = leave(dogs[0], ZeroDivisionError("no"))
     wait_until(lambda: 1 in left)
     assert left[1][0] == ExitCode.BUG
     assert "process 0 (" in left[1][1]
-    assert "it says: ZeroDivisionError: no" in left[1][1]
+    assert re.search(rf"it says: a bug in gpt2_flax \(ZeroDivisionError\): {tmp_path}/gpt2-flax-crash-", left[1][1])
     wait_until(lambda: raised and 0 in left)
 
 
@@ -261,31 +265,164 @@ def test_no_step_finished(address, left):
     time.sleep(1.2)  # compilation takes its time
     for step in (1, 2):
         for dog in dogs:
-            dog.step(step)
+            dog.phases.step(step)
     for dog in dogs:
-        with dog.paused():
+        with dog.phases.during("save", 2):
             time.sleep(0.7)
     time.sleep(0.2)
     assert not left
-    dogs[0].step(3)
+    dogs[0].phases.step(3)
     begun = time.monotonic()
     wait_until(lambda: len(left) == 2)
     assert time.monotonic() - begun > 0.8
     for code, sentence in left.values():
         assert code == ExitCode.TRY_AGAIN
-        assert re.match(r"process 1 \(.*\) behind: no step of the run finished for 1 s, the last was 2: ", sentence)
+        assert re.match(r"process 1 \(.*\) behind: no progress in step 2 for 1 s, and its limit is 1 s: ", sentence)
 
 
-def test_slow_steps_are_given_more_time():
+def work(dog, folder, during=None, wait=None):
+    """Two steps, and in the second what the process is in `during`; there it waits, or for ever in the step."""
+
+    def run():
+        with dog, dog.running(str(folder)):
+            for step in (1, 2):
+                dog.phases.step(step)
+            with dog.phases.during(during, 2) if during else contextlib.nullcontext():
+                if wait:
+                    wait.wait()
+            threading.Event().wait()
+
+    threading.Thread(target=run, daemon=True).start()
+
+
+HANG = r"no progress in step 2 for 1 s, and its limit is 1 s: "
+
+
+def test_one_that_hangs_while_others_save_is_noticed_and_all_leave_their_stacks(address, left, tmp_path):
+    """Others have done with the step, and wait in a save that may take long."""
+    dogs = join(address, 3, 0, 1, 2)
+    for dog, *where in zip(dogs, ["save", None, "save"], [threading.Event(), None, threading.Event()], strict=True):
+        work(dog, tmp_path, *where)
+    wait_until(lambda: len(left) == 3)
+    for number, (code, sentence) in left.items():
+        assert code == ExitCode.TRY_AGAIN
+        assert re.match(rf"process 1 \(.*\) behind: {HANG}{tmp_path}; start the same command again", sentence)
+        (log,) = tmp_path.glob(f"crash-*-{number}.log")
+        assert sentence.endswith(f"; the stacks of its threads are in {log}")
+        text = log.read_text(encoding="utf-8")
+        assert "behind: no progress in step 2" in text
+        assert text.count(" in run\n") >= 3  # one in each thread of `work`: all threads, not one
+
+
+def test_one_that_saves_for_long_is_waited_for(address, left, tmp_path):
+    dogs, saved = join(address, 2, 0, 1), threading.Event()
+    work(dogs[0], tmp_path, "save")
+    work(dogs[1], tmp_path, "save", saved)
+    time.sleep(2.0)  # process 0 waits in step 2 for twice its limit
+    assert not left
+    saved.set()
+    begun = time.monotonic()
+    wait_until(lambda: len(left) == 2)
+    assert time.monotonic() - begun > 0.8  # what process 0 waited before does not count
+    for _, sentence in left.values():
+        assert re.match(HANG, sentence)  # of none alone: all wait
+
+
+def test_a_run_of_one_process_that_hangs_is_ended(left, tmp_path):
+    work(Watchdog(), tmp_path)
+    wait_until(lambda: left)
+    (log,) = tmp_path.glob("crash-*-0.log")
+    assert left[0][0] == ExitCode.TRY_AGAIN
+    assert re.match(HANG, left[0][1])
+    assert left[0][1].endswith(f"{tmp_path}; {hub.AGAIN}; the stacks of its threads are in {log}")
+    assert " in run\n" in log.read_text(encoding="utf-8")
+
+
+def test_outside_its_context_a_watchdog_of_one_process_watches_nothing(left, tmp_path):
+    """Whoever calls the functions of the package keeps the process, and sees errors as they are."""
     dog = Watchdog()
-    assert not dog._times
-    dog.step(1)
-    assert not dog._times  # the first one was compiled
-    dog.step(2)
-    with dog.paused():
-        pass
-    dog.step(3)
-    assert len(dog._times) == 2
+    with contextlib.suppress(ZeroDivisionError), dog.running(str(tmp_path)):
+        dog.phases.step(1)
+        dog.phases.step(2)
+        time.sleep(1.5)
+        1 / 0  # noqa: B018
+        pytest.fail("it was suppressed")
+    assert not left
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bug_leaves_its_traceback_in_the_run_folder(tmp_path):
+    with pytest.raises(UserError) as caught, Watchdog() as dog, dog.running(str(tmp_path)):
+        1 / 0  # noqa: B018
+    (log,) = tmp_path.iterdir()
+    assert re.fullmatch(r"crash-\d{8}-\d{6}-0\.log", log.name)
+    assert caught.value.exit_code == ExitCode.BUG
+    assert str(caught.value) == f"a bug in gpt2_flax (ZeroDivisionError): {log}; please report it with that file"
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert "1 / 0" in log.read_text(encoding="utf-8")
+
+
+def test_what_follows_from_the_end_of_another_leaves_no_crash_log(address, left, tmp_path):
+    connect = threading.Thread(target=lambda: strangers.append(Stranger(address)) or strangers[0].hello(1, 2))
+    strangers = []
+    connect.start()
+    (dog,) = join(address, 2, 0)
+    connect.join()
+
+    def run():
+        with contextlib.suppress(UserError), dog, dog.running(str(tmp_path)):
+            raise ValueError("Gloo all-reduce failed")
+
+    threading.Thread(target=run, daemon=True).start()
+    wait_until(lambda: list(tmp_path.iterdir()))
+    strangers[0].socket.close()
+    wait_until(lambda: left)
+    assert "process 1 (host far, pid 7) of the run has ended" in left[0][1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wants", [[0], [1], [2], [0, 1, 2]])
+def test_when_one_wants_to_stop_all_do_at_the_same_question(address, left, wants):
+    dogs, draw, stopped = join(address, 3, 0, 1, 2), random.Random(0), {}
+    pauses = [[draw.random() * 0.004 for _ in range(1000)] for _ in dogs]
+
+    def run(dog):
+        for question, pause in enumerate(pauses[dog.number], 1):
+            time.sleep(pause)
+            if dog.stops(dog.number in wants and question >= 20 + dog.number):
+                stopped[dog.number] = question
+                break
+        assert dog.stops(False)  # from then on
+        leave(dog)[0].join(10)
+
+    threads = [threading.Thread(target=run, args=[dog]) for dog in dogs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert set(stopped) == {0, 1, 2}
+    assert len(set(stopped.values())) == 1
+    assert stopped[0] > 20
+    assert not left
+
+
+def test_one_process_stops_when_it_wants_to():
+    assert [Watchdog().stops(wanted) for wanted in (False, True)] == [False, True]
+
+
+def test_one_that_has_stopped_says_so_even_when_process_0_is_gone(address, left, monkeypatch):
+    """Process 0, with the hub in it, may end a moment before the last of the others."""
+    gone = threading.Event()
+    monkeypatch.setattr(hub.Hub, "_judge", lambda self: setattr(self, "_ended", gone.is_set()))  # then it closes
+    dogs = join(address, 2, 0, 1)
+    stopped = UserError(ExitCode.TRY_AGAIN, "stopped at step 7, saved", "runs/x", "run the same command to go on")
+    thread, raised = leave(dogs[1], stopped)
+    wait_until(lambda: dogs[1]._failure)
+    gone.set()
+    thread.join(5)
+    assert raised == [stopped]
+    wait_until(lambda: 1 in left)
+    assert left[1] == (ExitCode.TRY_AGAIN, str(stopped))
 
 
 def agree(dogs, facts, patience=math.inf):

@@ -4,6 +4,7 @@ config.toml                  the resolved config, with absolute paths
 tokenizer/                   the dataset's, so that the run can be used without the dataset
 checkpoints/ sha256/ damaged/   see `store`
 metrics.jsonl tensorboard/   numbers over the run
+crash-TIME-PROCESS.log       stacks and tracebacks of a process that died, hung or had a bug, see `crash_log`
 samples.txt                  how each evaluation continued `training.prompts`
 lock                         held by the process that trains
 token                        for a moment at the start of several processes: do all see the same folder?

@@ -44,6 +44,13 @@ def utf8(value: str | list[str] | None) -> str | list[str] | None:
     return value
 
 
+def positive(value: float | None) -> float | None:
+    """Refuses what is not above 0, and what is no number."""
+    if value is not None and not value > 0:
+        raise typer.BadParameter("it must be above 0")
+    return value
+
+
 def _local_path(given: str) -> str:
     try:
         return local_path(given)

@@ -80,7 +80,7 @@ def serve(
 ) -> None:
     """Serve a page to play with, and OpenAI's /v1/completions.
 
-    One text is made at a time, the others wait for their turn. SIGTERM or Ctrl-C ends it, with 0.
+    One text is made at a time, the others wait for their turn. Ctrl-C, SIGTERM and signals like it end it, with 0.
     """
     from gpt2_flax.errors import missing_package
 

@@ -1,11 +1,13 @@
 """What makes models: doctor, plan, train, keys, evaluate."""
 
+import math
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from gpt2_flax.cli.app import Model, PathArgument, PathOption, Step, app, corpus_source, utf8
+from gpt2_flax.cli.app import Model, PathArgument, PathOption, Step, app, corpus_source, positive, utf8
 from gpt2_flax.cli.text import Between, Encoding, Format, OnBad, TextField
 from gpt2_flax.text.documents import CorpusOptions
 
@@ -40,6 +42,10 @@ def train(
     profile: Annotated[
         int, typer.Option(min=0, metavar="STEPS", help="Trace so many steps for TensorBoard's profiler or XProf.")
     ] = 0,
+    max_hours: Annotated[
+        float | None,
+        typer.Option(callback=positive, metavar="H", help="Stop and save, with 75, before so many hours are over."),
+    ] = None,
     coordinator: Annotated[
         str | None, typer.Option(help="Several hosts: HOST:PORT of process 0. PORT + 1 must be free and reachable too.")
     ] = None,
@@ -54,8 +60,11 @@ def train(
 
     Under SLURM, Open MPI, Kubernetes (scripts/kubernetes_jobset.yaml), torchrun and on TPU pods several hosts find each
     other; elsewhere give the three options above. When one process ends all do, with 75 where starting again helps.
-    SIGTERM or Ctrl-C stops after the step under way and saves; the same command goes on from there.
+    Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2, sent to one process or to all, stops after the step under way and
+    saves, with 75; the same command resumes from there. A second signal ends the process at once. --max-hours stops
+    likewise, early enough for the save, by the time that steps, evaluations and saves have taken so far.
     """
+    begun = time.monotonic()
     from gpt2_flax.config_file import load_stages
     from gpt2_flax.parallel.place import find_place
     from gpt2_flax.parallel.watchdog import announced
@@ -68,9 +77,10 @@ def train(
         from gpt2_flax.parallel.processes import start_processes
         from gpt2_flax.training.loop import train as run
 
+    deadline = math.inf if max_hours is None else begun + 3600 * max_hours
     with start_processes(place) as watchdog:
         stages = load_stages(config, overrides or ())  # here: what is wrong with it in one process ends all
-        run(*stages, allow_change=allow_change or (), profile_steps=profile, watchdog=watchdog)
+        run(*stages, allow_change=allow_change or (), profile_steps=profile, watchdog=watchdog, deadline=deadline)
 
 
 @app.command(epilog="The keys: gpt2-flax keys")

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any, Literal, TypeVar
 
 from gpt2_flax.errors import ExitCode, UserError, missing_package
-from gpt2_flax.interruption import FirstSignal
+from gpt2_flax.interruption import SIGNALS, FirstSignal
 
 Engine = Literal["local", "ray"]
 Tick = Callable[[int, int], None]
@@ -31,7 +31,6 @@ Result = TypeVar("Result")
 Work = Callable[[Task, Tick], Result]
 
 POLL_SECONDS = 0.2
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
@@ -90,7 +89,7 @@ def _run_in_pool(
 
 def _submit(pool: ProcessPoolExecutor, task: Any) -> Future:
     """Hands over a task; a worker that this starts is deaf to signals until it can deal with them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         return pool.submit(_work, task)
     finally:
@@ -102,9 +101,10 @@ _worker: tuple[Work, Tick]  # of this process, when it is a worker
 
 def _start_worker(work: Work, stop: Event, done: SynchronizedArray) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # the parent stops its workers
     signal.signal(signal.SIGTERM, _end_after_parent)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     _use_one_core()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

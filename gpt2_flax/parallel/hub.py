@@ -13,6 +13,7 @@ from typing import Any
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.parallel.meeting import Meeting, verdict
 from gpt2_flax.parallel.messages import Peer, send
+from gpt2_flax.parallel.phases import hang
 from gpt2_flax.parallel.place import Place
 
 BEAT = 2.0
@@ -46,8 +47,8 @@ class Hub(threading.Thread):
         self._meeting = Meeting(place)
         self._connections, self.own = self._meeting.connections, self._meeting.own
         self._members: dict[int, Peer] = {}
-        self._moved = 0.0  # when a step was last finished, or there was something else to do
-        self._ended = False
+        self._fewest, self._moved = 0, 0.0  # marks of those behind, and since when
+        self._ended = self._stopping = False
 
     def run(self) -> None:
         try:
@@ -74,16 +75,22 @@ class Hub(threading.Thread):
 
     def _note(self, peer: Peer, message: dict[str, Any]) -> None:
         match message:
-            case {"kind": "beat", "step": step, "paused": paused, "limit": limit}:
-                if paused or step != peer.step:
-                    self._moved = time.monotonic()
-                peer.step, peer.paused, peer.limit = step, paused, limit
+            case {"kind": "beat", "phase": phase, "marks": marks, "waited": waited, "limit": limit}:
+                peer.phase, peer.marks, peer.waited, peer.limit = phase, marks, waited, limit
             case {"kind": "failed", "code": code, "sentence": sentence}:
                 peer.failed, peer.code, peer.sentence = time.monotonic(), code, sentence
             case {"kind": "facts", "patience": patience}:
                 peer.facts, peer.patience, peer.asked = message["facts"], patience, time.monotonic()
                 if all(member.facts is not None for member in self._members.values()) and self._agree():
                     self._connections.tell_all("agreed")
+            case {"kind": "stop"} if not self._stopping:
+                self._stopping = True
+                self._connections.tell_all("stop")
+            case {"kind": "asked", "times": times}:
+                peer.asked_times = times
+                asked = [member.asked_times for member in self._members.values()]
+                if None not in asked:
+                    self._connections.tell_all("stops", at=max(asked) + 1)
             case {"kind": "out"}:
                 peer.out = True
 
@@ -101,7 +108,7 @@ class Hub(threading.Thread):
         return not difference
 
     def _judge(self) -> None:
-        """Ends the run when a process is gone, has failed alone, or when none gets on; or when all are out."""
+        """Ends the run when a process is gone, has failed alone, or hangs; or when all are out."""
         now, members = time.monotonic(), list(self._members.values())
         if all(peer.out for peer in members):
             self._ended = True
@@ -111,7 +118,7 @@ class Hub(threading.Thread):
                 how = "has ended" if peer.nonsense is None else f"said what no process of a run says: {peer.nonsense}"
                 return self._blame(peer, how)
             if now - peer.heard > SILENCE:
-                return self._blame(peer, f"has been silent for {SILENCE:.0f} s")
+                return self._blame(peer, f"has been silent for {SILENCE:.0f} s", stacks=True)
         busy = [peer for peer in members if peer.failed is None and not peer.out]
         waiting = [peer for peer in busy if peer.facts is not None]  # for all others; it does not fail by itself
         # A process that stops as agreed, with TRY_AGAIN, knows that the others do.
@@ -127,24 +134,29 @@ class Hub(threading.Thread):
             name, fact = next(iter(tired.facts.items()))
             what = f"{absent[0].name} of the run has not named {name} within {tired.patience:.0f} s"
             return self._end(None, ExitCode.CONFIG, what, ALIKE, f"{tired.name} has {fact}")
-        limit = max(peer.limit for peer in members)
-        if busy == members and now - self._moved > limit:
-            step = min(peer.step for peer in members)
-            behind = [peer for peer in members if peer.step == step]
+        # Others wait for those behind, which may take their time; so each is judged by the limit of its own phase.
+        fewest = min((peer.marks for peer in busy), default=0)
+        if fewest != self._fewest:
+            self._fewest, self._moved = fewest, now
+        behind = [peer for peer in busy if peer.marks == fewest]
+        for peer in behind:
+            peer.waited = min(peer.waited, now - self._moved)  # not while it waited for others itself
+        if stuck := next((peer for peer in behind if peer.waited > peer.limit), None):
             who = "" if behind == members else " and ".join(peer.name for peer in behind[:3]) + " behind: "
-            what = f"{who}no step of the run finished for {limit:.0f} s, the last was {step}"
-            return self._end(None, ExitCode.TRY_AGAIN, what, AGAIN)
+            what = who + hang(stuck.phase, stuck.waited, stuck.limit)
+            return self._end(None, ExitCode.TRY_AGAIN, what, AGAIN, stacks=True)
         return None
 
-    def _blame(self, peer: Peer, how: str) -> None:
+    def _blame(self, peer: Peer, how: str, stacks: bool = False) -> None:
         if peer.failed is not None and peer.code != ExitCode.TRY_AGAIN:
             return self._end(peer, peer.code, f"{peer.name} of the run has failed", f"it says: {peer.sentence}")
-        return self._end(peer, ExitCode.TRY_AGAIN, f"{peer.name} of the run {how}", AGAIN)
+        return self._end(peer, ExitCode.TRY_AGAIN, f"{peer.name} of the run {how}", AGAIN, stacks=stacks)
 
-    def _end(self, peer: Peer | None, code: int, what: str, fix: str, where: str = "") -> None:
+    def _end(self, peer: Peer | None, code: int, what: str, fix: str, where: str = "", stacks: bool = False) -> None:
         """Tells all, the process of the hub last: JAX's coordinator ends with it, and that aborts those still there."""
         self._ended = True
-        message = verdict(UserError(ExitCode(code), what, where, fix), -1 if peer is None else peer.number)
+        number = -1 if peer is None else peer.number
+        message = verdict(UserError(ExitCode(code), what, where, fix), number) | {"stacks": stacks}
         own = self._members.get(0)
         others = {member for member in self._members.values() if member is not own}
         for member in others:

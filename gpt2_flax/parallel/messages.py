@@ -7,7 +7,7 @@ hello    to the hub, the first one: number, n_processes, host, pid, facts, nonce
          sentence of a process that has failed already
 welcome  from the hub: proof that it knows the secret too
 facts    to the hub: facts by name, which must be the same in all processes, and how many seconds these may be apart
-beat     both ways, every BEAT seconds; to the hub: step, paused, limit
+beat     both ways, every BEAT seconds; to the hub: phase, marks, waited and limit of its `Phases`
 stop     both ways; to the hub: this process was asked to stop; from the hub: say how often you have asked
 asked    to the hub: times, how often `Watchdog.stops` was called, where the process waits until it hears
 stops    from the hub, when all have said so: at, the call at which all stop
@@ -15,7 +15,7 @@ failed   to the hub: code, sentence; an exception is on its way out of the run
 out      to the hub: this process is done and waits for the others
 started  from the hub, when all have come: what to call process 0, token of this start
 agreed   from the hub, when all have sent the same facts
-verdict  from the hub: number of the process that is to blame, code, what, where, fix; all shall end with that
+verdict  from the hub: number of the process that is to blame, code, what, where, fix, stacks: keep them?
 over     from the hub: all are out
 """
 
@@ -46,7 +46,7 @@ _FIELDS: Mapping[str, Mapping[str, Any]] = {
     },
     "welcome": {"proof": str},
     "facts": {"facts": dict, "patience": float},
-    "beat": {"step": 0, "paused": True, "limit": math.inf},
+    "beat": {"phase": "nothing", "marks": 0, "waited": 0.0, "limit": math.inf},
     "stop": {},
     "asked": {"times": int},
     "stops": {"at": int},
@@ -54,7 +54,7 @@ _FIELDS: Mapping[str, Mapping[str, Any]] = {
     "out": {},
     "started": {"hub": str, "token": str},
     "agreed": {},
-    "verdict": {"number": int, "code": int, "what": str, "where": "", "fix": str},
+    "verdict": {"number": int, "code": int, "what": str, "where": "", "fix": str, "stacks": False},
     "over": {},
 }
 _LARGEST = 2**63
@@ -154,13 +154,15 @@ class Peer:
     nonsense: str | None = None  # that it has said
     number: int = -1
     name: str = ""
-    step: int = 0
-    paused: bool = True
+    phase: str = "nothing"
+    marks: int = 0
+    waited: float = 0.0
     limit: float = math.inf
     failed: float | None = None  # since when
     code: int = ExitCode.OK
     sentence: str = ""
     out: bool = False
+    asked_times: int | None = None  # about stopping, when one was asked to
     facts: Mapping[str, Any] | None = None  # while it waits until all have sent theirs
     patience: float = math.inf  # so long, since
     asked: float = 0.0

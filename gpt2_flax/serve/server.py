@@ -12,7 +12,7 @@ import uvicorn
 from gpt2_flax.checkpoint.source import Source
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.inference.generate import Generator
-from gpt2_flax.interruption import handled_elsewhere
+from gpt2_flax.interruption import handled_by
 from gpt2_flax.serve.api import About, make_app
 from gpt2_flax.serve.completion import Limits
 from gpt2_flax.serve.turns import Turns
@@ -37,7 +37,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(source: Source, name: str, listener: socket.socket, limits: Limits) -> None:
-    """Answers requests until SIGTERM or Ctrl-C; a second signal cuts off what is under way."""
+    """Answers requests until Ctrl-C, SIGTERM or another of `SIGNALS`; a second signal cuts off what is under way."""
     about = About(name, source.model.parameters, source.model.n_positions, source.step, int(time.time()))
     server = make_server(Generator(source), about, listener, limits)
     host, port = listener.getsockname()[:2]
@@ -45,7 +45,7 @@ def serve(source: Source, name: str, listener: socket.socket, limits: Limits) ->
         print("warning: whoever reaches this machine can use the model; there is no password", file=sys.stderr)
     url = f"http://{_in_url(host)}:{port}/"
     print(f"serving {name}, {about.parameters:,} parameters, at {url} (Ctrl-C ends it)", flush=True)
-    with handled_elsewhere():
+    with handled_by(server.handle_exit):
         server.run([listener])
     print("ended")
 

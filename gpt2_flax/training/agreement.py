@@ -24,14 +24,19 @@ _SAME_BACKEND = 60.0  # seconds; processes with the same kind of device find the
 
 
 def agree_on_start(
-    stages: Sequence[Config], mixtures: Sequence[Mixture], allow_change: Sequence[str], watchdog: Watchdog
+    stages: Sequence[Config],
+    mixtures: Sequence[Mixture],
+    allow_change: Sequence[str],
+    time_limit: bool,
+    watchdog: Watchdog,
 ) -> None:
     """Compares configs, data and devices of all processes. Raises `UserError` (CONFIG) that names a difference.
 
     Must come before anything else asks for devices.
     """
     changes = " ".join(sorted(set(allow_change))) or "nothing"
-    watchdog.agree({"the number of stages": str(len(stages)), "--allow-change": changes})
+    how = {"--allow-change": changes, "--max-hours": "a number" if time_limit else "nothing"}
+    watchdog.agree({"the number of stages": str(len(stages)), **how})
     for number, (config, mixture) in enumerate(zip(stages, mixtures, strict=True), 1):
         watchdog.agree(config_facts(config, mixture, f"stages.{number}." if len(stages) > 1 else ""))
     kinds = sorted({device.device_kind for device in jax.local_devices()})

@@ -1,6 +1,7 @@
 """A training run, or several stages, from start or resume to the last step."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,13 +21,14 @@ from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.parallel.auto_mesh import choose_mesh
 from gpt2_flax.parallel.feed import device_batch, prefetch, row_shards
 from gpt2_flax.parallel.mesh import make_mesh
+from gpt2_flax.parallel.phases import Kind
 from gpt2_flax.parallel.watchdog import Watchdog
 from gpt2_flax.training.agreement import agree_on_start, check_shared
 from gpt2_flax.training.choices import choices
 from gpt2_flax.training.metrics import MetricsLog, StepReport
 from gpt2_flax.training.profiler import Profiler
 from gpt2_flax.training.samples import Samples, check_prompts
-from gpt2_flax.training.signals import StopRequest
+from gpt2_flax.training.signals import SLOW_DISK, StopRequest
 from gpt2_flax.training.start import (
     check_fits,
     check_rows,
@@ -55,11 +57,13 @@ def train(
     profile_steps: int = 0,
     devices: Sequence[jax.Device] | None = None,
     watchdog: Watchdog | None = None,
+    deadline: float = math.inf,
 ) -> None:
     """Trains each stage until its `training.total_steps`, from the newest checkpoint of its run folder if there is one.
 
     All are checked before the first begins, and those that have all their steps are passed over. A trace of
     `profile_steps` steps of each goes to the `tensorboard` folder of its run. Several processes bring a `watchdog`.
+    By `deadline`, in seconds of `time.monotonic`, it has stopped and saved.
     Raises `UserError`; with TRY_AGAIN when it was asked to stop and has saved.
     """
     watchdog = watchdog or Watchdog()
@@ -68,7 +72,7 @@ def train(
     for name, config in zip(names, stages, strict=True):
         with _naming(name):
             mixtures.append(Mixture(config.data.datasets))
-    agree_on_start(stages, mixtures, allow_change, watchdog)
+    agree_on_start(stages, mixtures, allow_change, deadline < math.inf, watchdog)
     for name, config, mixture in zip(names, stages, mixtures, strict=True):
         with _naming(name):
             checked.append(_check(config, mixture, [stage.config for stage in checked], devices))
@@ -79,11 +83,11 @@ def train(
                 run.create()
             check_shared(run, watchdog)
             check_same_run(stage.config, run, allow_change)
-    with StopRequest() as stop:
+    with StopRequest(watchdog, deadline) as stop:
         for number, name in enumerate(names, 1):
             with _naming(name):
                 _train(checked[number - 1], stop, watchdog, allow_change, name, profile_steps)
-                if number < len(stages) and stop():
+                if number < len(stages) and stop("start", "step"):
                     output, fix = stages[number - 1].output, "run the same command to go on"
                     raise UserError(ExitCode.TRY_AGAIN, "stopped at its end, saved", output, fix)
 
@@ -210,6 +214,7 @@ def _run(
     hardware = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     meta = {"model": config.model.model_dump(), "hardware": hardware, **mixture.fingerprints()}
     report = StepReport(config, log, throughput(config, mesh, mixture, loader), first_step, first_sample)
+    stop.first_save = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / jax.process_count() / SLOW_DISK
     samples, save_due = Samples(config, mixture.tokenizer_folder), False
 
     def make(step):
@@ -222,27 +227,31 @@ def _run(
             state, metrics = train_step(state, batch)
             report.dispatched(step, metrics)
             profiler.after(step, metrics)
-            watchdog.step(step)
+            watchdog.phases.step(step)
             samples_seen += n_rows
-            stopping = stop()
-            if (step % training.evaluate_every == 0 and not stopping) or step == total:
+            evaluation_due = step % training.evaluate_every == 0
+            save_due |= step % training.save_every == 0
+            ahead: list[Kind] = ["evaluation"] * (evaluation_due or step + 1 == total) + ["save"] * save_due
+            stopping = stop("step", *ahead)
+            if (evaluation_due and not stopping) or step == total:
                 report.catch_up()
-                with watchdog.paused():
-                    evaluations = _evaluate(state.model, held_out, mesh, config, stop if step < total else None)
+                with watchdog.phases.during("evaluation", step):
+                    evaluations = _evaluate(
+                        state.model, held_out, mesh, config, watchdog, stop if step < total else None
+                    )
                     if evaluations is None:
                         stopping = True
                     else:
                         report.evaluated(step, evaluations, samples.texts(state.model))
-            save_due |= step % training.save_every == 0
             last = step == total or stopping
             if save_due or last:
                 report.catch_up()
                 # Steps may be skipped for the state's sake: as long as they are, older states are not given up for it.
                 if last or not report.skipped_in_a_row:
                     so_far = {"step": step, "samples_seen": samples_seen, "skipped": report.skipped}
-                    with watchdog.paused():
+                    with watchdog.phases.during("save", step):
                         _save(store, state, meta | so_far, config.output)
-                        if last:
+                        if last or stop.measures_save:
                             store.seal()  # now, before anybody reads that it is saved
                     save_due = False
             if stopping and step < total:
@@ -251,12 +260,18 @@ def _run(
 
 
 def _evaluate(
-    model: GPT2, held_out: Mapping[str, Loader], mesh: Mesh, config: Config, stop: StopRequest | None
+    model: GPT2,
+    held_out: Mapping[str, Loader],
+    mesh: Mesh,
+    config: Config,
+    watchdog: Watchdog,
+    stop: StopRequest | None,
 ) -> dict[str, Evaluation] | None:
     """Returns the figures of each split, None when `stop` has said so before the end."""
     n_rows, n_batches = config.data.global_batch_size, config.training.evaluation_batches
 
     def after_batch(_: int) -> None:
+        watchdog.phases.progress()
         if stop is not None and stop():
             raise _Stopped
 

@@ -1,39 +1,55 @@
-"""SIGTERM and SIGINT as a question that the loop asks after each step, batch of an evaluation, and stage."""
+"""Signals and the end of `--max-hours`, as a question that the loop asks after each step, evaluated batch and stage."""
 
-import signal
+import math
 from contextlib import AbstractContextManager, ExitStack
 
 import jax
-from jax.experimental import multihost_utils
 
 from gpt2_flax.interruption import FirstSignal
+from gpt2_flax.parallel.phases import Kind
+from gpt2_flax.parallel.watchdog import Watchdog
+
+SLOW_DISK = 50e6  # bytes a second, from each process; so long a save is taken to last until one was measured
+_MARGIN = 1.25  # times as long as the longest so far, and
+_SPARE = 5.0  # seconds
 
 
 class StopRequest(AbstractContextManager):
     """From the first question on, the first signal asks for a stop; a second one ends the process at once.
 
-    Before that a signal ends the process: nothing was trained that could be saved. Of several processes all stop at one
-    step: the coordination service of JAX tells them of SIGTERM.
+    Before that a signal ends the process: nothing was trained that could be saved. A stop is also asked for when
+    process 0 finds that what comes next, and the save after it, may not end before `deadline`. Of
+    several processes all stop at one step.
     """
 
-    def __enter__(self) -> "StopRequest":
-        self._stack, self._signal = ExitStack(), None
-        self._asked, self._several, self._calls = False, jax.process_count() > 1, 0
-        return self
+    def __init__(self, watchdog: Watchdog, deadline: float = math.inf):
+        self._watchdog, self._deadline = watchdog, deadline
+        self._signal, self._stack = None, ExitStack()
+        self.first_save = 0.0
+        """Seconds that a save is taken to last as long as none was measured."""
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def __call__(self) -> bool:
-        """Returns whether to stop now. All processes ask at the same moments, and get the same answers."""
-        self._calls += 1
+    def __call__(self, *ahead: Kind) -> bool:
+        """Returns whether to stop now; `ahead` is all that comes before the next question.
+
+        All processes ask at the same moments, and get the same answers.
+        """
         if self._signal is None:
-            # With several processes SIGTERM is the coordination service's: a handler of ours would disable it.
-            numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
-            self._signal = self._stack.enter_context(FirstSignal(numbers))
-        if not self._several:
-            return self._signal.number is not None
-        self._signal.check()
-        if not self._asked:
-            self._asked = multihost_utils.reached_preemption_sync_point(self._calls)
-        return self._asked
+            self._signal = self._stack.enter_context(FirstSignal())
+        return self._watchdog.stops(self._signal.number is not None or self._is_late(ahead))
+
+    @property
+    def measures_save(self) -> bool:
+        """Whether the save under way must be waited for, as its time must be known."""
+        return self._deadline < math.inf and not self._watchdog.phases.longest("save")
+
+    def _is_late(self, ahead: tuple[Kind, ...]) -> bool:
+        if self._deadline == math.inf or self._watchdog.number != 0:
+            return False
+        phases = self._watchdog.phases
+        steps = 3 if jax.process_count() > 1 else 1  # the one under way, and two more until all have agreed
+        saving = phases.still_saving() + (phases.longest("save") or self.first_save)
+        seconds = sum(map(phases.longest, ahead)) + steps * phases.longest("step") + saving
+        return phases.clock() + _MARGIN * seconds + _SPARE > self._deadline

@@ -1,0 +1,102 @@
+"""Where a process that dies, hangs or has a bug leaves its stacks and tracebacks, for those who look into it."""
+
+import contextlib
+import faulthandler
+import fcntl
+import os
+import platform
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import IO
+
+import gpt2_flax
+from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.interruption import cleaned_up
+
+
+class CrashLog(AbstractContextManager):
+    """FOLDER/crash-TIME-NUMBER.log, a temporary file where that cannot be made; no file once closed without content.
+
+    Within the context a fatal signal (SIGSEGV, SIGBUS, SIGABRT, ...) adds the stacks of all threads. So the file is
+    open from the beginning: such a signal leaves no time for it.
+    """
+
+    def __init__(self, folder: Path | None = None, number: int = 0):
+        self.path, self._file = _open(folder, number)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "CrashLog":
+        self._stack.enter_context(cleaned_up(self._remove_empty))
+        if not faulthandler.is_enabled():  # else somebody wants to see them elsewhere
+            faulthandler.enable(self._file)
+            self._stack.callback(faulthandler.disable)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+        self._file.close()
+        self._remove_empty()
+
+    def _remove_empty(self) -> None:
+        with contextlib.suppress(OSError):
+            if not self.path.stat().st_size:
+                self.remove()
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def remove(self) -> None:
+        """Removes the file."""
+        self.path.unlink(missing_ok=True)
+
+    def add_stacks(self, why: str) -> None:
+        """Adds the stacks of all threads."""
+        self._add(lambda: (print(why, file=self._file, flush=True), faulthandler.dump_traceback(self._file)))
+
+    def bug(self, error: BaseException) -> UserError:
+        """Adds the traceback of an error that should not have come up; returns what the user reads about it."""
+        self._add(lambda: traceback.print_exception(error, file=self._file))
+        what = f"a bug in gpt2_flax ({type(error).__name__})"
+        return UserError(ExitCode.BUG, what, self.path, "please report it with that file")
+
+    def _add(self, write: Callable[[], object]) -> None:
+        versions = f"gpt2_flax {gpt2_flax.__version__}, Python {platform.python_version()}"
+        where = f"{time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()} on {socket.gethostname()}, {versions}"
+        with contextlib.suppress(OSError):  # a full disk must not hide what has happened
+            print(where, *sys.argv, file=self._file, flush=True)
+            write()
+            self._file.flush()
+
+
+def _open(folder: Path | None, number: int) -> tuple[Path, IO[str]]:
+    how = {"encoding": "utf-8", "errors": "backslashreplace"}
+    if folder is not None:
+        path = folder.absolute() / f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{number}.log"
+        with contextlib.suppress(OSError):
+            _remove_empty(folder)
+            opening = path.with_suffix(".opening")  # another process takes an empty log without a lock for a dead one's
+            file = open(opening, "w", **how)  # noqa: SIM115 - fatal signals need it open
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            opening.rename(path)
+            return path, file
+    file = tempfile.NamedTemporaryFile(  # noqa: SIM115
+        "w", prefix="gpt2-flax-crash-", suffix=".log", delete=False, **how
+    )
+    return Path(file.name), file
+
+
+def _remove_empty(folder: Path) -> None:
+    """Removes what processes that were killed have left."""
+    for path in folder.glob("crash-*.log"):
+        with contextlib.suppress(OSError), open(path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_size:
+                path.unlink()
