@@ -34,26 +34,19 @@ class FlatFile(NamedTuple):
 
     def check(self) -> None:
         """Raises `UserError` (DATA) when the file is missing or has another size."""
-        try:
+        with self._naming():
             found = self.path.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(ExitCode.DATA, "shard missing", self.path, self._fix) from None
-        except OSError as error:
-            raise io_error(error, self.path) from None
         if not stat.S_ISREG(found.st_mode):
-            raise UserError(ExitCode.DATA, "shard is not a file", self.path, self._fix)
+            raise self.damage("shard is not a file")
         expected = (self.first + self.count) * self.dtype.itemsize
         if found.st_size < expected or (found.st_size > expected and not self.shared):
-            what = f"shard has {found.st_size} bytes where dataset.json says {expected}"
-            raise UserError(ExitCode.DATA, what, self.path, self._fix)
+            raise self.damage(f"shard has {found.st_size} bytes where dataset.json says {expected}")
 
     def open(self) -> "OpenFile":
         """Returns the file for reading at any place; raises as `check`."""
         self.check()
-        try:
+        with self._naming():
             return OpenFile(self)
-        except OSError as error:
-            raise io_error(error, self.path) from None
 
     def chunks(self, read: Callable[[int], None] = lambda n_bytes: None) -> Iterator[np.ndarray]:
         """Opens the file and yields its numbers in pieces, as `OpenFile.chunks`; raises as `check` too."""
@@ -69,6 +62,15 @@ class FlatFile(NamedTuple):
 
     def damage(self, what: str) -> UserError:
         return UserError(ExitCode.DATA, what, self.path, self._fix)
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError):
+            raise self.damage("shard missing") from None
+        except OSError as error:
+            raise io_error(error, self.path) from None
 
     @property
     def _fix(self) -> str:
@@ -151,10 +153,12 @@ def gather(
     pieces = [files_P.tolist(), (starts_P * dtype.itemsize).tolist(), sizes_P.tolist()]
     flat = b""
     with contextlib.suppress(OSError):
-        flat = b"".join([
-            os.pread(file.descriptor, size, file.base + place) if (file := files.get(number)) else bytes(size)
-            for number, place, size in zip(*pieces, strict=True)
-        ])
+        flat = b"".join(
+            [
+                os.pread(file.descriptor, size, file.base + place) if (file := files.get(number)) else bytes(size)
+                for number, place, size in zip(*pieces, strict=True)
+            ]
+        )
     if len(flat) != sizes_P.sum():  # once more with care, to name what is wrong
         flat = b"".join(
             file.bytes(file.base + place, size) if (file := files.get(number)) else bytes(size)
