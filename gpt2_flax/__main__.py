@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from types import CoroutineType
 from typing import Any, NoReturn
 
 from gpt2_flax.errors import ExitCode, UserError, io_error, naming_file, printable
@@ -28,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _unraisable(unraisable: Any) -> None:
-    """Shows no traceback of callbacks that tensorstore makes when saving has failed: that is raised as well."""
-    if unraisable.object is not None:
+    """Hide tracebacks of tensorstore's callbacks, and of reads still under way when one failed: both raise as well."""
+    if unraisable.object is not None and not isinstance(unraisable.object, CoroutineType):
         sys.__unraisablehook__(unraisable)
 
 

@@ -30,7 +30,8 @@ from gpt2_flax.memory import out_of_memory
 from gpt2_flax.parallel.rules import path_of
 from gpt2_flax.progress import si
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax also raises what it logs as errors
+for _name in ("absl", "asyncio"):  # what they log as errors is also raised; of one error asyncio logs what follows
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 T = TypeVar("T")
 
@@ -63,8 +64,6 @@ class CheckpointStore:
         self._size = 0  # bytes of the arrays last saved
         self._reader, self._writer = ocp.StandardCheckpointHandler(), None
         if keep is not None:
-            # Of one error on a disk asyncio logs what follows from it.
-            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
             if jax.process_index() == 0:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._remove_leftovers()

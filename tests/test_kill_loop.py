@@ -1,0 +1,48 @@
+"""Runs that are killed, again and again, against a run that nobody disturbed: `scripts/kill_loop.py`."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "kill_loop.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of all tests here: the corpus, the undisturbed run and compiled programs."""
+    return tmp_path_factory.mktemp("kill_loop")
+
+
+def kill(folder, *arguments):
+    command = [sys.executable, SCRIPT, "--folder", folder, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=600)
+    assert done.stderr == ""
+    return done.returncode, done.stdout.splitlines()[-1]
+
+
+def test_twenty_kills_give_the_bits_of_a_run_that_nobody_disturbed(folder):
+    code, said = kill(folder, "--kills", "20", "--seed", "1")
+    assert code == 0, said
+    assert said.startswith("passed: 20 kills (")
+
+
+def test_a_kill_at_each_named_point_gives_them_too(folder):
+    code, said = kill(folder, "--kills", "0", "--crash-at", "all")
+    assert code == 0, said
+    assert re.match(r"passed: 15 kills \(15 at named points\)", said)
+
+
+def test_two_processes_of_which_one_or_both_are_killed_give_them_too(folder):
+    code, said = kill(folder, "--kills", "2", "--processes", "2", "--seed", "1")
+    assert code == 0, said
+    assert said.startswith("passed: 2 kills (")
+
+
+@pytest.mark.parametrize("part", ["opt", "rng", "data"])
+def test_a_resume_that_forgets_something_is_found(folder, part):
+    code, said = kill(folder, "--kills", "0", "--crash-at", "commit:3", "--forget", part)
+    assert code == 1
+    assert re.match(r"FAILED after 1 kills .*: train/loss of step 7 is \d+\.\d+, undisturbed \d+\.\d+", said), said
