@@ -1,15 +1,18 @@
-"""Compiled programs are kept between calls, in the user's cache folder."""
+"""Compiled programs are kept between calls, in the user's cache folder, where nobody else may put any."""
 
 import contextlib
 import fcntl
 import hashlib
 import os
 import platform
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from gpt2_flax.folders import cache_folder
 
 _MOST_BYTES = 4 * 2**30  # the least recently used are deleted beyond that
+_OTHERS_WRITE = 0o022
 
 
 def keep_compiled_programs() -> None:
@@ -17,13 +20,10 @@ def keep_compiled_programs() -> None:
 
     `JAX_COMPILATION_CACHE_DIR` is another folder, or none when it is empty.
     """
-    settings = {
-        "JAX_COMPILATION_CACHE_DIR": _folder(),
-        "JAX_COMPILATION_CACHE_MAX_SIZE": _MOST_BYTES,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0.2,
-    }
-    for name, value in settings.items():
-        os.environ.setdefault(name, str(value))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_folder())
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(_MOST_BYTES))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
 def _folder() -> Path | str:
@@ -31,11 +31,39 @@ def _folder() -> Path | str:
     with contextlib.suppress(OSError):
         if (cache := cache_folder()) is not None:
             folder = cache / "compiled" / _processor()
-            folder.mkdir(parents=True, exist_ok=True)
+            cache.mkdir(parents=True, exist_ok=True)
+            if danger := _danger((cache, folder.parent, folder)):
+                print(
+                    f"warning: compiled programs are not kept: {danger}; check who made it, or delete it",
+                    file=sys.stderr,
+                )
+                return ""
             with open(folder / "lock", "w", encoding="utf-8") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return folder
     return ""
+
+
+def _danger(folders: Sequence[Path]) -> str | None:
+    """Makes each folder, the last for this user alone; returns what lets another user put programs there to be run."""
+    for folder in folders:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.stat()
+        if status.st_uid != os.getuid():
+            return f"{folder} belongs to another user"
+        if status.st_mode & _OTHERS_WRITE:
+            if folder == folders[-1]:
+                return f"{folder} may be written by other users"
+            folder.chmod(status.st_mode & 0o755)  # now nobody can put another folder in the place of the next
+    was_private = not status.st_mode & 0o077
+    for file in os.scandir(folder):
+        found = file.stat(follow_symlinks=False)
+        if found.st_uid != os.getuid():
+            return f"{file.path} belongs to another user"
+        if not was_private and found.st_mode & _OTHERS_WRITE and not file.is_symlink():
+            return f"{file.path} may be written by other users"
+    folder.chmod(0o700)
+    return None
 
 
 def _processor() -> str:

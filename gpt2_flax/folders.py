@@ -143,7 +143,7 @@ def new_folder(output: Path, marker: str, overwrite: bool = False) -> Iterator[P
     place = Path(os.path.realpath(output))
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        claim = _claim(place)
+        claim = _claim(place.parent, f".{place.name}.tmp-")
         temporary = Path(claim.name).with_suffix("")
         temporary.mkdir()
     except OSError as error:
@@ -167,20 +167,22 @@ def new_folder(output: Path, marker: str, overwrite: bool = False) -> Iterator[P
             claim.close()
 
 
-def _claim(output: Path) -> IO[bytes]:
-    """Opens and locks a file NAME.lock beside `output`, removed when it is closed, for a temporary folder NAME.
+def _claim(parent: Path, prefix: str) -> IO[bytes]:
+    """Opens and locks a new file NAME.lock in `parent`, removed when it is closed, for a temporary folder NAME.
 
-    Folders whose lock nobody holds are removed first: the kernel unlocks the file however its process dies, and on
-    another host the process may have any id.
+    Folders of this user whose lock nobody holds are removed first: the kernel unlocks the file however its process
+    dies, and on another host the process may have any id.
     """
-    prefix = f".{output.name}.tmp-"
-    for left in output.parent.glob(f"{glob.escape(prefix)}*.lock"):
-        with contextlib.suppress(OSError), open(left, "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if (folder := left.with_suffix("")).exists():
-                shutil.rmtree(folder)
-            left.unlink()
-    claim = tempfile.NamedTemporaryFile("wb", prefix=prefix, suffix=".lock", dir=output.parent)  # noqa: SIM115
+    for left in parent.glob(f"{glob.escape(prefix)}*.lock"):
+        with contextlib.suppress(OSError):
+            if left.lstat().st_uid != os.getuid():  # in a folder for temporary files: perhaps a trap
+                continue
+            with open(left, "ab") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if (folder := left.with_suffix("")).exists():
+                    shutil.rmtree(folder)
+                left.unlink()
+    claim = tempfile.NamedTemporaryFile("wb", prefix=prefix, suffix=".lock", dir=parent)  # noqa: SIM115
     with contextlib.suppress(OSError):  # a file system without locks: what is left there stays
         fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return claim
@@ -199,9 +201,20 @@ def _is_mount_point(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Yields an empty folder in the system's place for temporary files, which is gone after the block."""
-    with tempfile.TemporaryDirectory(prefix="gpt2-flax-") as name, cleaned_up(lambda: _remove(Path(name))):
-        yield Path(name)
+    """Yields an empty folder in the system's place for temporary files, which is gone after the block.
+
+    What a killed process left there, the next call removes.
+    """
+    claim = _claim(Path(tempfile.gettempdir()), "gpt2-flax-")
+    folder = Path(claim.name).with_suffix("")
+    try:
+        with cleaned_up(lambda: (_remove(folder), Path(claim.name).unlink(missing_ok=True))):
+            folder.mkdir(mode=0o700)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process came before the lock was held
+            claim.close()
 
 
 def _remove(folder: Path) -> None:

@@ -76,3 +76,74 @@ def test_a_second_start_reads_what_the_first_has_compiled(config, tmp_path, fold
         files = sorted(cache.glob("jit_train_step-*-cache")) if folder == "cache" else []
         assert len(files) == (folder == "cache")  # one of both calls
     assert losses[0] == losses[1]
+
+
+def of_another_user(path, monkeypatch):
+    if os.getuid() == 0:
+        os.chown(path, 12345, -1, follow_symlinks=False)
+    else:
+        other = os.getuid() + 1
+        monkeypatch.setattr("os.getuid", lambda: other)
+
+
+def cached(tmp_path) -> Path:
+    keep_compiled_programs()
+    folder = Path(os.environ.pop(NAMES[0]))
+    assert folder.is_dir()
+    (folder / "jit_f-0-cache").write_bytes(b"program")
+    return folder
+
+
+def test_the_folder_is_for_its_user_alone(environment, tmp_path, capsys):
+    before = os.umask(0)
+    try:
+        folder = cached(tmp_path)
+        (folder / "jit_f-0-cache").chmod(0o666)  # as JAX writes them under this mask, where nobody else comes
+        assert folder.stat().st_mode & 0o777 == 0o700
+        (tmp_path / "gpt2_flax").chmod(0o777)
+        assert cached(tmp_path) == folder
+        assert (tmp_path / "gpt2_flax").stat().st_mode & 0o777 == 0o755
+    finally:
+        os.umask(before)
+    folder.chmod(0o755)  # as versions before made it
+    for file in folder.iterdir():
+        file.chmod(0o644)
+    assert cached(tmp_path) == folder
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder, patch: of_another_user(folder, patch), "belongs to another user"),
+        (lambda folder, patch: of_another_user(folder.parent, patch), "belongs to another user"),
+        (lambda folder, patch: of_another_user(folder / "jit_f-0-cache", patch), "belongs to another user"),
+        (lambda folder, patch: folder.chmod(0o777), "may be written by other users"),
+        (lambda folder, patch: folder.chmod(0o720), "may be written by other users"),
+        (
+            lambda folder, patch: (folder.chmod(0o755), (folder / "jit_f-0-cache").chmod(0o666)),
+            "jit_f-0-cache may be written by other users",
+        ),
+    ],
+    ids=["folder", "folder above", "file", "writable", "writable by group", "writable file"],
+)
+def test_programs_that_another_user_may_have_put_there_are_not_run(environment, tmp_path, capsys, damage, said):
+    damage(cached(tmp_path), environment)
+    keep_compiled_programs()
+    assert os.environ[NAMES[0]] == ""
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: compiled programs are not kept: ")
+    assert said in warning
+    assert warning.count("\n") == 1
+
+
+def test_a_link_is_followed_where_it_leads_to_a_folder_of_the_user(environment, tmp_path, capsys):
+    folder, elsewhere = cached(tmp_path), tmp_path / "elsewhere"
+    folder.rename(elsewhere)
+    folder.symlink_to(elsewhere)
+    assert cached(tmp_path) == folder
+    of_another_user(elsewhere, environment)
+    keep_compiled_programs()
+    assert os.environ[NAMES[0]] == ""
+    assert "belongs to another user" in capsys.readouterr().err

@@ -2,19 +2,21 @@
 
 import errno
 import fcntl
+import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
 from gpt2_flax.errors import UserError
-from gpt2_flax.folders import new_folder
+from gpt2_flax.folders import new_folder, scratch_folder
 
 # Fills a folder, says so, and waits for a line before it ends the block.
 FILLING = """
 import sys
 from pathlib import Path
-from gpt2_flax.folders import new_folder
+from gpt2_flax.folders import new_folder, scratch_folder
 with new_folder(Path(sys.argv[1]), "marker") as folder:
     (folder / "deep").mkdir()
     (folder / "deep" / "weights").write_bytes(b"x" * 100_000)
@@ -78,3 +80,52 @@ def test_where_nothing_can_be_locked_folders_are_made_and_none_is_removed(tmp_pa
     with pytest.raises(UserError, match="output folder exists"):
         fill(tmp_path / "out")
     assert names(tmp_path) == sorted([*left, "out", "marker"])
+
+
+SCRATCH = """
+import sys
+from gpt2_flax.folders import scratch_folder
+with scratch_folder() as folder:
+    (folder / "half a corpus").write_bytes(b"x" * 100_000)
+    print("filled", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_the_scratch_folder_of_a_killed_process_is_removed_by_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "gpt2-flax-crash-1.log").write_text("kept")
+    (tmp_path / "gpt2-flax-bystander").mkdir()
+    started = [
+        subprocess.Popen([sys.executable, "-c", SCRATCH], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    killed, living = started
+    for process in started:
+        assert process.stdout.readline() == "filled\n"
+    with killed:
+        killed.kill()
+    assert names(tmp_path).count("half a corpus") == 2, "kill -9 leaves it, or this test is worth nothing"
+    with scratch_folder() as folder:
+        assert not any(folder.iterdir())
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert names(tmp_path).count("half a corpus") == 1  # of the living one
+    with living:
+        living.communicate("\n", timeout=60)
+    assert names(tmp_path) == ["gpt2-flax-bystander", "gpt2-flax-crash-1.log"]
+
+
+def test_a_lock_of_another_user_is_no_reason_to_remove_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "gpt2-flax-abc").mkdir()
+    (tmp_path / "gpt2-flax-abc.lock").touch()
+    other = os.getuid() + 1
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getuid", lambda: other)
+        with scratch_folder():
+            pass
+    assert names(tmp_path) == ["gpt2-flax-abc", "gpt2-flax-abc.lock"]
+    with scratch_folder():
+        pass
+    assert names(tmp_path) == []

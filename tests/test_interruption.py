@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, sent to real processes at many moments: one line, the right exit code, nothing left behind."""
+"""Ctrl-C, SIGTERM and signals like it, sent to real processes: one line, the right exit code, nothing left behind."""
 
 import os
 import re
@@ -19,6 +19,7 @@ from gpt2_flax.interruption import FirstSignal
 ROOT = Path(__file__).parents[1]
 MOMENTS = 12
 HEAD = "import hashlib, os, signal, sys, threading, time; from pathlib import Path; "
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 138, signal.SIGUSR2: 140}
 COMPUTE = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"  # an hour in C, without a look at signals
 
 
@@ -101,7 +102,7 @@ def test_a_signal_at_any_moment_ends_a_command_with_one_line(command, made, tmp_
     def interrupt(moment):
         folder = tmp_path / str(moment)
         folder.mkdir()
-        number = (signal.SIGINT, signal.SIGTERM)[moment % 2]
+        number = [*CODES][moment % 5]
         process = start(folder, name, *arguments)
         time.sleep(took * moment / MOMENTS)
         process.send_signal(number)
@@ -118,7 +119,8 @@ def test_a_signal_at_any_moment_ends_a_command_with_one_line(command, made, tmp_
             assert code == 75
             assert (folder / "new/checkpoints" / saved[1] / "_CHECKPOINT_METADATA").is_file()
             continue
-        by, expected_code = ("Ctrl-C", 130) if number == signal.SIGINT else ("SIGTERM", 75 if name == "train" else 143)
+        by = "Ctrl-C" if number == signal.SIGINT else number.name
+        expected_code = 75 if name == "train" and number != signal.SIGINT else CODES[number]
         assert err == (
             f"error: interrupted: gpt2-flax {name}, by {by}; "
             "run the same command again: it starts over, or resumes where it can\n"
@@ -138,7 +140,7 @@ def test_a_signal_to_all_processes_of_prepare_ends_all_with_one_line(made, tmp_p
     )
 
     def interrupt(moment):
-        number = (signal.SIGINT, signal.SIGTERM)[moment % 2]
+        number = [*CODES][moment % 5]
         arguments_here = [*arguments, str(moment), "--workers", "2"]
         process = start(tmp_path, *arguments_here, code=code, start_new_session=True)
         time.sleep(0.15 * moment)
@@ -152,8 +154,8 @@ def test_a_signal_to_all_processes_of_prepare_ends_all_with_one_line(made, tmp_p
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(interrupt, range(10)))
     for number, code, _, err, left in results:
-        by = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        assert code in (0, 128 + number)
+        by = "Ctrl-C" if number == signal.SIGINT else number.name
+        assert code in (0, CODES[number])
         assert code == 0 or err.startswith(f"error: interrupted: gpt2-flax prepare, by {by}; ")
         assert (err.count("\n"), left) == (code != 0, [])
     assert sum(code != 0 for _, code, *_ in results) >= 6
@@ -241,7 +243,7 @@ def test_a_second_signal_does_not_wait_for_the_clean_up(made, tmp_path):
     assert time.monotonic() - begun < 4  # it would wait for five seconds
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", CODES)
 def test_a_second_signal_ends_at_once_what_the_first_asked_to_stop(number, made, tmp_path):
     process = in_prepare(made, tmp_path, f"with FirstSignal() as first:\n    print('now', flush=True); {COMPUTE}")
     process.send_signal(number)
@@ -249,7 +251,20 @@ def test_a_second_signal_ends_at_once_what_the_first_asked_to_stop(number, made,
         process.wait(1)
     process.send_signal(number)
     code, _, err = ended(process)
-    assert (code, err.count("\n")) == (128 + number, 1)
+    assert (code, err.count("\n")) == (CODES[number], 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_that_nohup_or_a_launcher_ignores_stays_ignored(number, made, tmp_path):
+    arguments = f"prepare {made['corpus']} --tokenizer {made['tokenizer']} --output new".split()
+    body = "with FirstSignal() as first:\n    os.kill(os.getpid(), NUMBER); time.sleep(0.5)\n"
+    body += "os.kill(os.getpid(), NUMBER); time.sleep(0.5); print(first.number, signal.getsignal(NUMBER).name)\n"
+    body += "raise OSError(28, '', 'the end')"
+    code = run_as_prepare(body.replace("NUMBER", str(int(number))))
+    ignoring = f"import signal; signal.signal({int(number)}, signal.SIG_IGN)\n"
+    code, out, err = ended(start(tmp_path, *arguments, code=ignoring + code))
+    assert (code, out) == (74, "None SIG_IGN\n")
+    assert err.startswith("error: disk full: the end; ")
 
 
 def test_a_signal_that_comes_twice_at_once_is_one(made, tmp_path):

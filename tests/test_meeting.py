@@ -238,6 +238,8 @@ def test_a_short_secret_is_refused(port, monkeypatch, number):
 
 # Who is let in
 
+BEAT = {"kind": "beat", "phase": "step 1", "marks": 1, "waited": 1.0, "limit": 9.0}
+
 
 @pytest.mark.parametrize(
     "said",
@@ -310,15 +312,13 @@ def test_a_visitor_that_says_nothing_is_dropped(port, capsys, monkeypatch):
     assert result(*process_0).exit_code == ExitCode.TRY_AGAIN
 
 
-BEAT = {"kind": "beat", "phase": "step 1", "marks": 1, "waited": 0.5, "limit": 9.0}
-
-
 @pytest.mark.parametrize(
     "said",
     [
         *(BEAT | {"marks": marks} for marks in (True, 1.5, "1", None, 2**64)),
-        *(BEAT | {"phase": phase} for phase in (0, None)),
-        *(BEAT | {name: value} for name in ("waited", "limit") for value in (math.nan, True, "9", -math.inf)),
+        *(BEAT | {"phase": phase} for phase in (0, None, ["step 1"])),
+        *(BEAT | {"waited": waited} for waited in ("no", False, math.nan)),
+        *(BEAT | {"limit": limit} for limit in (math.nan, True, "9", -math.inf)),
         *({"kind": "failed", "code": code, "sentence": "s"} for code in (3, 75.0, True, None)),
         *({"kind": "failed", "code": 74, "sentence": 1}, {"kind": "failed", "code": 74}),
         *({"kind": "facts", "facts": facts, "patience": 1.0} for facts in ([], None, {"a": []})),

@@ -99,12 +99,39 @@ def test_when_one_fails_the_other_says_why(config, tmp_path):
     assert errors[0].splitlines()[-1].endswith(f" of the run has failed: gpt2-flax train; it says: {own}")
 
 
-def test_ctrl_c_of_one_process_ends_both_with_130(config, tmp_path):
-    processes = start(changed(config, training__total_steps=2000, training__evaluate_every=1000), tmp_path)
+@pytest.mark.parametrize(("number", "to"), [(signal.SIGINT, [0, 1]), (signal.SIGUSR1, [0])])
+def test_both_stop_at_one_step_and_say_the_same(config, tmp_path, number, to):
+    """Ctrl-C reaches all processes of a terminal, other signals perhaps one: here process 0, which has the hub."""
+    processes = start(changed(config, training__total_steps=10**6, training__evaluate_every=10**6), tmp_path)
     wait_until(lambda: max(logged(config), default=0) > 3, processes)
-    processes[1].send_signal(signal.SIGINT)
+    for process in to:
+        processes[process].send_signal(number)
     codes, _, errors = ended(processes)
+    assert codes == [ExitCode.TRY_AGAIN] * 2, errors
+    run = RunFolder(config.output)
+    sentence = f"error: stopped at step {run.last_checkpoint()}, saved: {run.path}; run the same command to go on"
+    assert [error.splitlines()[-1] for error in errors] == [sentence] * 2
+    assert not list(run.path.glob("crash-*"))
+
+
+def test_a_second_ctrl_c_ends_both_at_once(config, tmp_path):
+    slow = (
+        "import time; from gpt2_flax.checkpoint.store import CheckpointStore\n"
+        "CheckpointStore.save = lambda *arguments: (print('saving', flush=True), time.sleep(1000))\n"
+    )
+    config = changed(config, training__save_every=10**6, training__total_steps=10**6, training__evaluate_every=10**6)
+    processes = start(config, tmp_path, before=(slow, slow))
+    wait_until(lambda: max(logged(config), default=0) > 3, processes)
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    for process in processes:
+        assert "saving\n" in iter(process.stdout.readline, "")
+    begun = time.monotonic()
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    codes, _, errors = ended(processes)
+    assert time.monotonic() - begun < 60
     assert codes == [ExitCode.INTERRUPTED] * 2
-    assert errors[1].startswith("error: interrupted: gpt2-flax train, by Ctrl-C; ")
-    assert errors[1].count("\n") == 1
-    assert "it says: interrupted: gpt2-flax train, by Ctrl-C" in errors[0]
+    for error in errors:
+        assert error.splitlines()[-1].startswith("error: interrupted: gpt2-flax train, by Ctrl-C; ")
+    assert not list(RunFolder(config.output).path.glob("crash-*"))

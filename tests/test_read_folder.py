@@ -298,7 +298,7 @@ def test_a_damaged_pytorch_file_is_refused(tmp_path):
         assert refusal(tmp_path)
     # one element shown as a tensor of 2**40: the shape is refused before anything that large is made
     torch.save(state_dict | {"transformer.wte.weight": torch.zeros(1).expand(2**20, 2**20)}, path)
-    assert "wte.weight (1048576, 1048576), (50, 12) expected" in refusal(tmp_path)
+    assert "wte.weight' (1048576, 1048576) is larger than the file" in refusal(tmp_path)
 
 
 def test_without_torch_a_pytorch_file_is_refused_with_a_way_out(tmp_path, monkeypatch):

@@ -517,9 +517,9 @@ def test_a_second_signal_cuts_off_what_is_under_way(run_folder):
     with served(run_folder, "--max-tokens", "31") as (process, port):
         with asking(port, prompt=["这是"] * 16, max_tokens=31, stream=True, top_k=1) as client:
             assert client.getresponse().readline().startswith(b"data: ")
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGHUP)
             time.sleep(0.2)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGUSR1)
         out, err = process.communicate(timeout=30)
         assert (process.returncode, out, err) == (0, "ended\n", "")
 

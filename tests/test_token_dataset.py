@@ -332,7 +332,7 @@ def test_document_starts_are_in_order_or_refused_whatever_their_file_holds(
         split = publish(folder, {"train": [flat_shard(tokens, offsets)], "validation": []}, 100).train
         windows = np.array([start, 0]), stop - start
         if starts[0] != 0 or starts[-1] >= 10 or starts != sorted(set(starts)):
-            for use in (lambda: split.document_starts(np.array([start]), 1), lambda: split.read(0, 1)):
+            for use in (lambda: split.document_starts(np.array([start % 10]), 1), lambda: split.read(0, 1)):
                 with pytest.raises(UserError, match="do not ascend") as error:
                     use()
                 assert error.value.where == str(shard_paths(folder, "train", 0)[1])

@@ -308,7 +308,7 @@ def test_one_that_hangs_while_others_save_is_noticed_and_all_leave_their_stacks(
         assert code == ExitCode.TRY_AGAIN
         assert re.match(rf"process 1 \(.*\) behind: {HANG}{tmp_path}; start the same command again", sentence)
         (log,) = tmp_path.glob(f"crash-*-{number}.log")
-        assert sentence.endswith(f"; the stacks of its threads are in {log}")
+        assert sentence.endswith(f"; the stacks of this process are in {log}")
         text = log.read_text(encoding="utf-8")
         assert "behind: no progress in step 2" in text
         assert text.count(" in run\n") >= 3  # one in each thread of `work`: all threads, not one
@@ -334,7 +334,7 @@ def test_a_run_of_one_process_that_hangs_is_ended(left, tmp_path):
     (log,) = tmp_path.glob("crash-*-0.log")
     assert left[0][0] == ExitCode.TRY_AGAIN
     assert re.match(HANG, left[0][1])
-    assert left[0][1].endswith(f"{tmp_path}; {hub.AGAIN}; the stacks of its threads are in {log}")
+    assert left[0][1].endswith(f"{tmp_path}; {hub.AGAIN}; the stacks of this process are in {log}")
     assert " in run\n" in log.read_text(encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpt2_flax.checkpoint.huggingface import HEAD, assemble, expected_shapes, from_hf_config
-from gpt2_flax.checkpoint.tensor_files import Tensor, read_torch, sized_torch_tensors
+from gpt2_flax.checkpoint.tensor_files import Tensor, read_torch, torch_tensors, unwrapped
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError, quote
 
@@ -61,7 +61,7 @@ def from_nanogpt(checkpoint: Mapping[str, Any], path: Path) -> tuple[ModelConfig
 
 def nanogpt_tensors(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """Return the tensors of an opened `ckpt.pt` by their names in nanoGPT; raises `UserError` (DATA)."""
-    return sized_torch_tensors(checkpoint["model"], path, _FIX)
+    return unwrapped(torch_tensors(checkpoint["model"], path, _FIX))
 
 
 def _transposed(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ tokenizer/                   the dataset's, so that the run can be used without 
 checkpoints/                 see `store`
 damaged/                     what was damaged and is not used; it may be deleted
 metrics.jsonl tensorboard/   numbers over the run
+crash-TIME-PROCESS.log       stacks and tracebacks of a process that died, hung or had a bug, see `crash_log`
 samples.txt                  how each evaluation continued `training.prompts`
 lock                         held by the process that trains
 token                        for a moment at the start of several processes: do all see the same folder?
@@ -82,6 +83,26 @@ class RunFolder:
             raise UserError(ExitCode.CANT_CREATE, "output folder exists and is not a run", self.path, fix)
         if not writable:
             raise UserError(ExitCode.CANT_CREATE, "output folder is not writable", self.path, "check its permissions")
+
+    @contextlib.contextmanager
+    def removed_if_refused(self) -> Iterator[None]:
+        """Removes what the block made in a new or empty folder when it raises `UserError` before a file has content."""
+        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        was_empty = self.path in missing or (self.path.is_dir() and not any(self.path.iterdir()))
+        try:
+            yield
+        except UserError:
+            with contextlib.suppress(UserError, OSError):
+                if was_empty and not any(file.stat().st_size for file in self._files() if file.name != "lock"):
+                    with self.lock():  # else another process has begun a run here
+                        for path in self.path.iterdir():
+                            shutil.rmtree(path) if path.is_dir() else path.unlink()
+                for folder in missing:
+                    folder.rmdir()
+            raise
+
+    def _files(self) -> Iterator[Path]:
+        return (path for path in self.path.rglob("*") if path.is_file())
 
     def lock(self) -> AbstractContextManager[None]:
         """Keeps other processes out until the block ends, see `folder_lock`."""

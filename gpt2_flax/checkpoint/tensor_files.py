@@ -4,7 +4,7 @@ A folder holds model.safetensors, or shards named by model.safetensors.index.jso
 """
 
 import contextlib
-import math
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -71,6 +71,8 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Tensor]]:
             what = f"{len(wrong)} names differ between index and shards, first {quote(wrong[0][0])}"
             raise UserError(ExitCode.DATA, what, folder / name, _DAMAGED)
         yield unwrapped(tensors)
+    if name in (TORCH_WEIGHTS, TORCH_INDEX):  # said here, as an error says more
+        print(f"note: {folder} has no {WEIGHTS}; {name} was read, and no code in it was run", file=sys.stderr)
 
 
 def check_tensors(
@@ -150,7 +152,8 @@ def read_torch(path: Path, fix: str) -> dict[Any, Any]:
     try:
         # mmap: the file is only mapped, so that shapes are known before data is read. Before torch 1.6 they were no
         # zip files, and are read as a whole.
-        mapped = zipfile.is_zipfile(path)
+        if mapped := zipfile.is_zipfile(path):
+            _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # nearly anything, depending on where it is damaged
         first_line = str(error).partition("\n")[0]
@@ -161,27 +164,38 @@ def read_torch(path: Path, fix: str) -> dict[Any, Any]:
     return content
 
 
+def _check_archive(path: Path) -> None:
+    """Raise ValueError for a zip file that becomes larger when it is read; torch.save compresses nothing."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError("it is compressed, as torch.save never does")
+    if sum(member.file_size for member in members) > path.stat().st_size:
+        raise ValueError("its members are larger than the file")
+    names = max((member.file_size for member in members if member.filename.endswith("data.pkl")), default=0)
+    if names > MAX_HEADER:
+        raise ValueError(f"data.pkl has {names} bytes where {MAX_HEADER} are allowed")
+
+
 def torch_tensors(state_dict: Any, path: Path, fix: str) -> dict[str, Tensor]:
-    """Return the tensors of a state dict from the file `path`; raises `UserError` as `read_torch`."""
+    """Return the tensors of a state dict from the file `path`, none larger than that file.
+
+    Raises `UserError` as `read_torch`.
+    """
     import torch
 
     if not isinstance(state_dict, dict) or len(state_dict) > MAX_TENSORS:
         raise UserError(ExitCode.DATA, f"not a state dict of at most {MAX_TENSORS} tensors", path, fix)
-    tensors = {}
+    tensors, size = {}, path.stat().st_size
     for name, tensor in state_dict.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise UserError(ExitCode.DATA, f"not a tensor: {quote(name)}", path, fix)
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise UserError(ExitCode.DATA, f"tensor without its numbers: {quote(name)}", path, fix)
+        if tensor.nbytes > size:  # strides of 0 make any size of one number
+            raise UserError(ExitCode.DATA, f"{quote(name)} {tuple(tensor.shape)} is larger than the file", path, fix)
         dtype = str(tensor.dtype).removeprefix("torch.")
         tensors[name] = Tensor(tuple(tensor.shape), dtype, lambda tensor=tensor: tensor.detach().float().numpy())
-    return tensors
-
-
-def sized_torch_tensors(state_dict: Any, path: Path, fix: str) -> dict[str, Tensor]:
-    """As `torch_tensors`, for callers that take sizes from shapes: none may be larger than the file."""
-    tensors, size = unwrapped(torch_tensors(state_dict, path, fix)), path.stat().st_size
-    for name, tensor in tensors.items():
-        if math.prod(tensor.shape) > size:
-            raise UserError(ExitCode.DATA, f"{quote(name)} {tensor.shape} is larger than the file", path, fix)
     return tensors
 
 

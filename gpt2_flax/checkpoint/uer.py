@@ -21,7 +21,8 @@ from gpt2_flax.checkpoint.tensor_files import (
     check_finite,
     check_tensors,
     read_torch,
-    sized_torch_tensors,
+    torch_tensors,
+    unwrapped,
 )
 from gpt2_flax.config import ModelConfig, parse_model
 from gpt2_flax.errors import ExitCode, UserError, quote
@@ -130,11 +131,11 @@ def read_uer(path: Path, uer_config: Path | None = None) -> tuple[ModelConfig, d
 
 
 def open_uer(path: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a UER-py `.bin` under the names of its newest version; as `sized_torch_tensors`."""
+    """Returns the tensors of a UER-py `.bin` under the names of its newest version; as `torch_tensors`."""
     if path.suffix == ".safetensors":
         raise UserError(ExitCode.DATA, "UER-py writes no such file", path, "give the transformers folder that it is in")
     fix = "copy it again, or save its state dict again with torch.save"
-    return _renamed(sized_torch_tensors(read_torch(path, fix), path, fix), path)
+    return _renamed(unwrapped(torch_tensors(read_torch(path, fix), path, fix)), path)
 
 
 def from_uer(

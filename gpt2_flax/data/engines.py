@@ -62,7 +62,8 @@ def _run_in_pool(
     work: Work, tasks: Sequence[tuple[int, Any]], workers: int, tick: Tick, first: FirstSignal
 ) -> Iterator:
     context = multiprocessing.get_context("spawn")  # safe whatever threads this process has
-    stop, done = context.Event(), context.Array(ctypes.c_int64, 2)
+    with _deaf():  # the tracker of what they share, a process of `multiprocessing`, stays so but for two signals
+        stop, done = context.Event(), context.Array(ctypes.c_int64, 2)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (work, stop, done))
     shown = [0, 0]
     running: dict[Future, int] = {}
@@ -70,7 +71,8 @@ def _run_in_pool(
         todo = iter(tasks)
         while True:
             for number, task in itertools.islice(todo, 2 * workers - len(running)):
-                running[_submit(pool, task)] = number
+                with _deaf():  # a worker that this starts, until it can deal with them
+                    running[pool.submit(_work, task)] = number
             first.check()
             if not running:
                 break
@@ -87,11 +89,12 @@ def _run_in_pool(
         pool.shutdown(cancel_futures=True)
 
 
-def _submit(pool: ProcessPoolExecutor, task: Any) -> Future:
-    """Hands over a task; a worker that this starts is deaf to signals until it can deal with them."""
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Makes processes that the block starts deaf to signals."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        return pool.submit(_work, task)
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -34,26 +34,19 @@ class FlatFile(NamedTuple):
 
     def check(self) -> None:
         """Raises `UserError` (DATA) when the file is missing or has another size."""
-        try:
+        with self._naming():
             found = self.path.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(ExitCode.DATA, "shard missing", self.path, self._fix) from None
-        except OSError as error:
-            raise io_error(error, self.path) from None
         if not stat.S_ISREG(found.st_mode):
-            raise UserError(ExitCode.DATA, "shard is not a file", self.path, self._fix)
+            raise self.damage("shard is not a file")
         expected = (self.first + self.count) * self.dtype.itemsize
         if found.st_size < expected or (found.st_size > expected and not self.shared):
-            what = f"shard has {found.st_size} bytes where dataset.json says {expected}"
-            raise UserError(ExitCode.DATA, what, self.path, self._fix)
+            raise self.damage(f"shard has {found.st_size} bytes where dataset.json says {expected}")
 
     def open(self) -> "OpenFile":
         """Returns the file for reading at any place; raises as `check`."""
         self.check()
-        try:
+        with self._naming():
             return OpenFile(self)
-        except OSError as error:
-            raise io_error(error, self.path) from None
 
     def chunks(self, read: Callable[[int], None] = lambda n_bytes: None) -> Iterator[np.ndarray]:
         """Opens the file and yields its numbers in pieces, as `OpenFile.chunks`; raises as `check` too."""
@@ -69,6 +62,15 @@ class FlatFile(NamedTuple):
 
     def damage(self, what: str) -> UserError:
         return UserError(ExitCode.DATA, what, self.path, self._fix)
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError):
+            raise self.damage("shard missing") from None
+        except OSError as error:
+            raise io_error(error, self.path) from None
 
     @property
     def _fix(self) -> str:

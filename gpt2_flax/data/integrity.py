@@ -113,7 +113,7 @@ class FirstUse:
                 self._failure = failure and self._with_hint(failure)
                 self._running = bool(self._waiting) and failure is None
                 self._changed.notify_all()
-                if not self._running and self._failure is None:
+                if not self._running:
                     return
 
     def _with_hint(self, failure: BaseException) -> BaseException:

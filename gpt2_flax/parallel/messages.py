@@ -46,7 +46,7 @@ _FIELDS: Mapping[str, Mapping[str, Any]] = {
     },
     "welcome": {"proof": str},
     "facts": {"facts": dict, "patience": float},
-    "beat": {"phase": "", "marks": 0, "waited": 0.0, "limit": math.inf},
+    "beat": {"phase": "nothing", "marks": 0, "waited": 0.0, "limit": math.inf},
     "stop": {},
     "asked": {"times": int},
     "stops": {"at": int},

@@ -25,13 +25,14 @@ class Phases:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self._clock = clock
+        self.clock = clock
         self.name, self.marks, self.limit = "nothing", 0, math.inf
         self._kind: Kind | None = None
         self._marked = self._looked = clock()
         self._stepping: float | None = None  # seconds of this step up to the last evaluation or save in it
         self._gaps: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
         self._longest: dict[str, float] = {}
+        self._saved = -math.inf  # when the last save began
 
     def start(self) -> None:
         """Begin a stage: all before its first step, whose programs are compiled anew."""
@@ -57,6 +58,8 @@ class Phases:
             self._stepping += gap
         self._enter(kind, f"the {kind} at step {step}")
         begun = self._marked
+        if kind == "save":
+            self._saved = begun
         yield
         self.progress()
         self._took(kind, self._marked - begun)
@@ -76,12 +79,16 @@ class Phases:
         """Return the seconds of the longest phase of a kind, of steps among the last hundred; 0 when none is over."""
         return max(self._gaps["step"], default=0.0) if kind == "step" else self._longest.get(kind, 0.0)
 
+    def still_saving(self) -> float:
+        """Return the seconds that the last save may still take in the background."""
+        return max(0.0, self._saved + self.longest("save") - self.clock())
+
     def waited(self) -> float:
         """Return the seconds since the last progress, without those in which this process was stopped.
 
         Call it at least every few seconds.
         """
-        now = self._clock()
+        now = self.clock()
         if now - self._looked > PAUSE:
             self._marked = min(now, self._marked + now - self._looked)
         self._looked = now
@@ -91,7 +98,7 @@ class Phases:
         self._longest[kind] = max(seconds, self._longest.get(kind, 0.0))
 
     def _mark(self) -> float:
-        now = self._clock()
+        now = self.clock()
         gap, self._marked = now - self._marked, now
         self.marks += 1
         return gap

@@ -38,10 +38,13 @@ def start_processes(place: Place | None) -> Watchdog:
     # Its handler of SIGTERM would replace ours, and `Watchdog.stops` does its work.
     jax.config.update("jax_enable_preemption_service", False)
     # JAX's own heartbeat (100 s) is slower than the watchdog's, as it ends processes without a word that helps.
-    with watchdog.running("gpt2-flax train"):
+    try:
         jax.distributed.initialize(
             address, place.n_processes, place.number, local_device_ids=devices, shutdown_timeout_seconds=60
         )
+    except Exception as error:
+        watchdog.announce(error)
+        raise
     return watchdog
 
 

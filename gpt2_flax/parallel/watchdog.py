@@ -77,7 +77,7 @@ class Watchdog(AbstractContextManager):
         if not self._connection:
             return self._over.set()
         if error and not self._failure:
-            self._announce(error)
+            self.announce(error)
         self._send("out")
         self._over.wait()
         if not self._together:  # the hub waits until this process is gone; JAX's own end, which would wait, comes after
@@ -130,14 +130,15 @@ class Watchdog(AbstractContextManager):
             except BaseException as error:
                 is_bug = isinstance(error, Exception) and _exit_code(error) == ExitCode.BUG
                 failure = self._log.bug(error) if self._log and is_bug else error
-                self._announce(failure)
+                self.announce(failure)
                 if failure is error:
                     raise
                 raise failure from error
             finally:
                 self.phases.end()
 
-    def _announce(self, error: BaseException) -> None:
+    def announce(self, error: BaseException) -> None:
+        """Lets the other processes know that this one ends with `error`."""
         self._failure = error
         if self._connection:
             self._send("failed", code=_exit_code(error), sentence=_sentence(error)[:2000])
@@ -209,7 +210,7 @@ class Watchdog(AbstractContextManager):
             self._log.remove()  # what is in it followed from the end of another process, as JAX's abort does
         elif self._log and not self._log.closed:
             self._log.add_stacks(str(error))
-            fix = f"{error.fix}; the stacks of its threads are in {self._log.path}"
+            fix = f"{error.fix}; the stacks of this process are in {self._log.path}"
             error = UserError(error.exit_code, error.what, error.where, fix)
         return error
 

@@ -79,14 +79,16 @@ def train(
     for name, config, mixture in zip(names, stages, mixtures, strict=True):
         with _naming(name):
             checked.append(_check(config, mixture, [stage.config for stage in checked], devices))
-    for name, stage in zip(names, checked, strict=True):
-        with _naming(name):
-            run = RunFolder(stage.config.output)
-            if watchdog.number == 0:
-                run.create()
-            check_shared(run, watchdog)
-            check_same_run(stage.config, run, allow_change)
-    with StopRequest(watchdog, deadline) as stop:
+    with contextlib.ExitStack() as stack:
+        for name, stage in zip(names, checked, strict=True):
+            with _naming(name):
+                run = RunFolder(stage.config.output)
+                if watchdog.number == 0:
+                    stack.enter_context(run.removed_if_refused())
+                    run.create()
+                check_shared(run, watchdog)
+                check_same_run(stage.config, run, allow_change)
+        stop = stack.enter_context(StopRequest(watchdog, deadline))
         for number, name in enumerate(names, 1):
             with _naming(name):
                 _train(checked[number - 1], stop, watchdog, allow_change, name, profile_steps)
@@ -148,7 +150,7 @@ def _check(config: Config, mixture: Mixture, before: Sequence[Config], devices: 
     if mesh.size > 1:
         chosen = {"mesh": f"{' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}: {why}"} | chosen
     check_rows(config, mesh)
-    check_prompts(config, mixture.tokenizer_folder)
+    check_prompts(config, mixture)
     for stage in before:
         if stage.output == config.init_from:
             check_fits(config, stage.model)

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from gpt2_flax.config import Config
+from gpt2_flax.data.inspect import dataset_tokenizer
+from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError, printable
 from gpt2_flax.inference.generate import Sampling, continue_texts, prompt_ids
 from gpt2_flax.model.decoding import decoder_of
@@ -12,12 +14,12 @@ from gpt2_flax.text.tokenizer import load_tokenizer
 _SAMPLING = Sampling(top_k=50)
 
 
-def check_prompts(config: Config, tokenizer_folder: Path) -> None:
-    """Raises `UserError` (CONFIG) when one of `training.prompts` leaves the model no room for a token."""
+def check_prompts(config: Config, mixture: Mixture) -> None:
+    """Raises `UserError`: CONFIG when one of `training.prompts` leaves the model no room for a token, and as
+    `dataset_tokenizer`, since the run keeps the tokenizer."""
     prompts, positions = config.training.prompts, config.model.n_positions
-    if not prompts:
-        return
-    for prompt, ids in zip(prompts, prompt_ids(load_tokenizer(tokenizer_folder), prompts), strict=True):
+    tokenizer = dataset_tokenizer(next(iter(mixture.datasets.values())))
+    for prompt, ids in zip(prompts, prompt_ids(tokenizer, prompts), strict=True):
         if len(ids) >= positions:
             what = f"a prompt of {len(ids)} tokens leaves no room in {positions} positions"
             raise UserError(ExitCode.CONFIG, what, f"training.prompts, {printable(prompt[:20])}...", "shorten it")

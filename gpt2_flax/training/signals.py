@@ -1,7 +1,6 @@
 """Signals and the end of `--max-hours`, as a question that the loop asks after each step, evaluated batch and stage."""
 
 import math
-import time
 from contextlib import AbstractContextManager, ExitStack
 
 import jax
@@ -19,7 +18,7 @@ class StopRequest(AbstractContextManager):
     """From the first question on, the first signal asks for a stop; a second one ends the process at once.
 
     Before that a signal ends the process: nothing was trained that could be saved. A stop is also asked for when
-    process 0 finds that what comes next, and the save after it, may not end before `deadline` of `time.monotonic`. Of
+    process 0 finds that what comes next, and the save after it, may not end before `deadline`. Of
     several processes all stop at one step.
     """
 
@@ -49,7 +48,8 @@ class StopRequest(AbstractContextManager):
     def _is_late(self, ahead: tuple[Kind, ...]) -> bool:
         if self._deadline == math.inf or self._watchdog.number != 0:
             return False
-        longest = self._watchdog.phases.longest
-        steps = 3 if jax.process_count() > 1 else 1  # that is under way, and two more until all have agreed
-        seconds = sum(map(longest, ahead)) + steps * longest("step") + (longest("save") or self.first_save)
-        return time.monotonic() + _MARGIN * seconds + _SPARE > self._deadline
+        phases = self._watchdog.phases
+        steps = 3 if jax.process_count() > 1 else 1  # the one under way, and two more until all have agreed
+        saving = phases.still_saving() + (phases.longest("save") or self.first_save)
+        seconds = sum(map(phases.longest, ahead)) + steps * phases.longest("step") + saving
+        return phases.clock() + _MARGIN * seconds + _SPARE > self._deadline
