@@ -74,7 +74,7 @@ class FlatFile(NamedTuple):
 
     @property
     def _fix(self) -> str:
-        return "bring the file back, or import it again" if self.shared else "prepare the dataset again"
+        return f"bring the file back, or {'import' if self.shared else 'prepare'} the dataset again"
 
 
 class OpenFile:
