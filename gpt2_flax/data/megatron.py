@@ -66,7 +66,7 @@ class MegatronIndex:
         if int.from_bytes(first, "little") * size_of > bin_size >= int.from_bytes(first, "big") * size_of:
             order = ">"
         self.dtype = np.dtype(TYPES[code]).newbyteorder(order)
-        file = FlatFile(path, np.dtype("u1"), size, shared=True).open()
+        file = FlatFile(path, np.dtype("u1"), size, shared=True).opened()
         self._lengths_S = _Numbers(file, f"{order}i4", _HEAD_BYTES, sequences)
         self._pointers_S = _Numbers(file, f"{order}i8", _HEAD_BYTES + 4 * sequences, sequences)
         self._documents_B = _Numbers(file, f"{order}i8", _HEAD_BYTES + 12 * sequences, documents)
