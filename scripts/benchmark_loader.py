@@ -35,6 +35,7 @@ from gpt2_flax.data.dataset_info import DatasetInfo, write_info
 from gpt2_flax.data.loader import Loader
 from gpt2_flax.data.shards import ShardWriter, shard_paths
 from gpt2_flax.data.token_dataset import TokenDataset, TokenSplit
+from gpt2_flax.folders import file_sha256
 
 VOCAB_SIZE = 21128
 MEDIAN, MEAN = 98, 265  # tokens of a document
@@ -168,9 +169,9 @@ def plan(folder: Path, n_documents: int, lengths: list[int]) -> None:
     tokens.parent.mkdir()
     with tokens.open("wb") as file:
         file.truncate(2 * int(sizes.sum()))
-    (np.cumsum(sizes) - sizes).astype("<u8").tofile(offsets)
+    offsets.write_bytes((np.cumsum(sizes) - sizes).astype("<u8").tobytes())
     counts = {"documents": n_documents, "tokens": int(sizes.sum()), "unknown": 0, "characters": None, "max_id": 0}
-    shard = counts | {"tokens_sha256": "0" * 64, "offsets_sha256": "0" * 64}
+    shard = counts | {"tokens_sha256": "0" * 64, "offsets_sha256": file_sha256(offsets)}
     fixed = {"dtype": "uint16", "vocab_size": VOCAB_SIZE, "bos_id": None, "eos_id": 0, "unk_id": None}
     shards = {"train": [shard], "validation": []}
     write_info(folder, DatasetInfo.model_validate({**fixed, "tokenizer_fingerprint": "none", "shards": shards}))

@@ -1,12 +1,15 @@
 """Damaged files of Megatron-LM."""
 
+import os
 import struct
+from pathlib import Path
 from unittest import mock
 
 import pytest
 from foreign_files import contents, imported, refused, write_megatron
 
 from gpt2_flax.data import megatron
+from gpt2_flax.errors import ExitCode, UserError
 
 
 @pytest.mark.parametrize("kind", ["float32", "float64"])
@@ -79,3 +82,14 @@ def test_an_index_without_sequences_or_documents_is_refused(tmp_path):
     assert "without documents" in str(refused(tmp_path, [name]))
     name = write_megatron(tmp_path / "empty", [[[]]])
     assert "without tokens" in str(refused(tmp_path, [name]))
+
+
+def test_an_index_that_is_cut_while_it_is_read_gives_a_sentence(tmp_path):
+    name = write_megatron(tmp_path / "tokens", [[[1, 2], [3]], [[4, 5, 6]]], "uint16")
+    index_path = Path(f"{name.removesuffix('.bin').removesuffix('.idx')}.idx")
+    index = megatron.MegatronIndex(index_path, index_path.with_suffix(".bin"))
+    assert index.starts(0, 6).tolist() == [0, 3]
+    os.truncate(index_path, 60)
+    with pytest.raises(UserError, match="file became shorter while it was in use") as error:
+        index.starts(0, 6)
+    assert (error.value.exit_code, error.value.where) == (ExitCode.DATA, str(index_path))

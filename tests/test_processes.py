@@ -135,3 +135,71 @@ def test_a_second_ctrl_c_ends_both_at_once(config, tmp_path):
     for error in errors:
         assert error.splitlines()[-1].startswith("error: interrupted: gpt2-flax train, by Ctrl-C; ")
     assert not list(RunFolder(config.output).path.glob("crash-*"))
+
+
+# JAX must be imported after the program has begun, or it ends without JAX's own end.
+LATER = """
+from gpt2_flax import cpu
+tune_cpu = cpu.tune_cpu
+def change():
+    tune_cpu()
+{}
+cpu.tune_cpu = change
+"""
+UNREADABLE = """
+    from gpt2_flax.checkpoint import store
+    read = store.read_meta
+    def read_meta(folder, step):
+        if step == 6:
+            raise store.Damaged("its metadata cannot be read: here alone")
+        return read(folder, step)
+    store.read_meta = read_meta
+"""
+FULL_DISK = """
+    import errno
+    from orbax.checkpoint import AsyncCheckpointer
+    save, wait, saved = AsyncCheckpointer.save, AsyncCheckpointer.wait_until_finished, []
+    def begin(self, place, **keywords):
+        save(self, place, **keywords)
+        saved.append(place)
+    def finish(self):
+        wait(self)
+        if len(saved) == 3:
+            saved.append("failed")
+            raise OSError(errno.ENOSPC, "No space left on device")
+    AsyncCheckpointer.save, AsyncCheckpointer.wait_until_finished = begin, finish
+"""
+
+
+def test_a_checkpoint_that_one_process_cannot_read_is_set_aside_by_both(config, tmp_path):
+    """And init_from, which each reads on a device of its own, is read where all devices are one mesh."""
+    config = changed(config, training__save_every=3)
+    loop.train(config)
+    more = changed(config, training__total_steps=7)
+    codes, outputs, errors = ended(
+        start(more, tmp_path, "--allow-change", "training.total_steps", before=("", LATER.format(UNREADABLE)))
+    )
+    assert codes == [0, 0], errors
+    run = RunFolder(config.output)
+    moved = f"checkpoint 6 is damaged (its metadata cannot be read: here alone), moved to {run.path / 'damaged/6-0'}"
+    assert f"warning: {moved}; using 3\n" in outputs[0]
+    assert "resumed from step 3" in outputs[0]
+    assert not re.search("warning|step", outputs[1])
+    assert sorted(path.name for path in run.damaged.iterdir()) == ["6-0"]
+    assert sorted(logged(config)) == list(range(1, 8))
+
+    second = changed(config, output=str(tmp_path / "second"), init_from=config.output, training__total_steps=2)
+    codes, outputs, errors = ended(start(second, tmp_path))
+    assert codes == [0, 0], errors
+    assert f"starting from {run.path} at step 7" in outputs[0]
+
+
+def test_a_save_that_fails_in_one_process_fails_in_both_and_the_next_tries_again(config, tmp_path):
+    config = changed(config, training__save_every=1)
+    codes, outputs, errors = ended(start(config, tmp_path, before=("", LATER.format(FULL_DISK))))
+    assert codes == [0, 0], errors
+    (warning,) = re.findall(
+        r"warning: checkpoint (\d) was not saved: disk full: .*its last checkpoint is (\d)", outputs[0]
+    )
+    assert int(warning[1]) <= int(warning[0]) < 6
+    assert RunFolder(config.output).last_checkpoint() == 6

@@ -42,7 +42,7 @@ class FlatFile(NamedTuple):
         if found.st_size < expected or (found.st_size > expected and not self.shared):
             raise self.damage(f"shard has {found.st_size} bytes where dataset.json says {expected}")
 
-    def open(self) -> "OpenFile":
+    def opened(self) -> "OpenFile":
         """Returns the file for reading at any place; raises as `check`."""
         self.check()
         with self._naming():
@@ -50,11 +50,11 @@ class FlatFile(NamedTuple):
 
     def chunks(self, read: Callable[[int], None] = lambda n_bytes: None) -> Iterator[np.ndarray]:
         """Opens the file and yields its numbers in pieces, as `OpenFile.chunks`; raises as `check` too."""
-        yield from self.open().chunks(read)
+        yield from self.opened().chunks(read)
 
     def verify(self) -> None:
         """Raises `UserError` (DATA) when the file is not what it was; reads all of it."""
-        self.open().verify()
+        self.opened().verify()
 
     @property
     def n_bytes(self) -> int:
@@ -74,7 +74,7 @@ class FlatFile(NamedTuple):
 
     @property
     def _fix(self) -> str:
-        return "bring the file back, or import it again" if self.shared else "prepare the dataset again"
+        return f"bring the file back, or {'import' if self.shared else 'prepare'} the dataset again"
 
 
 class OpenFile:

@@ -16,9 +16,11 @@ Dimension key: S sequences, B documents and one more.
 import struct
 from bisect import bisect_left
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from gpt2_flax.data.flat_files import FlatFile, OpenFile
 from gpt2_flax.errors import ExitCode, UserError, io_error
 
 MAGIC = b"MMIDIDX\0\0"
@@ -64,20 +66,24 @@ class MegatronIndex:
         if int.from_bytes(first, "little") * size_of > bin_size >= int.from_bytes(first, "big") * size_of:
             order = ">"
         self.dtype = np.dtype(TYPES[code]).newbyteorder(order)
-        self._lengths_S = np.memmap(path, f"{order}i4", "r", _HEAD_BYTES, (sequences,))
-        self._pointers_S = np.memmap(path, f"{order}i8", "r", _HEAD_BYTES + 4 * sequences, (sequences,))
-        self._documents_B = np.memmap(path, f"{order}i8", "r", _HEAD_BYTES + 12 * sequences, (documents,))
+        file = FlatFile(path, np.dtype("u1"), size, shared=True).opened()
+        self._lengths_S = _Numbers(file, f"{order}i4", _HEAD_BYTES, sequences)
+        self._pointers_S = _Numbers(file, f"{order}i8", _HEAD_BYTES + 4 * sequences, sequences)
+        self._documents_B = _Numbers(file, f"{order}i8", _HEAD_BYTES + 12 * sequences, documents)
         self._check_sequences(bin_path, bin_size)
         self._check_documents()
         self.count = bin_size // self.dtype.itemsize
 
     def starts(self, start: int, stop: int) -> np.ndarray:
         """Returns the int64 positions in [start, stop), in tokens, where a document with tokens starts."""
-        # Not np.searchsorted, which copies an array that is not aligned.
         sequences = (bisect_left(self._pointers_S, place * self.dtype.itemsize) for place in (start, stop))
         first, last = (bisect_left(self._documents_B, sequence) for sequence in sequences)
+        if first == last:
+            return np.zeros(0, np.int64)
+        sequences_B = self._documents_B[first:last]
+        pointers_S = self._pointers_S[int(sequences_B[0]) : int(sequences_B[-1]) + 1]
         # Documents without tokens start where the next one does.
-        return np.unique(self._pointers_S[self._documents_B[first:last]]) // self.dtype.itemsize
+        return np.unique(pointers_S[sequences_B - sequences_B[0]]).astype(np.int64) // self.dtype.itemsize
 
     def _check_sequences(self, bin_path: Path, bin_size: int) -> None:
         end = 0
@@ -101,3 +107,20 @@ class MegatronIndex:
 
     def _damage(self, what: str, fix: str = "bring the file again, or write it again with Megatron-LM") -> UserError:
         return UserError(ExitCode.DATA, what, self.path, fix)
+
+
+class _Numbers:
+    """An array of the file that is read where it is asked for."""
+
+    def __init__(self, file: OpenFile, dtype: str, place: int, count: int):
+        self._file, self._dtype, self._place, self._count = file, np.dtype(dtype), place, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, int):
+            return int(self[index % self._count : index % self._count + 1][0])
+        start, stop, _ = index.indices(self._count)
+        size = self._dtype.itemsize
+        return self._file.read(self._place + start * size, self._place + max(start, stop) * size).view(self._dtype)

@@ -145,10 +145,10 @@ class TokenSplit:
         for index in list(self._used):
             self._verify_later(index)
 
-    def open(self, index: int) -> tuple[OpenFile, OpenFile]:
+    def open_shard(self, index: int) -> tuple[OpenFile, OpenFile]:
         """Opens the tokens and the offsets of a shard that is not empty, whose offsets are verified if it is new."""
         pair = self._filled[index]
-        files = pair.tokens.open(), pair.offsets.open()
+        files = pair.tokens.opened(), pair.offsets.opened()
         if index not in self._used:
             first = self._first_marks[index]
             marks = self._bounds[index] + pair.every(self._stride)
@@ -232,4 +232,4 @@ def _descriptors() -> int:
 
 
 # A dataset may have thousands of files: all datasets together keep half of the descriptors that there are.
-_open = functools.lru_cache(_descriptors() // 4)(TokenSplit.open)
+_open = functools.lru_cache(_descriptors() // 4)(TokenSplit.open_shard)
