@@ -96,8 +96,8 @@ class Runs(RuleBasedStateMachine):
             del self.saved[step]
 
     def _worth_keeping(self, steps):
-        rated = sorted((self.losses[step], -step) for step in steps if self.losses[step] is not None)
-        best = {-step for _, step in rated[:BEST]}
+        rated = sorted((self.losses[step], step) for step in steps if self.losses[step] is not None)
+        best = {step for _, step in rated[:BEST]}  # the first of equal ones
         return {*sorted(steps)[-KEEP:], *best, *(step for step in steps if step % EVERY == 0)}
 
     # Which file a number chooses depends on names that orbax draws. So rules ask for no state that depends on it.
