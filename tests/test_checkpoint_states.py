@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 KEEP, BEST, EVERY = 2, 1, 7
 NUMBERS = st.integers(0, 2**16)
 LAYOUTS = {(8, 1): P("a"), (2, 4): P("a", "b"), (1, 1): P()}  # shape of the mesh -> of the matrices on it
+MESHES = st.sampled_from(list(LAYOUTS))
 SHAPES = {
     "model": {"w": ((8, 4), jnp.float32), "b": ((5,), jnp.bfloat16)},
     "opt_state": {"mu": ((8, 4), jnp.float32), "count": ((), jnp.int32)},
@@ -57,6 +58,11 @@ def one_of(choices, number):
     return sorted(choices)[number % len(choices)]
 
 
+def digits(seed):
+    """Many numbers, so that damage of the metadata meets some."""
+    return np.random.default_rng(seed).integers(10**9, 10**10, 100).tolist()
+
+
 class Runs(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
@@ -72,16 +78,15 @@ class Runs(RuleBasedStateMachine):
             self.store._writer.close()
         shutil.rmtree(self.run)
 
-    @precondition(lambda self: self.store)
     @rule(steps=st.integers(1, 4), seed=st.integers(0, 2**32 - 1), loss=st.none() | st.floats(0, 10))
     def save(self, steps, seed, loss):
         self.step += steps
         arrays = drawn(seed)
         placed = jax.tree.map(lambda array: jax.device_put(array, self.sharding(array.shape)), arrays)
-        metrics = {} if loss is None else {"validation/loss": loss}
-        self.store.save(self.step, placed["model"], placed["opt_state"], {"metrics": metrics})
+        meta = {"metrics": {} if loss is None else {"validation/loss": loss}, "samples_seen": digits(seed)}
+        self.store.save(self.step, placed["model"], placed["opt_state"], meta)
         assert self.store.seal() == self.step
-        self.saved[self.step], self.losses[self.step] = bits(arrays), loss
+        self.saved[self.step], self.losses[self.step] = (digits(seed), bits(arrays)), loss
         self._prune()
 
     def _prune(self):
@@ -102,31 +107,26 @@ class Runs(RuleBasedStateMachine):
 
     # Which file a number chooses depends on names that orbax draws. So rules ask for no state that depends on it.
 
-    @precondition(lambda self: self.store)
-    @rule(left=st.sampled_from(["nothing", "a save", "a deletion"]), which=NUMBERS)
-    def kill(self, left, which):
-        self.store._writer.close()
-        self.store = None
-        if self.saved and left != "nothing":
-            step = one_of(self.saved, which)
-            name = f"{self.step + 1}.orbax-checkpoint-tmp" if left == "a save" else f"{step}.deleted"
-            shutil.copytree(self.folder / str(step), self.folder / name)
-            shutil.rmtree(self.folder / name / "model", ignore_errors=True)
-
     @rule(
-        how=st.sampled_from(["flip", "truncate", "delete", "swap", "lose an item"]),
+        how=st.sampled_from(["flip", "truncate", "delete", "swap", "another item", "no item"]),
         which=st.tuples(NUMBERS, NUMBERS, NUMBERS),
     )
     def damage(self, how, which):
-        step = one_of(self.saved, which[0]) if self.saved else 0
+        newest = max(self.saved, default=0)
+        step = one_of(self.saved, which[0]) if self.saved and which[0] % 2 else newest
         files = [path for path in (self.folder / str(step)).rglob("*") if path.is_file()]
         if not files:
             return
         path = one_of(files, which[1])
         self.suspect.add(step)
-        if how == "lose an item":
-            self.lost.add(step)
-            shutil.rmtree(self.folder / str(step) / one_of(["model", "opt_state", "meta"], which[2]), True)
+        if how.endswith("item"):
+            item = self.folder / str(step) / one_of(["model", "opt_state", "meta"], which[2])
+            other = self.folder / str(one_of(self.saved, which[1])) / item.name
+            shutil.rmtree(item, ignore_errors=True)
+            if how == "no item":
+                self.lost.add(step)
+            elif other.is_dir():
+                shutil.copytree(other, item)
         elif how == "delete":
             path.unlink()
         elif how == "swap":
@@ -137,8 +137,17 @@ class Runs(RuleBasedStateMachine):
             content[place] ^= 1 << which[2] % 8
             path.write_bytes(content[:place] if how == "truncate" else content)
 
-    @precondition(lambda self: not self.store)
-    @rule(mesh_shape=st.sampled_from(list(LAYOUTS)))
+    @rule(left=st.sampled_from(["nothing", "a save", "a deletion"]), which=NUMBERS, mesh_shape=MESHES)
+    def kill_and_resume(self, left, which, mesh_shape):
+        self.store._writer.close()
+        if self.saved and left != "nothing":
+            step = one_of(self.saved, which)
+            name = f"{self.step + 1}.orbax-checkpoint-tmp" if left == "a save" else f"{step}.deleted"
+            shutil.copytree(self.folder / str(step), self.folder / name)
+            shutil.rmtree(self.folder / name / "model", ignore_errors=True)
+        self.resume(mesh_shape)
+
+    @initialize(mesh_shape=MESHES)
     def resume(self, mesh_shape):
         self.sharding, told = shardings(mesh_shape), []
         abstract = {
@@ -161,7 +170,7 @@ class Runs(RuleBasedStateMachine):
         step, restored = found
         assert step >= max(good, default=0)
         assert step not in self.lost
-        assert bits(restored) == self.saved[step]
+        assert (self.store.meta(step)["samples_seen"], bits(restored)) == self.saved[step]
         assert all(leaf.sharding == self.sharding(leaf.shape) for leaf in jax.tree.leaves(restored))
         newer = sorted(self.saved.keys() - set(range(step + 1)))
         assert [line.split()[2] for line in told] == [str(number) for number in reversed(newer)]
