@@ -313,8 +313,11 @@ class KillLoop:
             if (code := wait(pid)) not in allowed:
                 raise Failure(f"exit code {code} in {self.run_folder}: {last_line(self._log())}")
 
-    def _check_start(self) -> None:
-        """The last start resumed from the newest step that was committed, if it came so far."""
+    def _check_start(self) -> list[dict]:
+        """Require that the last start resumed from the newest committed step, and that all numbers so far are right.
+
+        Returns the lines of metrics.jsonl.
+        """
         with open(self._log(), encoding="utf-8") as file:
             file.seek(self.log_start)
             said = file.read()
@@ -326,18 +329,18 @@ class KillLoop:
         errors = [line for line in said.splitlines() if line.startswith(("error: ", "Traceback"))]
         if errors and not re.match(r"error: process [01] .* has ended", errors[0]):  # as the one that was left says
             raise Failure(f"{self._log()}: {errors[0]}")
-
-    def _check(self) -> None:
-        """Require that a finished run is as if nothing had happened."""
-        self._check_start()
-        run = self.run_folder
-        lines = metrics_of(run)
+        lines = metrics_of(self.run_folder)
         for line in lines:
             expected, found = self.expected[kind_of(line)], numbers_of(line)
             if found != expected:
                 name = next(name for name in expected if found.get(name) != expected[name])
                 at = f"{line.get(name)!r}, undisturbed {float.fromhex(expected[name])!r}"
-                raise Failure(f"{run}: {name} of step {line['step']} is {at}")
+                raise Failure(f"{self.run_folder}: {name} of step {line['step']} is {at}")
+        return lines
+
+    def _check(self) -> None:
+        """Require that a finished run is as if nothing had happened."""
+        run, lines = self.run_folder, self._check_start()
         # A kill between a commit and the line about it takes the line away for good.
         needed = {kind for kind in self.expected if kind[1] != "checkpoint"}
         if missing := needed - {kind_of(line) for line in lines}:
@@ -362,8 +365,8 @@ def committed(run: Path) -> set[int]:
 
 def metrics_of(run: Path) -> list[dict]:
     """Return the whole lines of metrics.jsonl; a kill may cut a line short."""
-    lines = []
-    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n"):
+    lines, path = [], run / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
         with contextlib.suppress(ValueError):
             lines.append(json.loads(line))
     return lines
