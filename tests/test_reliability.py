@@ -27,7 +27,8 @@ def exists(test):
     file, _, name = test.partition("::")
     tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    assigned = {target.id for node in tree.body if isinstance(node, ast.Assign) for target in node.targets}
+    targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+    assigned = {target.id for target in targets if isinstance(target, ast.Name)}
     return name in functions | assigned
 
 
