@@ -111,7 +111,7 @@ OPTIONS = [
     ("prepare {corpus} --tokenizer {tokenizer} --output {new}", ("--workers", "--validation-fraction")),
     ("import-tokens {corpus} --tokenizer {tokenizer} --output {new}", ("--validation-fraction",)),
     ("inspect {dataset}", ("--samples", "--batch", "--stage")),
-    ("train {config}", ("--profile", "--num-processes", "--process-id")),
+    ("train {config}", ("--profile", "--max-hours", "--num-processes", "--process-id")),
     ("plan {config}", ("--stage", "--mfu")),
     ("doctor", ("--seconds",)),
 ]
