@@ -3,6 +3,7 @@
 Each test ends within seconds; a command that waits for a pipe is ended by an alarm, and fails.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -23,9 +24,10 @@ from weight_folders import CONFIG, random_weights, write_folder
 
 from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint.huggingface import read_folder, to_hf_config, to_state_dict
+from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.config import config_keys, dump_config, parse_config
 from gpt2_flax.config_file import load_config
-from gpt2_flax.errors import UserError, quote
+from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.input_files import read_whole
 
 
@@ -537,3 +539,52 @@ def test_numbers_that_are_not_finite_are_named_whichever_tensor_holds_one(tmp_pa
         with pytest.raises(UserError, match=rf"not finite: 1 of the {content[name].size} numbers of .*") as error:
             read_folder(folder)
         assert name.removeprefix("transformer.") in str(error.value)
+
+
+# What a refused run leaves.
+
+
+def begin_and_fail(run: RunFolder, *made: tuple[str, str]) -> None:
+    with run.removed_if_refused():
+        run.path.mkdir(parents=True, exist_ok=True)
+        for name, content in made:
+            (run.path / name).parent.mkdir(exist_ok=True)
+            (run.path / name).write_text(content)
+        raise UserError(ExitCode.CONFIG, "no", "here", "do not")
+
+
+def refuse(run: RunFolder, *made: tuple[str, str]) -> None:
+    with pytest.raises(UserError, match="no: here"):
+        begin_and_fail(run, *made)
+
+
+def test_a_refused_run_removes_what_it_made_and_nothing_else(tmp_path):
+    worthless = (("lock", "process 1"), ("metrics.jsonl", ""), ("tensorboard/events", ""))
+    refuse(RunFolder(tmp_path / "deep/er/run"), *worthless)
+    assert not (tmp_path / "deep").exists()
+    (tmp_path / "empty").mkdir()
+    refuse(RunFolder(tmp_path / "empty"), *worthless)
+    assert [*tmp_path.rglob("*")] == [tmp_path / "empty"]
+    refuse(RunFolder(tmp_path / "begun"), *worthless, ("config.toml", "output = 'x'"))
+    assert (tmp_path / "begun/metrics.jsonl").exists()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/lock").touch()
+    refuse(RunFolder(tmp_path / "there"), *worthless)
+    assert (tmp_path / "there/metrics.jsonl").exists()
+
+
+def test_a_refused_run_leaves_what_another_process_has_begun(tmp_path):
+    run = RunFolder(tmp_path / "run")
+
+    def begin_beside_another():
+        with run.removed_if_refused():
+            run.create()
+            stack.enter_context(run.lock())  # of the other, which goes on
+            run.metrics.touch()
+            with run.lock():
+                pytest.fail("two hold the lock")
+
+    with contextlib.ExitStack() as stack:
+        with pytest.raises(UserError, match="another process trains"):
+            begin_beside_another()
+        assert sorted(path.name for path in run.path.iterdir()) == ["lock", "metrics.jsonl"]
