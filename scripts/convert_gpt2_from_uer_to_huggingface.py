@@ -19,11 +19,11 @@ from uer_command_line import Flags, exit_code, named_model, user_path
 
 from gpt2_flax.checkpoint.huggingface import CONFIG, to_hf_config, to_state_dict
 from gpt2_flax.checkpoint.source import Source, load_source
-from gpt2_flax.checkpoint.tensor_files import MAX_CONFIG, read_json
 from gpt2_flax.checkpoint.uer import read_uer
 from gpt2_flax.errors import ExitCode, UserError, io_error
 from gpt2_flax.export.uer_file import compare_with_uer
 from gpt2_flax.folders import write_whole
+from gpt2_flax.input_files import read_object
 from gpt2_flax.text.tokenizer import load_tokenizer
 
 PUBLISHED_VOCABULARY = 21128  # google_zh_vocab.txt
@@ -79,7 +79,7 @@ def convert(path: Path, output: Path, layers: int | None, uer_config: Path | Non
 def _write_config(path: Path, source: Source, vocabulary: Path | None) -> None:
     epsilon = source.model.layer_norm_epsilon
     if path.exists():
-        found = read_json(path, MAX_CONFIG).get("layer_norm_epsilon", 1e-5)
+        found = read_object(path).get("layer_norm_epsilon", 1e-5)
         advice = "as it must be" if found == epsilon else f"but {epsilon:g} belongs to these weights: change it there"
         print(f"{path}: kept, with layer_norm_epsilon {found}, {advice}")
         return

@@ -23,12 +23,13 @@ from uer_command_line import Flags, exit_code, named_model, run_before, run_fold
 
 from gpt2_flax.checkpoint.huggingface import CONFIG, from_hf_config
 from gpt2_flax.checkpoint.run_folder import RunFolder
-from gpt2_flax.checkpoint.tensor_files import MAX_CONFIG, read_json
+from gpt2_flax.checkpoint.step_meta import Damaged, read_meta
 from gpt2_flax.checkpoint.uer import LAYER_NORM_EPSILON, model_values
 from gpt2_flax.config import parse_config
 from gpt2_flax.data.dataset_info import read_info
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import write_whole
+from gpt2_flax.input_files import read_object
 from gpt2_flax.text.tokenizer import load_tokenizer
 
 _SCHEDULES = {
@@ -192,7 +193,7 @@ def _model(options: argparse.Namespace) -> dict[str, Any]:
         )
     given = {name: getattr(options, name) for name in (*_MODEL_LISTS, *_MODEL_WORDS, "max_seq_length", "dropout")}
     given |= {name: getattr(options, name) or None for name in _MODEL_SWITCHES}
-    values = {"max_seq_length": 512} | read_json(options.config_path, MAX_CONFIG)
+    values = {"max_seq_length": 512} | read_object(options.config_path)
     values |= {name: value for name, value in given.items() if value is not None}
     for name in ("hidden_size", "layers_num", "heads_num"):
         if name not in values:
@@ -213,7 +214,7 @@ def _seq_length(options: argparse.Namespace) -> int:
     if not (folder / SEQ_LENGTH).is_file():
         fix = "add --seq_length, as the dataset was not made by preprocess.py"
         raise UserError(ExitCode.USAGE, "length of rows not known", folder, fix)
-    return read_json(folder / SEQ_LENGTH, MAX_CONFIG)["seq_length"]
+    return read_object(folder / SEQ_LENGTH)["seq_length"]
 
 
 def _taken_in(file: Path, output: Path, options: argparse.Namespace, hosts: list[str]) -> Path:
@@ -231,15 +232,18 @@ def _taken_in(file: Path, output: Path, options: argparse.Namespace, hosts: list
 def _epsilon(init_from: Path) -> float:
     """Returns the layer norm epsilon of a run, one of its checkpoints, or a `transformers` folder."""
     if (init_from / CONFIG).is_file():
-        return from_hf_config(read_json(init_from / CONFIG, MAX_CONFIG), init_from / CONFIG).layer_norm_epsilon
+        return from_hf_config(read_object(init_from / CONFIG), init_from / CONFIG).layer_norm_epsilon
     run = RunFolder(init_from.parent.parent if init_from.parent.name == "checkpoints" else init_from)
     if (config := run.read_config()) is not None:
         return config.model.layer_norm_epsilon
-    imported = run.checkpoints / "0" / "meta" / "metadata"
-    if not imported.is_file():
+    imported = run.checkpoints / "0"
+    if not imported.is_dir():
         fix = "give a run, NAME.bin-STEP of one, a .bin file of UER-py, or a transformers folder"
         raise UserError(ExitCode.NO_INPUT, "no model found", init_from, fix)
-    return read_json(imported, MAX_CONFIG)["model"]["layer_norm_epsilon"]
+    try:
+        return read_meta(imported, 0)["model"]["layer_norm_epsilon"]
+    except Damaged as error:
+        raise UserError(ExitCode.IO, f"checkpoint is damaged ({error})", imported, "import the model again") from None
 
 
 def _hosts(options: argparse.Namespace) -> list[str]:

@@ -69,7 +69,7 @@ def test_every_mesh_that_is_chosen_can_be_trained_on(config):
 def test_sizes_below_one_are_refused(config, size):
     from gpt2_flax.errors import UserError
 
-    with pytest.raises(UserError, match=r"mesh.fsdp must be \"auto\" or at least 1"):
+    with pytest.raises(UserError, match=r"mesh.fsdp must be \"auto\", or from 1 to 1048576"):
         changed(config, mesh__fsdp=size)
 
 

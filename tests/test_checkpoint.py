@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import re
 import shutil
 
@@ -135,6 +136,14 @@ def test_metadata_is_what_was_written(folder, change):
     before = path.read_text()
     path.write_text(change(before))
     assert path.read_text() != before
+    with CheckpointStore(folder, tell=lambda line: None) as store:
+        assert newest(store) == 3
+
+
+def test_metadata_that_is_no_file_is_not_waited_for(folder):
+    path = folder / "4" / "meta" / "metadata"
+    path.unlink()
+    os.mkfifo(path)
     with CheckpointStore(folder, tell=lambda line: None) as store:
         assert newest(store) == 3
 

@@ -4,14 +4,22 @@ The content has `step`, `model`, `arrays` and what the writer adds. `arrays` nam
 `shape`, `dtype` and `sum`, see `device_checksum`. The sha256 is of the content as canonical JSON.
 """
 
+import errno
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gpt2_flax.errors import UserError
+from gpt2_flax.input_files import read_whole
+
 VALIDATION_LOSS = "validation/loss"  # in its `metrics`
 
+# The state of the machine, not of a file.
+PASSING = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
+
+_MOST_BYTES = 2**24
 # Checkpoints of versions without checksums held the content alone, of these fields.
 _OLD_FIELDS = {
     *("step", "model", "hardware", "samples_seen", "skipped"),
@@ -35,12 +43,12 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_meta(step_folder: Path, step: int) -> dict[str, Any]:
-    """Return the content that was written for a step. Raises `Damaged`; PermissionError when it may not be read."""
+    """Return the content that was written for a step. Raises `Damaged`; OSError for one of `PASSING`."""
     try:
-        written = json.loads((step_folder / "meta" / "metadata").read_bytes())
-    except PermissionError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
+        written = json.loads(read_whole(step_folder / "meta" / "metadata", _MOST_BYTES))
+    except (OSError, UserError, ValueError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno in PASSING:
+            raise
         raise Damaged(f"its metadata cannot be read: {str(error)[:100]}") from error
     if isinstance(written, dict) and "model" in written and written.keys() <= _OLD_FIELDS:
         return written

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from gpt2_flax.checkpoint.device_checksum import checksums
 from gpt2_flax.checkpoint.run_folder import set_aside
-from gpt2_flax.checkpoint.step_meta import VALIDATION_LOSS, Damaged, committed_steps, read_meta, sealed
+from gpt2_flax.checkpoint.step_meta import PASSING, VALIDATION_LOSS, Damaged, committed_steps, read_meta, sealed
 from gpt2_flax.errors import ExitCode, UserError, io_error
 from gpt2_flax.memory import out_of_memory
 from gpt2_flax.parallel.rules import path_of
@@ -36,8 +36,6 @@ for _name in ("absl", "asyncio"):  # what they log as errors is also raised; of 
 T = TypeVar("T")
 
 _SAID = 300  # bytes of the sentence that processes exchange
-# The state of the machine, not of a file.
-_PASSING = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
 _LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleted")  # of a save or a deletion that was killed
 
 
@@ -263,7 +261,7 @@ def _damage():
         yield
     except Exception as error:
         system = _system_error(error)
-        if out_of_memory(error, "", "") or (system and system.errno in _PASSING):
+        if out_of_memory(error, "", "") or (system and system.errno in PASSING):
             raise system or error from error
         raise Damaged(f"it cannot be read: {_first_line(error)}") from error
 

@@ -50,7 +50,9 @@ def train(
     ] = 0,
     max_hours: Annotated[
         float | None,
-        typer.Option(callback=positive, metavar="H", help="Stop and save, with 75, before so many hours are over."),
+        typer.Option(
+            max=MOST_ROWS, callback=positive, metavar="H", help="Stop and save, with 75, before so many hours are over."
+        ),
     ] = None,
     coordinator: Annotated[
         str | None, typer.Option(help="Several hosts: HOST:PORT of process 0. PORT + 1 must be free and reachable too.")

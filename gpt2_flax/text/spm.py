@@ -15,6 +15,7 @@ As everywhere in `transformers`, `<s>` written in a text is the special token un
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -123,7 +124,10 @@ def exact_scores(model: bytes) -> bytes:
 
 def _parsed(model: bytes, where: object) -> tuple[protobuf.ModelProto, SentencePieceProcessor]:
     try:
-        return protobuf.ModelProto.FromString(model), SentencePieceProcessor(model_proto=model, num_threads=1)
+        proto = protobuf.ModelProto.FromString(model)
+        if not proto.pieces or not all(math.isfinite(piece.score) for piece in proto.pieces):
+            raise ValueError("it has no pieces" if not proto.pieces else "a score is not a finite number")
+        return proto, SentencePieceProcessor(model_proto=model, num_threads=1)
     except Exception as error:  # protobuf's DecodeError or SentencePiece's RuntimeError
         fix = f"check the file: {quote(str(error))}"
         raise UserError(ExitCode.DATA, "not a SentencePiece model", where, fix) from None
