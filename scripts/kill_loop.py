@@ -152,6 +152,8 @@ def fork(call: Callable[[], object], log: Path) -> int:
     sys.stdout.flush()
     if pid := os.fork():
         return pid
+    from gpt2_flax import interruption
+
     code = 1
     try:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -161,7 +163,10 @@ def fork(call: Callable[[], object], log: Path) -> int:
         code = 0
     except SystemExit as end:
         code = end.code or 0
-        atexit._run_exitfuncs()  # JAX's processes wait there for each other
+        # JAX's processes wait there for each other. The program's own last step would come before that here, as JAX
+        # was imported before the program began.
+        atexit.unregister(interruption._leave)
+        atexit._run_exitfuncs()
     except BaseException:
         traceback.print_exc()
     finally:

@@ -23,6 +23,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 KEEP, BEST, EVERY = 2, 1, 7
 NUMBERS = st.integers(0, 2**16)
 LAYOUTS = {(8, 1): P("a"), (2, 4): P("a", "b"), (1, 1): P()}  # shape of the mesh -> of the matrices on it
+SEEDS = st.integers(0, 2**31)
+DAMAGES = ("flip", "truncate", "delete", "swap", "another item", "no item")
 MESHES = st.sampled_from(list(LAYOUTS))
 SHAPES = {
     "model": {"w": ((8, 4), jnp.float32), "b": ((5,), jnp.bfloat16)},
@@ -66,8 +68,9 @@ def digits(seed):
 class Runs(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
-        self.run = Path(tempfile.mkdtemp(prefix="gpt2-flax-test-"))
-        self.folder = self.run / "checkpoints"
+        self.place = Path(tempfile.mkdtemp(prefix="gpt2-flax-test-"))
+        self.run, self.n_starts = self.place / "0", 0
+        self.run.mkdir()
         self.saved, self.losses = {}, {}  # step -> bits; step -> validation loss
         self.suspect, self.lost = set(), set()  # steps of which a file was damaged, or of which an item is gone
         self.aside = []
@@ -76,9 +79,19 @@ class Runs(RuleBasedStateMachine):
     def teardown(self):
         if self.store:
             self.store._writer.close()
-        shutil.rmtree(self.run)
+        shutil.rmtree(self.place)
 
-    @rule(steps=st.integers(1, 4), seed=st.integers(0, 2**32 - 1), loss=st.none() | st.floats(0, 10))
+    @property
+    def folder(self):
+        return self.run / "checkpoints"
+
+    @initialize(mesh_shape=MESHES, seed=SEEDS)
+    def start(self, mesh_shape, seed):
+        self._resume(mesh_shape)
+        for number, loss in enumerate((2.0, None, 3.0)):
+            self.save(1, seed + number, loss)
+
+    @rule(steps=st.integers(1, 4), seed=SEEDS, loss=st.none() | st.floats(0, 10))
     def save(self, steps, seed, loss):
         self.step += steps
         arrays = drawn(seed)
@@ -108,10 +121,16 @@ class Runs(RuleBasedStateMachine):
     # Which file a number chooses depends on names that orbax draws. So rules ask for no state that depends on it.
 
     @rule(
-        how=st.sampled_from(["flip", "truncate", "delete", "swap", "another item", "no item"]),
-        which=st.tuples(NUMBERS, NUMBERS, NUMBERS),
+        hits=st.lists(st.tuples(st.sampled_from(DAMAGES), NUMBERS, NUMBERS, NUMBERS), min_size=1, max_size=3),
+        then=st.none() | MESHES,
     )
-    def damage(self, how, which):
+    def damage(self, hits, then):
+        for hit in hits:
+            self._damage(*hit)
+        if then:
+            self.kill_and_resume("nothing", 0, then)
+
+    def _damage(self, how, *which):
         newest = max(self.saved, default=0)
         step = one_of(self.saved, which[0]) if self.saved and which[0] % 2 else newest
         files = [path for path in (self.folder / str(step)).rglob("*") if path.is_file()]
@@ -122,10 +141,11 @@ class Runs(RuleBasedStateMachine):
         if how.endswith("item"):
             item = self.folder / str(step) / one_of(["model", "opt_state", "meta"], which[2])
             other = self.folder / str(one_of(self.saved, which[1])) / item.name
-            shutil.rmtree(item, ignore_errors=True)
             if how == "no item":
                 self.lost.add(step)
-            elif other.is_dir():
+                shutil.rmtree(item, ignore_errors=True)
+            elif other.is_dir() and other != item:
+                shutil.rmtree(item, ignore_errors=True)
                 shutil.copytree(other, item)
         elif how == "delete":
             path.unlink()
@@ -145,10 +165,12 @@ class Runs(RuleBasedStateMachine):
             name = f"{self.step + 1}.orbax-checkpoint-tmp" if left == "a save" else f"{step}.deleted"
             shutil.copytree(self.folder / str(step), self.folder / name)
             shutil.rmtree(self.folder / name / "model", ignore_errors=True)
-        self.resume(mesh_shape)
+        self._resume(mesh_shape)
 
-    @initialize(mesh_shape=MESHES)
-    def resume(self, mesh_shape):
+    def _resume(self, mesh_shape):
+        # Under another name, as tensorstore remembers in a process what it has read or written under one.
+        self.n_starts += 1
+        self.run = self.run.rename(self.place / str(self.n_starts))
         self.sharding, told = shardings(mesh_shape), []
         abstract = {
             item: {
@@ -203,4 +225,4 @@ class Runs(RuleBasedStateMachine):
 
 
 TestRuns = Runs.TestCase
-TestRuns.settings = settings(max_examples=20, stateful_step_count=15)
+TestRuns.settings = settings(max_examples=30, stateful_step_count=10)
