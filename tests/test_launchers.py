@@ -98,6 +98,10 @@ def environment(monkeypatch):
         (TPU, Place("t0:8482", 4, 3)),
         ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
         (
+            dict.fromkeys(("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"), "WARNING: could not determine it, please set it"),
+            None,
+        ),
+        (
             TPU | {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "s0:8080"},
             Place("s0:8482", 8, 7),
         ),

@@ -137,8 +137,10 @@ def _torchrun() -> Place | None:
 
 
 def _tpu_pod() -> Place | None:
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    return _slices(hosts, _number("TPU_WORKER_ID"), os.environ)
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    if " " in hosts:  # where there is no TPU, libtpu sets the variables of its process, and so of its children, to this
+        return None
+    return _slices(hosts.split(","), _number("TPU_WORKER_ID"), os.environ)
 
 
 def _tpu_vm() -> Place | None:

@@ -263,7 +263,7 @@ def _run(
             if evaluation_due and (not stopping or ended):
                 report.catch_up()
                 evaluated = evaluate_at(step, None if ended else stop)
-                stopping |= not evaluated
+                stopping = stopping or not evaluated
                 ended |= best.ends(training.patience)
             last = ended or stopping
             if save_due or last:
