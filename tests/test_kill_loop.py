@@ -1,5 +1,6 @@
 """Runs that are killed, again and again, against a run that nobody disturbed: `scripts/kill_loop.py`."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,6 +9,10 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "kill_loop.py"
+
+
+# What takes minutes: CONTRIBUTING.md says when to run it.
+at_night = pytest.mark.skipif("GPT2_FLAX_LONG_TESTS" not in os.environ, reason="GPT2_FLAX_LONG_TESTS is not set")
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +34,23 @@ def test_twenty_kills_give_the_bits_of_a_run_that_nobody_disturbed(folder):
     assert said.startswith("passed: 20 kills (")
 
 
+@at_night
 def test_a_kill_at_each_named_point_gives_them_too(folder):
     code, said = kill(folder, "--kills", "0", "--crash-at", "all")
     assert code == 0, said
     assert re.match(r"passed: 15 kills \(15 at named points\)", said)
 
 
+@at_night
 def test_two_processes_of_which_one_or_both_are_killed_give_them_too(folder):
     code, said = kill(folder, "--kills", "1", "--processes", "2", "--seed", "1")
     assert code == 0, said
     assert said.startswith("passed: 1 kills (")
 
 
-@pytest.mark.parametrize(("part", "step"), [("opt", 8), ("rng", 7), ("data", 7)])
+@pytest.mark.parametrize(
+    ("part", "step"), [pytest.param("opt", 8, marks=at_night), ("rng", 7), pytest.param("data", 7, marks=at_night)]
+)
 def test_a_resume_that_forgets_something_is_found(folder, part, step):
     code, said = kill(folder, "--kills", "0", "--crash-at", "commit:3", "commit:2", "--forget", part)
     assert code == 1

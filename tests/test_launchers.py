@@ -97,6 +97,7 @@ def environment(monkeypatch):
         ({"WORLD_SIZE": "2", "RANK": "1"}, None),
         (TPU, Place("t0:8482", 4, 3)),
         ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
+        ({"TPU_WORKER_ID": "WARNING: could not determine TPU worker number, please set it"}, None),
         (
             dict.fromkeys(("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"), "WARNING: could not determine it, please set it"),
             None,

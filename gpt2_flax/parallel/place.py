@@ -137,8 +137,8 @@ def _torchrun() -> Place | None:
 
 
 def _tpu_pod() -> Place | None:
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    if " " in hosts:  # where there is no TPU, libtpu sets the variables of its process, and so of its children, to this
+    hosts, number = (os.environ.get(name, "") for name in ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"))
+    if " " in hosts + number:  # without a TPU libtpu sets these of its process, and so of its children, to a warning
         return None
     return _slices(hosts.split(","), _number("TPU_WORKER_ID"), os.environ)
 
