@@ -150,7 +150,7 @@ class RunFolder:
             temporary.rename(self.tokenizer)
 
     def check_tokenizer(self, tokenizer: Path, tell: Callable[[str], object]) -> None:
-        """Sets the run's tokenizer aside if it differs from the dataset's `tokenizer`, of which it is a copy."""
+        """Set the run's copy of the tokenizer aside if it differs from the dataset's `tokenizer`."""
         files = [file.name for file in tokenizer.iterdir()]
         if self.tokenizer.exists() and filecmp.cmpfiles(tokenizer, self.tokenizer, files, shallow=False)[0] != files:
             moved = set_aside(self.tokenizer, self.path)
@@ -178,7 +178,7 @@ class RunFolder:
         return newest
 
     def last_step(self) -> int | None:
-        """Returns the last step that the end of the metrics tells of, None when there is none."""
+        """Return the highest step in the last 64 KiB of metrics.jsonl, None when there is none."""
         return max((record["step"] for record in self._records(last=2**16)), default=None)
 
     def lost_checkpoint(self) -> int | None:

@@ -184,7 +184,7 @@ def _read(store: CheckpointStore, step: int) -> tuple[dict[str, Any], ModelConfi
 
 
 def _chosen(store: CheckpointStore, step: int | None) -> int:
-    """Returns `step`, or that of the lowest validation loss if None."""
+    """Return `step`; if it is None, the step with the lowest validation loss."""
     steps = store.steps()
     if step is not None and step not in steps:
         there = f"there are {', '.join(map(str, steps))}" if steps else "there are none"

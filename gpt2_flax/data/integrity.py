@@ -29,7 +29,7 @@ class Watch:
             self._watched.append(_Watched(path, check, path if descriptor is None else descriptor))
 
     def add_content(self, path: Path) -> None:
-        """As `add`, for a small file, whose content is that of now."""
+        """Watch a small file, as `add` does; its present content is what must stay."""
 
         def check() -> None:
             if file_sha256(path) != before:

@@ -1,6 +1,6 @@
 """Process 0's half of the watchdog: hears all processes of a run, and tells them when the run must end and why.
 
-What is said is described in `messages`, and how the processes come together in `meeting`.
+The module `messages` describes the messages; `meeting` describes how the processes come together.
 """
 
 import itertools

@@ -54,7 +54,7 @@ class Meeting:
         self.connections.add(connection)
 
     def gather(self) -> None:
-        """Waits for all processes. Raises `UserError` for all members to end with: TRY_AGAIN, USAGE, that of one."""
+        """Wait for all processes. Raises `UserError` that ends all: TRY_AGAIN, USAGE, or one member's error."""
         begun, told, misplaced = time.monotonic(), False, []
         try:
             while not self._failure and len(self.members) < self._place.n_processes:

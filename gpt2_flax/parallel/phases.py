@@ -71,7 +71,7 @@ class Phases:
         self._enter(self._kind, self.name)
 
     def end(self) -> None:
-        """End a stage: what is left is to close files."""
+        """End a stage: only its files remain to be closed."""
         self._mark()
         self._enter("end", "the end")
 

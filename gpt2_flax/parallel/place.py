@@ -16,7 +16,7 @@ TPU_PORT = 8482  # JAX's own choice
 
 
 class Place(NamedTuple):
-    """Where a process stands among those of its run."""
+    """The number of a process in its run, the number of processes, and how to reach process 0."""
 
     coordinator: str | None
     """HOST:PORT of process 0."""

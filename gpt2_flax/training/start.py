@@ -54,7 +54,7 @@ FREE_TO_CHANGE = (
 
 
 class Start(NamedTuple):
-    """Where a run begins, or goes on."""
+    """The state from which a run begins or resumes."""
 
     state: TrainState | None
     """None: the run has ended."""
