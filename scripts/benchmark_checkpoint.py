@@ -36,8 +36,8 @@ def random_state(size: str) -> TrainState:
         "data": {"dataset": "none"},
         "training": {"total_steps": 1},
     }
-    config, rng = parse_config(values, "benchmark"), np.random.default_rng(0)
-    mesh = make_mesh(config.mesh)
+    config, rng = parse_config(values, "benchmark").with_vocab_size(21128), np.random.default_rng(0)
+    mesh = make_mesh()
     layout = state_layout(config, mesh)
     with jax.set_mesh(mesh):
         return jax.tree.map(

@@ -27,13 +27,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
+from gpt2_flax.data.batches import Batches
 from gpt2_flax.data.dataset import TokenDataset, TokenSplit
 from gpt2_flax.data.dataset_info import DatasetInfo, write_info
-from gpt2_flax.data.loader import Loader
+from gpt2_flax.data.packing import RowLayout, rows_of
 from gpt2_flax.data.shards import ShardWriter, shard_paths
 from gpt2_flax.folders import file_sha256
 
@@ -75,9 +77,9 @@ def document_lengths(random: np.random.Generator, count: int) -> np.ndarray:
 
 
 def of_ours(split: TokenSplit, length: int, n_rows: int, packing: str) -> Iterator[object]:
-    loader = Loader(split, length, 0, packing)
+    batches = Batches([split], [Fraction(1)], RowLayout(length, packing), seed=0)
     for step in itertools.count():
-        yield loader.batch(step * n_rows, (step + 1) * n_rows)
+        yield batches.batch(step * n_rows, (step + 1) * n_rows)
 
 
 def of_nanogpt(path: Path, length: int, n_rows: int, again: bool) -> Iterator[object]:
@@ -178,11 +180,11 @@ def plan(folder: Path, n_documents: int, lengths: list[int]) -> None:
     split = TokenDataset(folder).train
     for length in lengths:
         begin, cpu = time.perf_counter(), time.process_time()
-        loader = Loader(split, length, 0, "best_fit")
+        rows = rows_of(split, RowLayout(length, "best_fit"))
         seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
-        empty = 1 - (split.n_tokens - n_documents) / (loader.n_rows * length)
+        empty = 1 - (split.n_tokens - n_documents) / (rows.n_rows * length)
         print(
-            f"{n_documents:,} documents, {split.n_tokens:,} tokens in {loader.n_rows:,} rows of {length}: "
+            f"{n_documents:,} documents, {split.n_tokens:,} tokens in {rows.n_rows:,} rows of {length}: "
             f"{seconds:.1f} s ({cpu:.1f} of CPU time), padding {empty:.3%}",
             flush=True,
         )

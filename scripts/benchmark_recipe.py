@@ -41,6 +41,7 @@ from gpt2_flax.checkpoint.source import load_source
 from gpt2_flax.config import Config, parse_config
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.mixture import Mixture
+from gpt2_flax.data.packing import RowLayout
 from gpt2_flax.data.prepare import prepare
 from gpt2_flax.errors import UserError
 from gpt2_flax.inference.evaluate import evaluate_source
@@ -137,10 +138,10 @@ def measure(config: Config, dataset: TokenDataset) -> Curve:
 def padding_share(config: Config) -> float:
     """Of all positions that the run computes."""
     data, empty = config.data, 0
-    loader = Mixture(data.datasets).loader(data.seq_length, config.training.seed, data.packing)
+    batches = Mixture(data.datasets).batches(RowLayout(data.seq_length, data.packing), config.training.seed)
     n_samples = config.training.total_steps * data.global_batch_size
     for first in range(0, n_samples, 1024):
-        empty += np.count_nonzero(loader.batch(first, min(first + 1024, n_samples)).segments_BT == 0)
+        empty += np.count_nonzero(batches.batch(first, min(first + 1024, n_samples)).segments_BT == 0)
     return empty / (n_samples * data.seq_length)
 
 

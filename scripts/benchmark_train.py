@@ -111,7 +111,7 @@ def config_of(task: Task) -> Any:
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
         file.write(tomli_w.dumps(values))
         file.flush()
-        return load_config(Path(file.name), task.options)
+        return load_config(Path(file.name), task.options).with_vocab_size(task.vocab_size)
 
 
 def jax_step(task: Task) -> tuple[Callable[[], None], Callable[[], float], dict[str, str]]:
@@ -264,7 +264,7 @@ def scaling(args: argparse.Namespace) -> None:
     """Prints work and exchange of each device as devices are added, the rows of each device the same."""
     import jax
 
-    from gpt2_flax.parallel.mesh import make_mesh
+    from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
     from gpt2_flax.plan.ahead_of_time import lower_step
     from gpt2_flax.plan.collectives import collectives
 
@@ -276,7 +276,9 @@ def scaling(args: argparse.Namespace) -> None:
         for axis in ("data", "fsdp") if count > 1 else ("data",):
             options = (*args.options, f"mesh.{axis}={count}")
             config = config_of(Task(OURS[0], size, rows * count, length, args.vocab_size, args.dtype, 0, options))
-            compiled = lower_step(config, make_mesh(config.mesh, jax.devices()[:count])).compile()
+            compiled = lower_step(
+                config, make_mesh(MeshSizes()._replace(**{axis: count}), jax.devices()[:count])
+            ).compile()
             flops = compiled.cost_analysis()["flops"]
             alone = alone or flops
             sent = collectives(compiled.as_text())

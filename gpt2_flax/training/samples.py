@@ -1,8 +1,8 @@
-"""Continuations of a few prompts, by which a person can judge a run."""
+"""Continuations of `training.prompts`, by which a person can judge a run."""
 
 from pathlib import Path
 
-from gpt2_flax.config import Config
+from gpt2_flax.config import ResolvedConfig
 from gpt2_flax.data.inspect import dataset_tokenizer
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError, printable
@@ -14,9 +14,8 @@ from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 _SAMPLING = Sampling(top_k=50)
 
 
-def check_prompts(config: Config, mixture: Mixture) -> None:
-    """Raises `UserError`: CONFIG when one of `training.prompts` leaves the model no room for a token, and as
-    `dataset_tokenizer`, since the run keeps the tokenizer."""
+def check_prompts(config: ResolvedConfig, mixture: Mixture) -> None:
+    """Raise `UserError`: CONFIG when a prompt leaves the model no room for a token; and as `dataset_tokenizer`."""
     prompts, positions = config.training.prompts, config.model.n_positions
     tokenizer = dataset_tokenizer(next(iter(mixture.datasets.values())))
     for prompt, ids in zip(prompts, prompt_ids(tokenizer, prompts), strict=True):
@@ -26,14 +25,14 @@ def check_prompts(config: Config, mixture: Mixture) -> None:
 
 
 class Samples:
-    """Continues `training.prompts`; all processes of a run call it together."""
+    """Continues `training.prompts`; all processes of a run must call it together."""
 
-    def __init__(self, config: Config, tokenizer_folder: Path):
+    def __init__(self, config: ResolvedConfig, tokenizer_folder: Path):
         self._prompts, self._training = config.training.prompts, config.training
         self._tokenizer = load_tokenizer(tokenizer_folder) if self._prompts else None
 
     def texts(self, model: GPT2) -> list[str]:
-        """Returns each prompt with its continuation, drawn with the run's seed: only the model makes a difference."""
+        """Return each prompt with its continuation, sampled with the seed of the run, the same at each step."""
         if not self._prompts:
             return []
         tokens, seed = self._training.sample_tokens, self._training.seed
