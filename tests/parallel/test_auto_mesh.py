@@ -21,7 +21,8 @@ def devices(count, kind="NVIDIA H200", stats=None):
 
 def config_of(model, rows=64, **mesh):
     values = {"output": "run", "model": model, "data": {"dataset": "d", "global_batch_size": rows}}
-    return parse_config(values | {"training": {"total_steps": 1}, "mesh": mesh}, "test")
+    config = parse_config(values | {"training": {"total_steps": 1}, "mesh": mesh}, "test")
+    return config.with_vocab_size(model["vocab_size"])
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def _compile(mesh, rows, **model):
         "data": {"dataset": "dataset", "seq_length": LENGTH, "global_batch_size": rows},
         "training": {"total_steps": 100},
     }
-    config = parse_config(values, "test")
+    config = parse_config(values, "test").with_vocab_size(values["model"]["vocab_size"])
     with jax.set_mesh(mesh):
         layout = state_layout(config, mesh)
         batch = jax.ShapeDtypeStruct((rows, LENGTH), jnp.int32, sharding=batch_sharding(mesh))

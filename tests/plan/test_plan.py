@@ -36,7 +36,9 @@ ONE = MeshSizes(data=1, fsdp=1, tensor=1)
 
 
 def published(stage, *overrides):
-    return load_config(PUBLISHED, ["model.vocab_size=21128", *overrides], stage)
+    config = load_config(PUBLISHED, ["model.vocab_size=21128", *overrides], stage)
+    assert config.model.vocab_size
+    return config.with_vocab_size(config.model.vocab_size)
 
 
 def no_note(doing):
@@ -231,7 +233,7 @@ def small():
         "data": {"dataset": "none", "seq_length": 64, "global_batch_size": 128},
         "training": {"total_steps": 10},
     }
-    return parse_config(values, "test")
+    return parse_config(values, "test").with_vocab_size(values["model"]["vocab_size"])
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ def run_config(total_steps=30, **optimizer):
         "optimizer": {"learning_rate": 1e-3} | optimizer,
         "training": {"total_steps": total_steps},
     }
-    return parse_config(values, "test")
+    return parse_config(values, "test").with_vocab_size(values["model"]["vocab_size"])
 
 
 def batches(config):
