@@ -31,10 +31,10 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt2_flax.data.dataset import TokenDataset, TokenSplit
 from gpt2_flax.data.dataset_info import DatasetInfo, write_info
 from gpt2_flax.data.loader import Loader
 from gpt2_flax.data.shards import ShardWriter, shard_paths
-from gpt2_flax.data.token_dataset import TokenDataset, TokenSplit
 from gpt2_flax.folders import file_sha256
 
 VOCAB_SIZE = 21128

@@ -38,7 +38,7 @@ import numpy as np
 
 from gpt2_flax.errors import UserError
 from gpt2_flax.text.corpus import corpus_units, empty_corpus
-from gpt2_flax.text.tokenizer import load_tokenizer
+from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 
 BATCH_BYTES = 2**20
 TRAINING_BYTES = 10**6
@@ -205,7 +205,7 @@ def make_tokenizers(folder: Path, vocabulary: Path | None) -> None:
     """Fills `folder` with the files of the contenders."""
     from tokenizers import ByteLevelBPETokenizer
 
-    from gpt2_flax.text.train_tokenizer import train_sentencepiece, train_wordpiece
+    from gpt2_flax.tokenizers.train import train_sentencepiece, train_wordpiece
 
     sample = [text for batch in read_batches(folder / TEXT, TRAINING_BYTES) for text in batch.texts]
     if vocabulary:

@@ -39,15 +39,15 @@ import numpy as np
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.source import load_source
 from gpt2_flax.config import Config, parse_config
+from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.prepare import prepare
-from gpt2_flax.data.token_dataset import TokenDataset
 from gpt2_flax.errors import UserError
 from gpt2_flax.inference.evaluate import evaluate_source
 from gpt2_flax.text.corpus import corpus_units
 from gpt2_flax.text.documents import CorpusOptions
-from gpt2_flax.text.tokenizer import load_tokenizer
-from gpt2_flax.text.train_tokenizer import sample_documents, train_wordpiece
+from gpt2_flax.tokenizers.tokenizer import load_tokenizer
+from gpt2_flax.tokenizers.train import sample_documents, train_wordpiece
 from gpt2_flax.training.loop import train
 
 PACKINGS = ("document", "stream", "best_fit")  # the published layout comes first

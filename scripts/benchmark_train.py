@@ -264,9 +264,9 @@ def scaling(args: argparse.Namespace) -> None:
     """Prints work and exchange of each device as devices are added, the rows of each device the same."""
     import jax
 
-    from gpt2_flax.parallel.collectives import collectives
     from gpt2_flax.parallel.mesh import make_mesh
     from gpt2_flax.plan.ahead_of_time import lower_step
+    from gpt2_flax.plan.collectives import collectives
 
     size, (rows, length) = args.sizes[0], args.shapes[0]
     print(f"{size}, {rows} x {length} on each device, compiled for 1 to 8 devices that this CPU simulates")
@@ -286,8 +286,8 @@ def scaling(args: argparse.Namespace) -> None:
 
 def ahead_of_time(args: argparse.Namespace) -> None:
     """Compiles this package's steps for devices that need not be here, and prints what they need of each."""
-    from gpt2_flax.parallel.topology import devices_for
     from gpt2_flax.plan.ahead_of_time import compile_step
+    from gpt2_flax.plan.topology import devices_for
 
     devices = devices_for(args.topology)
     print(f"compiled for {args.topology}, {args.dtype}, vocabulary {args.vocab_size:,}")

@@ -24,7 +24,7 @@ from gpt2_flax.errors import ExitCode, UserError, io_error
 from gpt2_flax.export.uer_file import compare_with_uer
 from gpt2_flax.folders import write_whole
 from gpt2_flax.input_files import read_object
-from gpt2_flax.text.tokenizer import load_tokenizer
+from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 
 PUBLISHED_VOCABULARY = 21128  # google_zh_vocab.txt
 PUBLISHED_IDS = (101, 102, 0)  # its [CLS], [SEP] and [PAD]

@@ -108,7 +108,7 @@ def prepare_parent(folder: Path) -> None:
 
     import gpt2_flax.__main__
     import gpt2_flax.cli
-    import gpt2_flax.parallel.processes
+    import gpt2_flax.processes.launch
     import gpt2_flax.training.loop  # noqa: F401
     from gpt2_flax.cpu import tune_cpu
 
@@ -120,8 +120,8 @@ def make_config(folder: Path, training: Mapping[str, int] = MappingProxyType({})
     """Write a small corpus, its dataset and a config into `folder`; return the config's path."""
     from gpt2_flax.config import dump_config, parse_config
     from gpt2_flax.data.prepare import prepare
-    from gpt2_flax.text.tokenizer import load_tokenizer
-    from gpt2_flax.text.train_tokenizer import train_wordpiece
+    from gpt2_flax.tokenizers.tokenizer import load_tokenizer
+    from gpt2_flax.tokenizers.train import train_wordpiece
 
     draw = random.Random(0)
     characters = "这是很久之前的事情了我们在北京看见一只大鸟飞过山河人说好天水火木金土日月年时书车马"

@@ -30,7 +30,7 @@ from gpt2_flax.data.dataset_info import read_info
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import write_whole
 from gpt2_flax.input_files import read_object
-from gpt2_flax.text.tokenizer import load_tokenizer
+from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 
 _SCHEDULES = {
     "linear": {},

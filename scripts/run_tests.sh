@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint and tests in an environment of their own (.test-environment). Arguments go to pytest:
-#   bash scripts/run_tests.sh tests/test_model.py -k cache     (two processes; -n 0: none but one)
+#   bash scripts/run_tests.sh tests/model/test_model.py -k cache     (two processes; -n 0: none but one)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

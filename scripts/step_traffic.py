@@ -25,7 +25,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent))
 from benchmark_train import SIZES, Task, config_of, shape
 
-from gpt2_flax.parallel.hlo import Instruction, bytes_of, callees, computations, elements, instruction
+from gpt2_flax.plan.hlo import Instruction, bytes_of, callees, computations, elements, instruction
 
 GROUPS = (
     "attention",
@@ -264,8 +264,8 @@ def table(totals: dict[str, Total], bandwidth: int | None) -> Iterator[str]:
 def compiled(args: argparse.Namespace, options: list[str]) -> Total:
     from gpt2_flax.parallel.auto_mesh import choose_mesh
     from gpt2_flax.parallel.mesh import make_mesh
-    from gpt2_flax.parallel.topology import devices_for
     from gpt2_flax.plan.ahead_of_time import lower_step
+    from gpt2_flax.plan.topology import devices_for
 
     rows, length = args.shape
     devices = devices_for(args.topology)
@@ -288,7 +288,7 @@ def main() -> None:
     parser.add_argument("--hlo", nargs="+", type=Path, default=[], help="texts of compiled programs instead")
     args = parser.parse_args()
     from gpt2_flax.parallel.devices import bandwidth
-    from gpt2_flax.parallel.topology import devices_for
+    from gpt2_flax.plan.topology import devices_for
 
     totals = {path.stem: total(path.read_text(encoding="utf-8")) for path in args.hlo}
     if not args.hlo:

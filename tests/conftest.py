@@ -27,14 +27,13 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import hypothesis
 import jax
 import pytest
+from support.configs import CHARACTERS
 
 jax.config.update("jax_disable_most_optimizations", True)  # compile time is most of what tests wait for
 
 # A machine may be busy; and what a gate tries must not depend on chance.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("tests")
-
-CHARACTERS = "这是很久之前的事情了我们在北京看见一只大鸟飞过山河人说好天水火木金土日月年时书车马"
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +63,7 @@ def write(tmp_path):
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(corpus, tmp_path_factory):
-    from gpt2_flax.text.train_tokenizer import train_wordpiece
+    from gpt2_flax.tokenizers.train import train_wordpiece
 
     folder = tmp_path_factory.mktemp("tokenizer")
     train_wordpiece(corpus.read_text(encoding="utf-8").splitlines(), vocab_size=100).save(folder)
@@ -74,7 +73,7 @@ def tokenizer_folder(corpus, tmp_path_factory):
 @pytest.fixture(scope="session")
 def dataset_folder(corpus, tokenizer_folder, tmp_path_factory):
     from gpt2_flax.data.prepare import prepare
-    from gpt2_flax.text.tokenizer import load_tokenizer
+    from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 
     folder = tmp_path_factory.mktemp("dataset") / "dataset"
     prepare([str(corpus)], load_tokenizer(tokenizer_folder), folder, validation_fraction=0.1)
@@ -95,20 +94,6 @@ def config(dataset_folder, tmp_path):
         "training": {"total_steps": 6, "log_every": 1, "save_every": 3, "evaluate_every": 3, "evaluation_batches": 1},
     }
     return parse_config(values, "conftest.py")
-
-
-def changed(config, **keys):
-    """Returns `config` with dotted keys, dots written as `__`, set to other values."""
-    from gpt2_flax.config import parse_config
-
-    values = config.model_dump(exclude_none=True)
-    for key, value in keys.items():
-        *sections, last = key.split("__")
-        place = values
-        for section in sections:
-            place = place[section]
-        place[last] = value
-    return parse_config(values, "test")
 
 
 @pytest.fixture

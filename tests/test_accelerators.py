@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from weight_folders import CONFIG, write_folder
+from support.weight_folders import CONFIG, write_folder
 
 from gpt2_flax import accelerators
-from gpt2_flax.text.tokenizer import load_tokenizer
+from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 
 HERE = accelerators._exists(accelerators.TPU_FILES + accelerators.GPU_FILES) or accelerators._nvidia_on_the_bus()
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import changed
+from support.configs import changed
 
 from gpt2_flax.compilation_cache import keep_compiled_programs
 from gpt2_flax.config import dump_config

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import changed
+from support.configs import changed
 
 from gpt2_flax import __main__ as cli
 from gpt2_flax import memory
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.memory import out_of_memory
-from gpt2_flax.parallel.watchdog import _exit_code
+from gpt2_flax.processes.watchdog import _exit_code
 from gpt2_flax.training import loop
 
 ROOT = Path(__file__).parents[1]
@@ -136,7 +136,7 @@ def greedy_program(arguments, body):
 @pytest.mark.parametrize(
     ("command", "function", "fix"),
     [
-        ("tokenizer {corpus} --output {new}", "gpt2_flax.text.train_tokenizer.sample_documents", "lower --vocab-size"),
+        ("tokenizer {corpus} --output {new}", "gpt2_flax.tokenizers.train.sample_documents", "lower --vocab-size"),
         ("evaluate {corpus}", "gpt2_flax.checkpoint.source.load_source", "lower --batch-size or --seq-length"),
         ("generate {corpus} --prompt x", "gpt2_flax.checkpoint.source.load_source", "lower --max-new-tokens"),
         ("export {corpus} {new}", "gpt2_flax.checkpoint.source.load_source", "use a machine with more memory"),

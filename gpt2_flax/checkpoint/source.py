@@ -27,8 +27,8 @@ from gpt2_flax.config import Config, MeshConfig, ModelConfig, parse_config, pars
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import new_folder
 from gpt2_flax.parallel.mesh import make_mesh
-from gpt2_flax.text.special_tokens import FROM_FILES, Ends
-from gpt2_flax.text.tokenizer import Tokenizer, load_tokenizer
+from gpt2_flax.tokenizers.special_tokens import FROM_FILES, Ends
+from gpt2_flax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 IMPORTED = "checkpoints/0/_CHECKPOINT_METADATA"  # in a run that `save_as_run` made
 

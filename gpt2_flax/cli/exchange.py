@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from gpt2_flax.cli.app import Best, Bos, Eos, Model, ModelArgument, Overwrite, PathArgument, PathOption, Step, app, utf8
-from gpt2_flax.text.special_tokens import Ends
+from gpt2_flax.tokenizers.special_tokens import Ends
 
 CardText = partial(typer.Option, callback=utf8)
 CardArgument = partial(typer.Argument, callback=utf8)

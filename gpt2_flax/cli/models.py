@@ -78,15 +78,15 @@ def train(
     """
     begun = time.monotonic()
     from gpt2_flax.config_file import load_stages
-    from gpt2_flax.parallel.place import find_place
-    from gpt2_flax.parallel.watchdog import announced
+    from gpt2_flax.processes.place import find_place
+    from gpt2_flax.processes.watchdog import announced
 
     place = find_place(coordinator, num_processes, process_id)
     with announced(place):  # importing JAX may fail on one host
         from gpt2_flax.cpu import tune_cpu
 
         tune_cpu()
-        from gpt2_flax.parallel.processes import start_processes
+        from gpt2_flax.processes.launch import start_processes
         from gpt2_flax.training.loop import train as run
 
     deadline = math.inf if max_hours is None else begun + 3600 * max_hours
@@ -123,8 +123,8 @@ def plan(
     from gpt2_flax.config_file import load_config, load_stages
 
     stages = load_stages(config, overrides or ()) if stage is None else [load_config(config, overrides or (), stage)]
-    from gpt2_flax.parallel.topology import devices_for
-    from gpt2_flax.plan.lines import plan_lines
+    from gpt2_flax.plan.report import plan_lines
+    from gpt2_flax.plan.topology import devices_for
 
     devices = devices_for(topology)
     for number, planned in enumerate(stages, 1):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gpt2_flax.errors import ExitCode, UserError, io_error, printable
 from gpt2_flax.input_files import VOCABULARY_BYTES, read_whole
-from gpt2_flax.text.tokenizer import Tokenizer
+from gpt2_flax.tokenizers.tokenizer import Tokenizer
 
 _MOST_NAMED = 20  # characters in a warning
 

@@ -17,10 +17,10 @@ from gpt2_flax.cli.app import (
     path_or_address,
     utf8,
 )
-from gpt2_flax.data.engines import Engine
+from gpt2_flax.data.workers import Engine
 from gpt2_flax.input_files import MOST_ROWS, MOST_STEPS, MOST_TOKENS
 from gpt2_flax.text.documents import CorpusFormat, CorpusOptions, OnError, Problem, Separator
-from gpt2_flax.text.special_tokens import Ends
+from gpt2_flax.tokenizers.special_tokens import Ends
 
 Corpus = Annotated[
     list[str],
@@ -72,9 +72,9 @@ def tokenizer(
     """
     from gpt2_flax.folders import check_output, new_folder, scratch_folder
     from gpt2_flax.text.corpus import corpus_units, empty_corpus, standard_input_as_file
-    from gpt2_flax.text.exported import check_exported, spread
-    from gpt2_flax.text.survey import encoding_lines, encodings
-    from gpt2_flax.text.train_tokenizer import measure, sample_documents, train_sentencepiece, train_wordpiece
+    from gpt2_flax.tokenizers.survey import encoding_lines, encodings
+    from gpt2_flax.tokenizers.train import measure, sample_documents, train_sentencepiece, train_wordpiece
+    from gpt2_flax.tokenizers.transformers_check import check_exported, spread
 
     if kind == "wordpiece" and model_type == "unigram":
         raise typer.BadParameter("--model-type unigram is for --kind sentencepiece")
@@ -142,7 +142,7 @@ def prepare(
     """
     from gpt2_flax.data.inspect import summary_lines
     from gpt2_flax.data.prepare import prepare as prepare_dataset
-    from gpt2_flax.text.tokenizer import load_tokenizer
+    from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 
     info = prepare_dataset(
         corpus,
@@ -182,8 +182,8 @@ def inspect(
 
     Or what a model sees at one step of training: gpt2-flax inspect --batch 100 --config runs/mine/config.toml
     """
+    from gpt2_flax.data.dataset import TokenDataset
     from gpt2_flax.data.inspect import inspection_lines
-    from gpt2_flax.data.token_dataset import TokenDataset
 
     if batch is not None:
         if verify or config is None:
@@ -204,7 +204,7 @@ def inspect(
 
 def _batch_lines(dataset: Path | None, step: int, path: Path, stage: int | None, samples: int) -> Iterator[str]:
     from gpt2_flax.config_file import load_config
-    from gpt2_flax.data.batches import batch_lines
+    from gpt2_flax.data.inspect_batch import batch_lines
     from gpt2_flax.data.mixture import Mixture
 
     config = load_config(path, stage=stage)
@@ -233,10 +233,10 @@ def import_tokens(
     overwrite: Overwrite = False,
 ) -> None:
     """Make a dataset of files that hold tokens already; they are read where they lie, not copied, if that can be."""
+    from gpt2_flax.data.import_tokens import import_tokens as import_files
     from gpt2_flax.data.inspect import summary_lines
-    from gpt2_flax.data.token_files import import_tokens as import_files
-    from gpt2_flax.text.exported import check_exported
-    from gpt2_flax.text.tokenizer import load_tokenizer
+    from gpt2_flax.tokenizers.tokenizer import load_tokenizer
+    from gpt2_flax.tokenizers.transformers_check import check_exported
 
     chosen = load_tokenizer(tokenizer, ends=Ends(bos, eos))
     check_exported(chosen, (), tokenizer)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_flax.data.engines import Engine, Tick, run
+from gpt2_flax.data.workers import Engine, Tick, run
 from gpt2_flax.progress import progress_bar
 from gpt2_flax.text.corpus import Unit, identity
 

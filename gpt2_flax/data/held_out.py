@@ -11,11 +11,11 @@ import numpy as np
 from gpt2_flax.data.dataset_info import SPLITS, DatasetInfo, Shard
 from gpt2_flax.data.flat_files import FlatFile
 from gpt2_flax.data.inspect import decoded
+from gpt2_flax.data.output_folder import Storage
+from gpt2_flax.data.shard_job import record_name
 from gpt2_flax.data.shards import ShardWriter, shard_paths
-from gpt2_flax.data.storage import Storage
-from gpt2_flax.data.units import record_name
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.text.tokenizer import Tokenizer
+from gpt2_flax.tokenizers.tokenizer import Tokenizer
 
 LEAST = 2  # tokens of a split, so that one can be predicted
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gpt2_flax.data.dataset import TokenDataset, TokenSplit
 from gpt2_flax.data.dataset_info import MARKER, DatasetInfo
-from gpt2_flax.data.token_dataset import TokenDataset, TokenSplit
 from gpt2_flax.errors import ExitCode, UserError, printable
-from gpt2_flax.text.survey import MUCH_UNKNOWN, encoding_lines
-from gpt2_flax.text.tokenizer import Tokenizer, load_tokenizer
+from gpt2_flax.tokenizers.survey import MUCH_UNKNOWN, encoding_lines
+from gpt2_flax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 PERCENTS = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 SHOWN_CHARACTERS = 200

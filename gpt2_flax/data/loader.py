@@ -13,8 +13,8 @@ from fractions import Fraction
 import numpy as np
 
 from gpt2_flax.config import Packing
+from gpt2_flax.data.dataset import TokenSplit
 from gpt2_flax.data.packing import Batch, across_documents, rows_of
-from gpt2_flax.data.token_dataset import TokenSplit
 
 _ROUNDS = 6
 _BLOCK = 2**13  # samples whose rows are looked up at once: a few cost as much

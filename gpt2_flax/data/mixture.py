@@ -4,9 +4,9 @@ import hashlib
 from collections.abc import Mapping
 
 from gpt2_flax.config import Packing, Verify
+from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.integrity import FirstUse
 from gpt2_flax.data.loader import MixedLoader, shares_of_rest
-from gpt2_flax.data.token_dataset import TokenDataset
 from gpt2_flax.errors import ExitCode, UserError
 
 

@@ -17,8 +17,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from gpt2_flax.config import Packing
-from gpt2_flax.data.plans import Plan, read_or_make_plan
-from gpt2_flax.data.token_dataset import TokenSplit
+from gpt2_flax.data.dataset import TokenSplit
+from gpt2_flax.data.row_index import Plan, read_or_make_plan
 
 IGNORE = -1
 """The target of a position that is not trained on."""

@@ -17,22 +17,21 @@ from typing import Any
 import numpy as np
 
 import gpt2_flax
+from gpt2_flax.data.dataset import TokenSplit
 from gpt2_flax.data.dataset_info import MARKER, SPLITS, DatasetInfo, Duplicates, LeftOut, write_info
 from gpt2_flax.data.deduplicate import find_duplicates, hash_units
-from gpt2_flax.data.engines import Engine, run
 from gpt2_flax.data.held_out import check_fraction, hold_out_tail
+from gpt2_flax.data.output_folder import LocalFolder, Storage, unfinished
+from gpt2_flax.data.shard_job import MOST_EXAMPLES, RECORDS, UnitRecord, UnitTask, UnitWork
 from gpt2_flax.data.shards import shard_paths
-from gpt2_flax.data.storage import LocalFolder, Storage, unfinished
-from gpt2_flax.data.token_dataset import TokenSplit
-from gpt2_flax.data.units import MOST_EXAMPLES, RECORDS, UnitRecord, UnitTask, UnitWork
+from gpt2_flax.data.workers import Engine, run
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import file_sha256, utf8_name, write_whole
 from gpt2_flax.progress import progress_bar
 from gpt2_flax.text.corpus import STANDARD_INPUT, Unit, corpus_units, empty_corpus, standard_input_as_file
 from gpt2_flax.text.documents import DEFAULT_OPTIONS, CorpusOptions
-from gpt2_flax.text.encoded import token_dtype
-from gpt2_flax.text.exported import check_exported, spread
-from gpt2_flax.text.survey import (
+from gpt2_flax.tokenizers.ragged_ids import token_dtype
+from gpt2_flax.tokenizers.survey import (
     MOST_UNKNOWN,
     PassedOver,
     encoding_lines,
@@ -41,7 +40,8 @@ from gpt2_flax.text.survey import (
     survey_lines,
     too_much_unknown,
 )
-from gpt2_flax.text.tokenizer import Tokenizer
+from gpt2_flax.tokenizers.tokenizer import Tokenizer
+from gpt2_flax.tokenizers.transformers_check import check_exported, spread
 
 SETTINGS = "settings.json"
 HASHES = "hashes/"

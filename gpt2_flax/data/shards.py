@@ -13,7 +13,7 @@ import numpy as np
 
 from gpt2_flax.data.dataset_info import Shard, TokenType
 from gpt2_flax.data.flat_files import FlatFile, NewFile
-from gpt2_flax.text.encoded import token_dtype
+from gpt2_flax.tokenizers.ragged_ids import token_dtype
 
 OFFSET = np.dtype("<u8")
 UNORDERED = "document starts do not ascend from 0 to below the number of tokens"

@@ -18,8 +18,8 @@ from gpt2_flax.doctor.rates import compute_dtype, product_rate
 from gpt2_flax.doctor.report import Report
 from gpt2_flax.memory import out_of_memory
 from gpt2_flax.model.flops import flops_per_token
+from gpt2_flax.parallel.device_batches import device_batch
 from gpt2_flax.parallel.devices import memory_bytes, peak_flops, peak_memory
-from gpt2_flax.parallel.feed import device_batch
 from gpt2_flax.parallel.mesh import make_mesh, platform
 from gpt2_flax.training.step import TrainState, initial_state, make_train_step, state_layout
 

@@ -3,7 +3,7 @@
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-from gpt2_flax.text.tokenizer import Tokenizer
+from gpt2_flax.tokenizers.tokenizer import Tokenizer
 
 _MOST = 20  # characters of a beginning
 _CHINESE, _OTHER = "这是很久之前的事情了", "Once upon a time"

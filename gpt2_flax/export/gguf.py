@@ -17,9 +17,9 @@ from sentencepiece import sentencepiece_model_pb2 as protobuf
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError, missing_package
 from gpt2_flax.export.weight_files import Dtype
-from gpt2_flax.text.spm import BLANK, SentencePieceTokenizer
-from gpt2_flax.text.tokenizer import Tokenizer
-from gpt2_flax.text.wordpiece import MASK, SPECIAL_TOKENS, WordPieceTokenizer, read_vocabulary
+from gpt2_flax.tokenizers.sentencepiece import BLANK, SentencePieceTokenizer
+from gpt2_flax.tokenizers.tokenizer import Tokenizer
+from gpt2_flax.tokenizers.wordpiece import MASK, SPECIAL_TOKENS, WordPieceTokenizer, read_vocabulary
 
 GGUF = "model.gguf"
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from gpt2_flax.checkpoint.source import Source
 from gpt2_flax.config import Config
+from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.mixture import Mixture
-from gpt2_flax.data.token_dataset import TokenDataset
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export.example import example_prompt
 from gpt2_flax.export.gguf import remarks
@@ -21,8 +21,8 @@ from gpt2_flax.export.uer_file import compare_with_uer
 from gpt2_flax.export.verify import Verification
 from gpt2_flax.export.weight_files import MAX_SHARD_SIZE, Dtype
 from gpt2_flax.input_files import CONFIG_BYTES, read_whole
-from gpt2_flax.text.tokenizer import Tokenizer
-from gpt2_flax.text.wordpiece import WordPieceTokenizer
+from gpt2_flax.tokenizers.tokenizer import Tokenizer
+from gpt2_flax.tokenizers.wordpiece import WordPieceTokenizer
 
 _OPTIMIZERS = {
     "adamw": "AdamW",

@@ -30,7 +30,7 @@ from gpt2_flax.export.weight_files import (
     write_torch,
 )
 from gpt2_flax.folders import new_folder
-from gpt2_flax.text.tokenizer import Tokenizer
+from gpt2_flax.tokenizers.tokenizer import Tokenizer
 
 MARKER = SUMS
 Format = Literal["safetensors", "bin", "gguf"]

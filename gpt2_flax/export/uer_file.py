@@ -22,7 +22,7 @@ from gpt2_flax.checkpoint.weights import Weights, logits_of
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError, missing_package
 from gpt2_flax.folders import new_folder
-from gpt2_flax.text.wordpiece import WordPieceTokenizer
+from gpt2_flax.tokenizers.wordpiece import WordPieceTokenizer
 
 UER_MODEL = "model.bin"
 UER_CONFIG = "uer_config.json"

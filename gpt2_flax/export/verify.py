@@ -23,8 +23,8 @@ from gpt2_flax.checkpoint.tensor_files import INDEX, TORCH_WEIGHTS, WEIGHTS
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.export.weight_files import Dtype, numpy_dtype
-from gpt2_flax.text.exported import ODD_TEXTS, differing_texts, too_many
-from gpt2_flax.text.tokenizer import Tokenizer
+from gpt2_flax.tokenizers.tokenizer import Tokenizer
+from gpt2_flax.tokenizers.transformers_check import ODD_TEXTS, differing_texts, too_many
 
 NOT_VERIFIED = "not verified, torch and transformers are not installed: pip install 'gpt2_flax[export]'"
 

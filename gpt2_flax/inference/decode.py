@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.inference.drafts import look_up
+from gpt2_flax.inference.prompt_lookup import look_up
 from gpt2_flax.inference.sampling import History, Sampling, SamplingArrays, choose
 from gpt2_flax.model.decoding import Cache, Decoder
 

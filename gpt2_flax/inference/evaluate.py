@@ -14,23 +14,23 @@ from jax.sharding import PartitionSpec as P
 from gpt2_flax.checkpoint.source import Source
 from gpt2_flax.checkpoint.weights import model_from_weights
 from gpt2_flax.config import MeshConfig, Packing
+from gpt2_flax.data.dataset import TokenSplit
 from gpt2_flax.data.dataset_info import MARKER
 from gpt2_flax.data.loader import Loader
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.data.prepare import prepare_text
-from gpt2_flax.data.token_dataset import TokenSplit
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import scratch_folder, write_whole
 from gpt2_flax.inference.evaluation import Evaluation
 from gpt2_flax.inference.per_document import document_characters, document_lines, evaluate_documents
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.model.loss import LossSums
-from gpt2_flax.parallel.feed import device_batch, prefetch, row_shards
+from gpt2_flax.parallel.device_batches import device_batch, prefetch, row_shards
 from gpt2_flax.parallel.mesh import make_mesh
 from gpt2_flax.progress import progress_bar
 from gpt2_flax.text.documents import CorpusOptions
-from gpt2_flax.text.tokenizer import Tokenizer
+from gpt2_flax.tokenizers.tokenizer import Tokenizer
 
 Split = Literal["train", "validation"]
 

@@ -10,7 +10,7 @@ from gpt2_flax.errors import ExitCode, UserError, printable
 from gpt2_flax.inference.decode import generate, generate_one
 from gpt2_flax.inference.sampling import Sampling
 from gpt2_flax.model.decoding import Decoder, decoder_of
-from gpt2_flax.text.tokenizer import Tokenizer
+from gpt2_flax.tokenizers.tokenizer import Tokenizer
 
 _MOST_ROWS = 32  # continued at once
 

@@ -12,17 +12,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gpt2_flax.config import Packing
+from gpt2_flax.data.dataset import TokenSplit
 from gpt2_flax.data.packing import IGNORE, Batch, Rows, across_documents, rows_of
-from gpt2_flax.data.token_dataset import TokenSplit
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import utf8_name
 from gpt2_flax.inference.evaluation import Evaluation
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.model.loss import chunk_tokens, logits
-from gpt2_flax.parallel.feed import device_batch, prefetch, row_shards
+from gpt2_flax.parallel.device_batches import device_batch, prefetch, row_shards
 from gpt2_flax.text.corpus import corpus_units
 from gpt2_flax.text.documents import CorpusOptions
-from gpt2_flax.text.tokenizer import Tokenizer
+from gpt2_flax.tokenizers.tokenizer import Tokenizer
 
 
 def evaluate_documents(

@@ -14,11 +14,11 @@ from gpt2_flax.config import Config, MeshConfig, parse_config
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.parallel.auto_mesh import choose_mesh
-from gpt2_flax.parallel.collectives import Collective, collectives
 from gpt2_flax.parallel.devices import memory_bytes
 from gpt2_flax.parallel.mesh import make_mesh
 from gpt2_flax.parallel.rules import batch_sharding
-from gpt2_flax.plan.figures import bytes_on_a_device
+from gpt2_flax.plan.collectives import Collective, collectives
+from gpt2_flax.plan.estimate import bytes_on_a_device
 from gpt2_flax.training.choices import choices
 from gpt2_flax.training.start import check_rows
 from gpt2_flax.training.step import TrainState, make_train_step, state_layout

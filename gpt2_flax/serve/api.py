@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gpt2_flax.serve.completion import Completion, Limits, most_prompt_tokens, parse_completion, texts_of
 from gpt2_flax.serve.errors import BUG, HANDLERS, ApiError, no_such_model
-from gpt2_flax.serve.turns import Piece, Turns
+from gpt2_flax.serve.queue import Piece, Turns
 
 Result = TypeVar("Result")
 

@@ -15,7 +15,7 @@ from gpt2_flax.inference.generate import Generator
 from gpt2_flax.interruption import handled_by
 from gpt2_flax.serve.api import About, make_app
 from gpt2_flax.serve.completion import Limits
-from gpt2_flax.serve.turns import Turns
+from gpt2_flax.serve.queue import Turns
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Protocol
 
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.text.decoding import text_encoding
 from gpt2_flax.text.documents import DEFAULT_OPTIONS, CorpusOptions, Documents, Report, Texts, in_batches
-from gpt2_flax.text.embedded_corpus import embedded_units
-from gpt2_flax.text.file_parts import FilePart, cut, is_corpus_file
+from gpt2_flax.text.encodings import text_encoding
+from gpt2_flax.text.file_ranges import FilePart, cut, is_corpus_file
 from gpt2_flax.text.files import File, PassOver, find_files, ignore, spool_standard_input
+from gpt2_flax.text.packaged_corpus import embedded_units
 
 UNITS_A_CORPUS = 100  # about; every unit becomes a pair of shards, and opening them all must stay cheap
 SMALLEST_UNIT_BYTES, LARGEST_UNIT_BYTES = 2**23, 2**28

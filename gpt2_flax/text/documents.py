@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.text.decoding import Bad
+from gpt2_flax.text.encodings import Bad
 
 PART_CHARACTERS = 2**18  # the longest text handed to a tokenizer at once
 BATCH_CHARACTERS = 2**18  # at least, but for the last batch and before the rest of a long document

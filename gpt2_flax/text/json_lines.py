@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterable, Iterator
 
 from gpt2_flax.errors import quote
-from gpt2_flax.text.decoding import Bad
 from gpt2_flax.text.documents import Faults, Texts, in_parts
+from gpt2_flax.text.encodings import Bad
 
 LONGEST_RECORD = 2**26  # bytes of UTF-8
 

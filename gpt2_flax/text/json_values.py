@@ -4,8 +4,8 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 
-from gpt2_flax.text.decoding import Bad
 from gpt2_flax.text.documents import Faults, Texts, in_parts
+from gpt2_flax.text.encodings import Bad
 from gpt2_flax.text.json_lines import DECODER, LONGEST_RECORD, text_of
 
 _TOO_LONG = f"record longer than {LONGEST_RECORD // 2**20} MiB"

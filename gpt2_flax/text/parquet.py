@@ -6,8 +6,8 @@ from typing import Any
 
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.text.compression import Damaged
-from gpt2_flax.text.decoding import BLOCK_BYTES, Bad
 from gpt2_flax.text.documents import Faults, Texts, in_parts
+from gpt2_flax.text.encodings import BLOCK_BYTES, Bad
 from gpt2_flax.text.files import open_file
 
 MOST_ROWS = 2**12  # read at once; fewer when they are long

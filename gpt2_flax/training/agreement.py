@@ -13,7 +13,7 @@ from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.config import Config, config_keys
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import quote
-from gpt2_flax.parallel.watchdog import Watchdog
+from gpt2_flax.processes.watchdog import Watchdog
 
 _DATA = {
     "tokenizer": "tokenizer_fingerprint",

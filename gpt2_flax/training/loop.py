@@ -21,10 +21,10 @@ from gpt2_flax.inference.evaluation import Evaluation
 from gpt2_flax.memory import out_of_memory
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.parallel.auto_mesh import choose_mesh
-from gpt2_flax.parallel.feed import device_batch, prefetch, row_shards
+from gpt2_flax.parallel.device_batches import device_batch, prefetch, row_shards
 from gpt2_flax.parallel.mesh import make_mesh
-from gpt2_flax.parallel.phases import Kind
-from gpt2_flax.parallel.watchdog import Watchdog
+from gpt2_flax.processes.phases import Kind
+from gpt2_flax.processes.watchdog import Watchdog
 from gpt2_flax.training.agreement import agree_on_start, check_shared
 from gpt2_flax.training.best import Best
 from gpt2_flax.training.choices import choices

@@ -9,7 +9,7 @@ from gpt2_flax.errors import ExitCode, UserError, printable
 from gpt2_flax.inference.generate import Sampling, continue_texts, prompt_ids
 from gpt2_flax.model.decoding import decoder_of
 from gpt2_flax.model.gpt2 import GPT2
-from gpt2_flax.text.tokenizer import load_tokenizer
+from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 
 _SAMPLING = Sampling(top_k=50)
 

@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager, ExitStack
 import jax
 
 from gpt2_flax.interruption import FirstSignal
-from gpt2_flax.parallel.phases import Kind
-from gpt2_flax.parallel.watchdog import Watchdog
+from gpt2_flax.processes.phases import Kind
+from gpt2_flax.processes.watchdog import Watchdog
 
 SLOW_DISK = 50e6  # bytes a second, from each process; so long a save is taken to last until one was measured
 _MARGIN = 1.25  # times as long as the longest so far, and

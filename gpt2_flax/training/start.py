@@ -18,8 +18,8 @@ from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.config import Config, ModelConfig, config_keys, parse_config
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.parallel.feed import row_shards
-from gpt2_flax.parallel.watchdog import Watchdog
+from gpt2_flax.parallel.device_batches import row_shards
+from gpt2_flax.processes.watchdog import Watchdog
 from gpt2_flax.progress import si
 from gpt2_flax.training.agreement import agree_on_weights
 from gpt2_flax.training.best import Best

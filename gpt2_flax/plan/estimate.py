@@ -1,0 +1,186 @@
+"""What a run will take, worked out from its config: nothing is compiled or run.
+
+Dimension key: B rows of a device in one part of a step, T sequence.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import AbstractMesh, AxisType
+
+from gpt2_flax.config import Config, MeshConfig, ModelConfig
+from gpt2_flax.data.mixture import Mixture
+from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.model.flops import flops_per_token
+from gpt2_flax.model.gpt2 import GPT2
+from gpt2_flax.model.loss import cross_entropy
+from gpt2_flax.parallel.device_batches import row_shards
+from gpt2_flax.parallel.mesh import AXES
+from gpt2_flax.training.start import check_rows, with_vocab_size
+from gpt2_flax.training.step import state_layout
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Counts of a run."""
+
+    parameters: int
+    in_embeddings: int
+    """A head of its own included."""
+    in_blocks: int
+    flops_per_token: int
+    """Forward and backward."""
+    tokens_per_step: int
+    steps: int
+    epochs: Mapping[str, float] | None
+    """By dataset; None when they are not there."""
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
+    @property
+    def flops(self) -> int:
+        return self.tokens * self.flops_per_token
+
+    def days(self, peak_flops: float, utilization: float) -> float:
+        """Returns how long all steps take on devices of `peak_flops` a second together, used to that share."""
+        return self.flops / (peak_flops * utilization) / 86400
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device. The last two are estimates: what XLA needs is known when it has compiled."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """What the forward pass keeps for the backward pass."""
+    loss: int
+    """The largest piece of logits, and its gradient."""
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.loss
+
+
+def read_datasets(config: Config) -> tuple[Config, Mixture | None]:
+    """Returns the config with its vocabulary, and the datasets, None when one of them was not prepared yet.
+
+    Raises `UserError`: CONFIG when nothing says the size of the vocabulary, and as `Mixture` and `with_vocab_size`.
+    """
+    try:
+        mixture = Mixture(config.data.datasets)
+    except UserError as error:
+        if error.exit_code != ExitCode.NO_INPUT:
+            raise
+        if config.model.vocab_size is None:
+            fix = "prepare it, or say how many tokens the vocabulary has, such as model.vocab_size=21128"
+            raise UserError(
+                ExitCode.CONFIG, f"model.vocab_size is not known, and {error.what}", error.where, fix
+            ) from None
+        return config, None
+    return with_vocab_size(config, mixture), mixture
+
+
+def figures(config: Config, mixture: Mixture | None) -> Figures:
+    """Returns the counts of a run whose `model.vocab_size` is known."""
+    model, n_rows, steps = config.model, config.data.global_batch_size, config.training.total_steps
+    return Figures(
+        parameters=model.parameters,
+        in_embeddings=model.embedding_parameters,
+        in_blocks=model.parameters - model.embedding_parameters - 2 * model.n_embd,
+        flops_per_token=flops_per_token(model, config.data.seq_length),
+        tokens_per_step=n_rows * config.data.seq_length,
+        steps=steps,
+        epochs=None if mixture is None else _epochs(config, mixture),
+    )
+
+
+def abstract_mesh(sizes: MeshConfig) -> AbstractMesh:
+    """Returns a mesh of those sizes, all given, without devices: enough to say how arrays are split."""
+    return AbstractMesh((sizes.data, sizes.fsdp, sizes.tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Returns the size of one checkpoint: parameters and moments, the padding of the vocabulary included."""
+    layout = state_layout(config, abstract_mesh(MeshConfig(data=1, fsdp=1, tensor=1)))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((layout.model, layout.opt_state)))
+
+
+def memory(config: Config, sizes: MeshConfig) -> Memory:
+    """Returns the bytes on each device of a mesh; raises `UserError` (CONFIG) where rows or arrays do not split."""
+    mesh = abstract_mesh(sizes)
+    check_rows(config, mesh)
+    layout = state_layout(config, mesh)
+    parameters = bytes_on_a_device(layout.model)
+    rows = config.data.global_batch_size // (row_shards(mesh) * config.training.accumulation_steps)
+    activations, loss = _of_one_part(config.model, rows, config.data.seq_length, sizes.tensor)
+    return Memory(parameters, parameters, bytes_on_a_device(layout.opt_state), activations, loss)
+
+
+def bytes_on_a_device(layout: Any) -> int:
+    """Returns what arrays with shardings take on each device."""
+    leaves = jax.tree.leaves(layout)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _epochs(config: Config, mixture: Mixture) -> dict[str, float]:
+    loader = mixture.loader(config.data.seq_length, 0, config.data.packing, config.model.attend_across_documents)
+    weights = config.data.datasets
+    samples = config.training.total_steps * config.data.global_batch_size / sum(weights.values())
+    parts = zip(weights.items(), loader.loaders, strict=True)
+    return {folder: samples * weight / part.n_rows for (folder, weight), part in parts}
+
+
+def _of_one_part(model: ModelConfig, n_rows: int, seq_length: int, tensor: int) -> tuple[int, int]:
+    """The bytes that a device's rows keep for the backward pass, and those of the largest logits and their gradient.
+
+    The model is traced as it is configured. Of arrays in which heads, the inner width or the vocabulary has an axis,
+    each of the `tensor` devices keeps a part.
+    """
+    shapes = jax.eval_shape(lambda: GPT2(model, rngs=nnx.Rngs(0)))
+    ids_BT = jax.ShapeDtypeStruct((n_rows, seq_length), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    heads = {(model.n_head, model.head_size), (n_rows, model.n_head)}
+
+    def size(variable) -> int:
+        array = variable.aval
+        wide = {4 * model.n_embd, model.padded_vocab_size} & set(array.shape)
+        parts = tensor if wide or heads & set(itertools.pairwise(array.shape)) else 1
+        return math.prod(array.shape) * array.dtype.itemsize // parts
+
+    def kept(params, tokens_BT, segments_BT, positions_BT, key):
+        return jax.vjp(lambda params: params.hidden(tokens_BT, segments_BT, positions_BT, key), params)[1]
+
+    def loss(x_BTD, params, targets_BT):
+        return cross_entropy(x_BTD, params.head_VD, targets_BT, model.vocab_size).nats
+
+    forward = jax.make_jaxpr(kept)(shapes, ids_BT, ids_BT, ids_BT, key).jaxpr
+    given = set(map(id, forward.invars))  # parameters themselves are kept anyway
+    residuals = {id(variable): variable for variable in forward.outvars if id(variable) not in given}
+    x_BTD = jax.ShapeDtypeStruct((n_rows, seq_length, model.n_embd), jnp.dtype(model.dtype))
+    head = jax.make_jaxpr(jax.grad(loss, (0, 1)))(x_BTD, shapes, ids_BT).jaxpr
+    widths = (model.padded_vocab_size,)
+    largest = max(size(variable) for variable in _products(head) if variable.aval.shape[-1:] == widths)
+    return sum(map(size, residuals.values())), 2 * largest
+
+
+def _products(jaxpr: Any) -> Iterator[Any]:
+    """Yields what the matrix products of a traced function make, those of the functions it calls too.
+
+    Other arrays of that size are fused: they are in no memory.
+    """
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield from equation.outvars
+        for inner in jaxprs_in_params(equation.params):
+            yield from _products(inner)

@@ -1,0 +1,80 @@
+"""Whether a tokenizer means the same to `transformers`: its ids compared with the ids of its saved `tokenizer.json`."""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tokenizers
+
+from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.folders import scratch_folder
+from gpt2_flax.tokenizers.sentencepiece import SentencePieceTokenizer
+from gpt2_flax.tokenizers.tokenizer import Tokenizer
+
+ODD_TEXTS = (
+    "这是很久之前的事情了。",
+    "The quick brown fox jumps over the lazy dog, 3.14 times!",
+    "2024年。JAX和Flax在GPU上训练GPT-2模型。",
+    "東京タワー — café naïve Straße",
+    "emoji 😀, (brackets) and internationalization",
+    "a line\nand\tanother\n\n  indented  one ",
+)
+SAMPLES, SAMPLE_CHARACTERS = 200, 2000  # texts of a corpus that are compared, and how much of each
+_TIES = 0.02
+"""Share of sample texts of a foreign unigram model that may be cut otherwise: see `text.spm`."""
+
+
+def check_exported(tokenizer: Tokenizer, samples: Sequence[str], where: object) -> None:
+    """Compare the ids of the odd texts and `samples` with the saved `tokenizer.json`, which `AutoTokenizer` runs.
+
+    Of a SentencePiece model a few samples may differ; a warning on standard error says how many do.
+    Raises `UserError` (DATA) if more differ: what is trained with it could not be exported.
+    """
+    fix = "a model trained with it could not be exported: use another one, or make one with `gpt2-flax tokenizer`"
+    with scratch_folder() as folder:
+        try:
+            tokenizer.save(folder)
+            saved = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            saved.encode_special_tokens = True
+            different = differing_texts(tokenizer, lambda texts: _encoded(saved, texts), samples)
+        except BaseException as error:
+            # `tokenizers` raises plain Exception; its panics are no Exception at all.
+            if type(error) is not Exception and type(error).__name__ != "PanicException":
+                raise
+            what = f"tokenizer cannot be saved for transformers ({quote(str(error))})"
+            raise UserError(ExitCode.DATA, what, where, fix) from None
+    if too_many(tokenizer, different, samples):
+        what = f"tokenizer gives other ids once it is saved for transformers, first for {quote(different[0])}"
+        raise UserError(ExitCode.DATA, what, where, fix)
+    if different:
+        what = f"{len(different)} of {len(samples)} sample texts get other ids from transformers"
+        print(f"warning: {what}, where segmentations are tied, first {quote(different[0])}", file=sys.stderr)
+
+
+def differing_texts(
+    tokenizer: Tokenizer, encode: Callable[[Sequence[str]], Sequence[Sequence[int]]], samples: Sequence[str]
+) -> list[str]:
+    """Return the odd texts and the `samples` for which `encode`, the exported tokenizer, gives other ids."""
+    texts = [*ODD_TEXTS, *samples]
+    ours, theirs = tokenizer.encode_batch(texts), encode(texts)
+    # A corpus may hold "<s>" as text. By default that is the special token in `transformers`; here it is left out.
+    special = [token for token in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) if token is not None]
+    kept = (ids[~np.isin(ids, special)] for ids in map(np.asarray, theirs))
+    return [text for text, one, other in zip(texts, ours, kept, strict=True) if not np.array_equal(one, other)]
+
+
+def too_many(tokenizer: Tokenizer, different: Sequence[str], samples: Sequence[str]) -> bool:
+    """Return whether the texts in `different` are more than ties between segmentations explain."""
+    allowed = math.ceil(_TIES * len(samples)) if isinstance(tokenizer, SentencePieceTokenizer) else 0
+    return len(different) > allowed or not set(ODD_TEXTS).isdisjoint(different)
+
+
+def spread(texts: Sequence[str], count: int = SAMPLES) -> list[str]:
+    """Return the beginnings of up to `count` texts, evenly spread."""
+    count = min(count, len(texts))
+    return [texts[index * len(texts) // count][:SAMPLE_CHARACTERS] for index in range(count)]
+
+
+def _encoded(saved: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in saved.encode_batch_fast(texts, add_special_tokens=False)]

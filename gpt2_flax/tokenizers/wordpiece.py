@@ -1,0 +1,150 @@
+"""BERT WordPiece from a `vocab.txt`: the ids of `transformers.BertTokenizer`, without special tokens."""
+
+import codecs
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.input_files import VOCABULARY_BYTES, read_whole
+from gpt2_flax.tokenizers.bert_table import BertTable
+from gpt2_flax.tokenizers.ragged_ids import Encoded
+from gpt2_flax.tokenizers.special_tokens import FROM_FILES, Ends, named_tokens
+from gpt2_flax.tokenizers.tokenizer_json import FastTokenizer, tokenizer_spec
+
+SPECIAL_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "bos_token": "[CLS]",
+    "eos_token": "[SEP]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+}
+_ENDS = Ends(SPECIAL_TOKENS["bos_token"], SPECIAL_TOKENS["eos_token"])
+MASK = "[MASK]"  # kept when a vocabulary has it, not needed by us
+TABLE_PAYS_AFTER = 2**18  # characters; to encode them without a table takes about as long as to make one
+LONGEST_WORD = 100  # characters; a longer one is [UNK], as in `transformers` (Google's own code says 200)
+
+# Chinese characters, kana, and the punctuation and full-width forms that go with them: no blanks stand there.
+_CJK = "\u2e80-\u9fff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff—…“”‘’·"
+
+
+class WordPieceTokenizer(FastTokenizer):
+    """The tokenizer of a vocabulary given as the bytes of `vocab.txt`; `where` names it in errors.
+
+    [CLS] begins a document and [SEP] ends it, unless `ends` names other tokens of the vocabulary.
+    Raises `UserError` (DATA) for a vocabulary that cannot be read without doubt.
+    """
+
+    def __init__(self, vocabulary: bytes, where: object, lowercase: bool = True, ends: Ends = FROM_FILES):
+        self._vocabulary, self._where, self._lowercase = vocabulary, str(where), lowercase
+        self._encoded_characters = 0
+        ids = read_vocabulary(vocabulary, where)
+        trimmed = "\n".join(ids).encode()
+        if vocabulary.removesuffix(b"\n") != trimmed:
+            self._vocabulary = trimmed + b"\n"  # so that every program that reads the saved file finds the same tokens
+        special_tokens = SPECIAL_TOKENS | ({"mask_token": MASK} if MASK in ids else {})
+        given = {"bos_token": ends.bos, "eos_token": ends.eos}
+        special_tokens |= {name: token for name, token in given.items() if token is not None}
+        super().__init__(tokenizer_spec(_backend(ids, special_tokens, lowercase)), special_tokens)
+
+    def __reduce__(self) -> tuple[type, tuple[bytes, str, bool, Ends]]:
+        return WordPieceTokenizer, (self._vocabulary, self._where, self._lowercase, self._ends)
+
+    @property
+    def fingerprint(self) -> str:
+        settings = f"wordpiece lowercase={self._lowercase}\n"
+        if self._ends != _ENDS:  # not in the fingerprints of old datasets
+            settings += f"{self._ends}\n"
+        return hashlib.sha256(settings.encode() + self._vocabulary).hexdigest()
+
+    @property
+    def _ends(self) -> Ends:
+        return Ends(self.special_tokens["bos_token"], self.special_tokens["eos_token"])
+
+    @property
+    def vocabulary(self) -> bytes:
+        """The content of `vocab.txt`."""
+        return self._vocabulary
+
+    def encode_batch(self, texts: Sequence[str]) -> Encoded:
+        """The table gives the same ids as without it; a prompt does not wait until it is made."""
+        self._encoded_characters += sum(map(len, texts))
+        if self._encoded_characters < TABLE_PAYS_AFTER:
+            return super().encode_batch(texts)
+        encoded = self._table.encode(texts)
+        return encoded if self._ends == _ENDS else self._without_special(encoded)  # no text becomes [CLS] or [SEP]
+
+    @cached_property
+    def _table(self) -> BertTable:
+        return BertTable(self._backend, self.vocab_size)
+
+    def save(self, folder: Path, model_max_length: int | None = None) -> None:
+        super().save(folder, model_max_length)
+        (folder / "vocab.txt").write_bytes(self._vocabulary)
+
+    def _config(self) -> dict[str, Any]:
+        return super()._config() | {"do_lower_case": self._lowercase}  # what BertTokenizer reads
+
+
+def read_wordpiece(path: Path, lowercase: bool, ends: Ends = FROM_FILES) -> WordPieceTokenizer:
+    """Return the tokenizer of a `vocab.txt`, begin and end by `named_tokens`. Raises `UserError` as that."""
+    vocabulary = read_whole(path, VOCABULARY_BYTES)
+    named = named_tokens(path, read_vocabulary(vocabulary, path), {*SPECIAL_TOKENS.values()}, ends)
+    return WordPieceTokenizer(vocabulary, path, lowercase, Ends(named.get("bos_token"), named.get("eos_token")))
+
+
+def read_vocabulary(content: bytes, where: object) -> dict[str, int]:
+    """Returns token -> id of a `vocab.txt`: one token a line, its id the number of the line.
+
+    Only LF ends a line: some published vocabularies hold U+2028 as a token, which `str.splitlines` takes for an end.
+    Blanks behind a token are no part of it, as for `transformers.BertTokenizer` 5; lines of blanks alone stay.
+    Raises `UserError` (DATA) naming the line of a byte order mark, bad UTF-8, a carriage return or a second occurrence,
+    and for missing special tokens.
+    """
+    if content.startswith(codecs.BOM_UTF8):
+        raise _vocabulary_error("byte order mark in the vocabulary", where, 1, "save it as UTF-8 without BOM")
+    lines = content.removesuffix(b"\n").split(b"\n")
+    ids: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            token = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            what = f"not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02X})"
+            raise _vocabulary_error(what, where, number, "restore the original file") from None
+        if "\r" in token:
+            raise _vocabulary_error("carriage return in the vocabulary", where, number, "save it with LF line ends")
+        token = token.rstrip() or token
+        if token in ids:
+            what = f"token {quote(token)} twice in the vocabulary, first in line {ids[token] + 1}"
+            raise _vocabulary_error(what, where, number, "ids would be ambiguous: restore the original file")
+        ids[token] = number - 1
+    if missing := [token for token in dict.fromkeys(SPECIAL_TOKENS.values()) if token not in ids]:
+        what = f"vocabulary without {' '.join(missing)}"
+        raise UserError(ExitCode.DATA, what, where, "give the vocab.txt of a BERT tokenizer")
+    return ids
+
+
+def bert_normalizer(lowercase: bool) -> normalizers.Normalizer:
+    """Removes control characters, puts blanks around Chinese characters; lower-casing also strips accents."""
+    return normalizers.BertNormalizer(clean_text=True, handle_chinese_chars=True, lowercase=lowercase)
+
+
+def _backend(ids: dict[str, int], special_tokens: dict[str, str], lowercase: bool) -> Tokenizer:
+    unknown = special_tokens["unk_token"]
+    backend = Tokenizer(models.WordPiece(ids, unk_token=unknown, max_input_chars_per_word=LONGEST_WORD))
+    backend.normalizer = bert_normalizer(lowercase)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    joints = decoders.Replace(Regex(f"(?<=[{_CJK}]) | (?=[{_CJK}])"), "")
+    backend.decoder = decoders.Sequence([decoders.WordPiece(prefix="##"), decoders.Fuse(), joints])
+    tokens = sorted(set(special_tokens.values()), key=ids.__getitem__)
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+    return backend
+
+
+def _vocabulary_error(what: str, where: object, line: int, fix: str) -> UserError:
+    return UserError(ExitCode.DATA, what, f"{where}:{line}", fix)

@@ -1,0 +1,134 @@
+"""The shape of the package: who may import whom, how long a file may be, and what no file may do."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "gpt2_flax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+LAYERS = [
+    "cpu",
+    "nvidia",
+    "accelerators",
+    "errors",
+    "interruption",
+    "crash_log",
+    "memory",
+    "progress",
+    "folders",
+    "input_files",
+    "compilation_cache",
+    "config_errors",
+    "config",
+    "config_file",
+    "text",
+    "tokenizers",
+    "data",
+    "parallel",
+    "processes",
+    "model",
+    "checkpoint",
+    "export",
+    "inference",
+    "training",
+    "plan",
+    "doctor",
+    "serve",
+    "cli",
+    "__main__",
+]
+JAX_FREE = (
+    "cpu",
+    "nvidia",
+    "accelerators",
+    "compilation_cache",
+    "errors",
+    "interruption",
+    "crash_log",
+    "memory",
+    "progress",
+    "folders",
+    "input_files",
+    "config_errors",
+    "config",
+    "config_file",
+    "text",
+    "tokenizers",
+    "data",
+    "cli",
+    "__main__",
+)
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module, node
+
+
+def layer(path):
+    part = path.relative_to(PACKAGE).parts[0]
+    return part.removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    if path.name == "__init__.py":
+        return
+    for module, _ in imports(path):
+        if module.startswith("gpt2_flax."):
+            target = module.split(".")[1]
+            assert LAYERS.index(target) <= LAYERS.index(layer(path)), f"{path.name} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_torch_and_transformers_are_imported_inside_functions_only(path):
+    for module, node in imports(path):
+        if module.split(".")[0] in ("torch", "transformers"):
+            assert node.col_offset > 0, f"{path.name}:{node.lineno}"
+        if module.split(".")[0] in ("jax", "flax", "optax", "orbax") and layer(path) in JAX_FREE:
+            raise AssertionError(f"{path.name}:{node.lineno} imports {module}")
+
+
+def test_files_are_short():
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert max(lengths.values()) <= 350
+    assert lengths["gpt2.py"] <= 200
+
+
+def test_nothing_is_unpickled_or_run_from_a_file():
+    unsafe = re.compile(
+        r"pickle\.load|weights_only=False|allow_pickle=True|trust_remote_code|yaml\.load\(|\beval\(|\bexec\("
+    )
+    for path in FILES:
+        found = unsafe.search(path.read_text(encoding="utf-8"))
+        assert found is None, f"{path}: {found}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_text_is_utf8_whatever_the_locale(path):
+    """Each call that opens a file names its encoding, or opens bytes."""
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        name = isinstance(call, ast.Call) and getattr(call.func, "id", getattr(call.func, "attr", None))
+        if name not in ("open", "read_text", "write_text", "fdopen", "TemporaryFile", "NamedTemporaryFile"):
+            continue
+        modes = [word.value for word in call.args if isinstance(word, ast.Constant)]
+        is_bytes = any(isinstance(mode, str) and "b" in mode for mode in modes)
+        says = any(keyword.arg in ("encoding", None) for keyword in call.keywords)
+        is_system = isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", None) in ("os", "system")
+        assert is_bytes or says or is_system, f"{path.name}:{call.lineno}"
+
+
+@pytest.mark.parametrize(
+    "module", ["gpt2_flax.cli", "gpt2_flax.data.prepare", "gpt2_flax.data.loader", "gpt2_flax.checkpoint.huggingface"]
+)
+def test_what_needs_no_jax_does_not_import_it(module):
+    code = f"import {module}, sys; sys.exit(bool({{'jax', 'torch', 'transformers'}} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,22 @@
+"""Damaged runs, through every command that reads them: `scripts/damage_loop.py`."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "damage_loop.py"
+
+
+def test_no_reader_is_silent_about_two_hundred_damages(tmp_path):
+    command = [sys.executable, SCRIPT, "--damages", "200", "--seed", "1", "--folder", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=900)
+    assert done.stderr == ""
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^passed: 200 damages, \d+ answers, 0 wrong", done.stdout, re.MULTILINE)
+    answers = {what: int(count) for count, what in re.findall(r"^ *(\d+) (\w+: .+)$", done.stdout, re.MULTILINE)}
+    for reader in ("evaluate", "generate", "export", "resume"):
+        assert answers[f"{reader}: the one before"] > 0
+        assert answers[f"{reader}: as undamaged"] > 0
+    assert answers["train: as undamaged"] > 0  # from an older checkpoint too
+    assert answers["verify: 74"] > 0

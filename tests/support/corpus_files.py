@@ -1,0 +1,70 @@
+"""What the tests of corpora share: reading one while holding every batch to its promises, and compressing files."""
+
+import bz2
+import contextlib
+import gzip
+import itertools
+import lzma
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gpt2_flax.text import compression, corpus, documents, encodings
+from gpt2_flax.text.compression import _zstd
+from gpt2_flax.text.documents import CorpusOptions, Problem
+
+PACK = {
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
+    ".zst": lambda data: _zstd().compress(data, options={_zstd().CompressionParameter.checksum_flag: 1}),
+}
+
+
+def read(*sources: Path | str, unit_bytes: int | None = None, **options: str) -> tuple[list[str], list[Problem]]:
+    """Returns all documents, long ones put together again, and what was reported."""
+    problems: list[Problem] = []
+    texts: list[str] = []
+    for unit in corpus.corpus_units([str(source) for source in sources], CorpusOptions(**options), unit_bytes):
+        batches = list(pickle.loads(pickle.dumps(unit)).batches(problems.append))
+        assert sum(batch.n_bytes for batch in batches) == unit.size
+        assert min((batch.n_bytes for batch in batches), default=0) >= 0
+        unfinished = False
+        for batch in batches:
+            assert all(0 < len(text) <= documents.PART_CHARACTERS for text in batch.texts)
+            assert batch.texts or not (unfinished or batch.unfinished)
+            more = list(batch.texts)
+            if unfinished:
+                texts[-1] += more.pop(0)
+            texts += more
+            unfinished = batch.unfinished
+        assert not unfinished
+    assert all(text.strip() for text in texts)
+    return texts, problems
+
+
+def read_texts(*sources: Path | str, **options) -> list[str]:
+    """Returns all documents of a corpus without faults."""
+    texts, problems = read(*sources, **options)
+    assert problems == []
+    return texts
+
+
+def parts(path: Path, **options: str) -> list[str]:
+    """Returns the texts of a file as they come."""
+    units = corpus.corpus_units([str(path)], CorpusOptions(**options))
+    batches = (unit.batches(pytest.fail) for unit in units)
+    return [text for batch in itertools.chain.from_iterable(batches) for text in batch.texts]
+
+
+@contextlib.contextmanager
+def sizes(block: int = encodings.BLOCK_BYTES, part: int = documents.PART_CHARACTERS) -> Iterator[None]:
+    """Reads `block` bytes at once and cuts documents longer than `part` characters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encodings, "BLOCK_BYTES", block)
+        patch.setattr(compression, "READ_BYTES", block)
+        patch.setattr(documents, "BATCH_CHARACTERS", block)
+        patch.setattr(documents, "PART_CHARACTERS", part)
+        yield

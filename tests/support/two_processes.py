@@ -1,0 +1,51 @@
+"""A run of two real processes on this machine."""
+
+import contextlib
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from gpt2_flax.config import dump_config
+
+ROOT = Path(__file__).parents[2]
+RUN = "import runpy; runpy.run_module('gpt2_flax', run_name='__main__', alter_sys=True)"
+
+
+def free_ports():
+    """Returns a port that nobody listens on, nor on the next: below the ephemeral ones, which come and go."""
+    for port in random.SystemRandom().sample(range(10000, 30000, 2), 100):
+        with contextlib.suppress(OSError), socket.create_server(("", port)), socket.create_server(("", port + 1)):
+            return port
+    raise AssertionError("no two free ports")
+
+
+def start(config, tmp_path, *more, of_1=(), devices_of_1=1, before=("", ""), folders=(ROOT, ROOT)):
+    """Starts both; `before` is Python that each executes first, and `folders` are those that each works in."""
+    path = tmp_path / "config.toml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    command = ["train", path, "--coordinator", f"localhost:{free_ports()}", "--num-processes", "2", *more]
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", f"{before[number]}\n{RUN}", *command, "--process-id", str(number), *own],
+            cwd=folders[number],
+            env=environment | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for number, (own, devices) in enumerate([((), 1), (of_1, devices_of_1)])
+    ]
+
+
+def ended(processes):
+    """Waits for both; returns exit codes, standard outputs and standard errors."""
+    try:
+        outputs = [process.communicate(timeout=180) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], *zip(*outputs, strict=True)
