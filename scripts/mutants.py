@@ -140,7 +140,7 @@ def main() -> int:
         return 1
     with tempfile.TemporaryDirectory(prefix="gpt2-flax-mutants-") as name:
         copy = Path(name)
-        for part in ("gpt2_flax", "tests", "scripts", "docs", "configs", "pyproject.toml", "setup.cfg", "README.md"):
+        for part in ("gpt2_flax", "tests", "scripts", "docs", "configs", "pyproject.toml", "README.md"):
             whole = ROOT / part
             (shutil.copytree if whole.is_dir() else shutil.copyfile)(whole, copy / part)
         print(f"the tests of {len(chosen)} mutants, unchanged", flush=True)
