@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import gpt2_flax
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 FILES = sorted((ROOT / "gpt2_flax").rglob("*.py"))
@@ -61,3 +63,9 @@ def test_the_supported_pythons_are_those_that_the_scripts_accept():
 
 def test_the_package_says_that_it_is_typed():
     assert (ROOT / "gpt2_flax" / "py.typed").is_file()
+
+
+def test_the_changelog_and_the_citation_have_the_version_of_the_package():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## \[(.+?)\]", changelog, re.M)[1] == gpt2_flax.__version__
+    assert f"\nversion: {gpt2_flax.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
