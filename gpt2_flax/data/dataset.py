@@ -19,6 +19,7 @@ import itertools
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,7 +27,11 @@ from gpt2_flax.data.dataset_info import MARKER, SPLITS, DatasetInfo, read_info
 from gpt2_flax.data.flat_files import KEPT_BYTES, OpenFile, gather, ranges
 from gpt2_flax.data.integrity import FirstUse, Watch
 from gpt2_flax.data.shards import OFFSET, UNORDERED, outside, shard_files
+from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.progress import progress_bar
+
+if TYPE_CHECKING:
+    from gpt2_flax.tokenizers.tokenizer import Tokenizer
 
 _STRIDE = 32  # of so many document starts one is kept in memory, where all of a split are too many
 
@@ -200,6 +205,16 @@ class TokenDataset:
     @property
     def tokenizer_folder(self) -> Path:
         return self.folder / "tokenizer"
+
+    def tokenizer(self) -> "Tokenizer":
+        """Return the tokenizer of the dataset; raise `UserError` (DATA) when it is missing or is another tokenizer."""
+        from gpt2_flax.tokenizers.tokenizer import load_tokenizer  # readers of tokens need no tokenizer
+
+        tokenizer = load_tokenizer(self.tokenizer_folder)
+        if tokenizer.fingerprint != self.info.tokenizer_fingerprint:
+            what = f"tokenizer is not the one that {MARKER} names"
+            raise UserError(ExitCode.DATA, what, self.tokenizer_folder, "prepare the dataset again")
+        return tokenizer
 
     def fingerprints(self) -> dict[str, str]:
         """Returns sha256 sums that tell datasets apart: of the tokenizer, the training and the validation tokens."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpt2_flax.data.dataset import TokenDataset, TokenSplit
-from gpt2_flax.data.dataset_info import MARKER, DatasetInfo
-from gpt2_flax.errors import ExitCode, UserError, printable
+from gpt2_flax.data.dataset_info import DatasetInfo
+from gpt2_flax.errors import printable
 from gpt2_flax.tokenizers.survey import MUCH_UNKNOWN, encoding_lines
-from gpt2_flax.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from gpt2_flax.tokenizers.tokenizer import Tokenizer
 
 PERCENTS = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 SHOWN_CHARACTERS = 200
@@ -69,7 +69,7 @@ def inspection_lines(dataset: TokenDataset, samples: int = 3, lengths: Sequence[
     Raises `UserError` (DATA) for damaged document starts, a tokenizer that is missing or not the dataset's, and at the
     end when a file changed meanwhile.
     """
-    info, splits, tokenizer = dataset.info, (dataset.train, dataset.validation), dataset_tokenizer(dataset)
+    info, splits, tokenizer = dataset.info, (dataset.train, dataset.validation), dataset.tokenizer()
     special = {"begin": info.bos_id, "end": info.eos_id, "unknown": info.unk_id}
     yield f"sources       {_names(info.sources)}"
     yield f"vocabulary    {info.vocab_size:,}; " + ", ".join(f"{name} {_or_none(id_)}" for name, id_ in special.items())
@@ -89,15 +89,6 @@ def inspection_lines(dataset: TokenDataset, samples: int = 3, lengths: Sequence[
             yield f"{split.name} document {number:,} of {split.n_documents:,}, {stop - start:,} tokens"
             yield f"  {printable(shown)}"
     dataset.check_unchanged()
-
-
-def dataset_tokenizer(dataset: TokenDataset) -> Tokenizer:
-    """Returns the tokenizer in the folder; raises `UserError` (DATA) when it is missing or another one than made it."""
-    tokenizer = load_tokenizer(dataset.tokenizer_folder)
-    if tokenizer.fingerprint != dataset.info.tokenizer_fingerprint:
-        what = f"tokenizer is not the one that {MARKER} names"
-        raise UserError(ExitCode.DATA, what, dataset.tokenizer_folder, "prepare the dataset again")
-    return tokenizer
 
 
 def decoded(ids_T: np.ndarray, tokenizer: Tokenizer) -> str:

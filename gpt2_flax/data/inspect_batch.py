@@ -8,7 +8,7 @@ import numpy as np
 from gpt2_flax.config import Config
 from gpt2_flax.data.batches import deal
 from gpt2_flax.data.dataset import TokenSplit
-from gpt2_flax.data.inspect import dataset_tokenizer, decoded
+from gpt2_flax.data.inspect import decoded
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import IGNORE, RowLayout
 from gpt2_flax.errors import ExitCode, UserError, printable
@@ -26,7 +26,7 @@ def batch_lines(config: Config, mixture: Mixture, step: int, samples: int) -> It
     data, total = config.data, config.training.total_steps
     if not 1 <= step <= total:
         raise UserError(ExitCode.USAGE, f"there is no step {step}", config.output, f"its steps are 1 to {total}")
-    tokenizer = dataset_tokenizer(next(iter(mixture.datasets.values())))
+    tokenizer = mixture.tokenizer()
     batches = mixture.batches(RowLayout(data.seq_length, data.packing), config.training.seed)
     first, last = (step - 1) * data.global_batch_size, step * data.global_batch_size
     yield (

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from gpt2_flax.config import Verify
 from gpt2_flax.data.batches import Batches, shares_of_rest
@@ -9,6 +10,9 @@ from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.integrity import FirstUse
 from gpt2_flax.data.packing import RowLayout
 from gpt2_flax.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from gpt2_flax.tokenizers.tokenizer import Tokenizer
 
 
 class Mixture:
@@ -66,6 +70,10 @@ class Mixture:
         After `patience` seconds, warn and return; None waits without a limit.
         """
         self._first_use.wait(patience)
+
+    def tokenizer(self) -> "Tokenizer":
+        """Return the tokenizer of the datasets; raise as `TokenDataset.tokenizer`."""
+        return next(iter(self.datasets.values())).tokenizer()
 
     def batches(self, layout: RowLayout, seed: int) -> Batches:
         """Return the batches of the training splits; raise as `Batches`."""

@@ -107,5 +107,5 @@ class _Lines:
                 if self._file.tell():
                     self._file.seek(-1, os.SEEK_END)
                     self._waiting = (b"" if self._file.read() == b"\n" else b"\n") + self._waiting
-            while self._waiting:
+            while self._file and self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]

@@ -9,7 +9,6 @@ from jax.sharding import AbstractMesh, Mesh
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.config import Config, ModelConfig, ResolvedConfig, config_keys
-from gpt2_flax.data.inspect import dataset_tokenizer
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.parallel.auto_mesh import choose_mesh
@@ -87,7 +86,7 @@ def open_stage(
         if stage.output == config.init_from:
             check_fits(config, stage.model)
     for dataset in mixture.datasets.values():
-        dataset_tokenizer(dataset)
+        dataset.tokenizer()  # the run folder keeps a copy, so it must be whole
     mixture.verify(config.data.verify)
     return Stage(config, mixture, mesh, chosen)
 

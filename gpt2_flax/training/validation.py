@@ -9,7 +9,7 @@ from gpt2_flax.inference.evaluation import Evaluation, evaluation_of, sums_of_ba
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.processes.phases import Phases
 from gpt2_flax.training.metrics import StepReport
-from gpt2_flax.training.samples import Samples
+from gpt2_flax.training.samples import sampler
 from gpt2_flax.training.signals import StopRequest
 
 
@@ -23,7 +23,7 @@ class Validation:
             for folder, dataset in mixture.datasets.items()
             if dataset.validation.n_documents
         }
-        self._samples = Samples(config, mixture.tokenizer_folder)
+        self._texts = sampler(config, mixture)
         self.without = [folder for folder in mixture.datasets if folder not in self._rows]
         """Datasets that have no validation split."""
 
@@ -40,7 +40,7 @@ class Validation:
             evaluations = self._evaluations(model, stop)
             self._mixture.check_unchanged()
             if evaluations is not None:
-                report.evaluated(step, evaluations, self._samples.texts(model))
+                report.evaluated(step, evaluations, self._texts(model))
         return evaluations
 
     def _evaluations(self, model: GPT2, stop: StopRequest | None) -> dict[str, Evaluation] | None:

@@ -23,7 +23,7 @@ from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.data import dataset as dataset_module
 from gpt2_flax.data.dataset import TokenSplit
-from gpt2_flax.data.inspect import dataset_tokenizer, inspection_lines
+from gpt2_flax.data.inspect import inspection_lines
 from gpt2_flax.data.inspect_batch import batch_lines
 from gpt2_flax.data.integrity import FirstUse, Watch
 from gpt2_flax.data.mixture import Mixture
@@ -80,7 +80,7 @@ def use(folder: Path, packing: str, at: str, change) -> None:
     mixture = Mixture({str(folder): 1.0})
     moment("when it is opened")
     for opened in mixture.datasets.values():
-        dataset_tokenizer(opened)
+        opened.tokenizer()
     mixture.verify("first-use")
     moment("when it is verified")
     loader = mixture.batches(RowLayout(16, packing), 0)

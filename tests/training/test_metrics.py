@@ -27,7 +27,7 @@ from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 from gpt2_flax.parallel.rules import tree_shardings
 from gpt2_flax.training import loop, throughput
 from gpt2_flax.training.metrics import MetricsLog
-from gpt2_flax.training.samples import Samples
+from gpt2_flax.training.samples import sampler
 from gpt2_flax.training.step import make_train_step
 
 PROMPTS = ["这是很久", "", "大鸟飞过山河"]
@@ -180,16 +180,16 @@ def test_prompts_are_continued_at_each_evaluation(trained):
 
 
 @pytest.mark.parametrize("keys", [{"data": 1}, {"data": 8}, {"fsdp": 4, "tensor": 2}])
-def test_samples_are_the_same_on_every_mesh(config, dataset_folder, keys):
+def test_samples_are_the_same_on_every_mesh(config, keys):
     vocab_size = Mixture(config.data.datasets).vocab_size
     config = changed(config, training__prompts=PROMPTS, training__sample_tokens=9, model__vocab_size=vocab_size)
     mesh = make_mesh(MeshSizes(**keys), jax.devices()[: math.prod(keys.values())])
     model = GPT2(config.model, rngs=nnx.Rngs(0))
-    samples = Samples(config, dataset_folder / "tokenizer")
-    expected = samples.texts(model)
+    texts = sampler(config, Mixture(config.data.datasets))
+    expected = texts(model)
     with jax.set_mesh(mesh):
         sharded = jax.device_put(model, tree_shardings(model, mesh))
-        assert samples.texts(sharded) == expected
+        assert texts(sharded) == expected
     assert len(set(expected)) == 3
 
 
