@@ -1,7 +1,7 @@
 """Place numpy batches on the devices of a mesh, ahead of need."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -43,7 +43,7 @@ def device_batch(mesh: Mesh, n_rows: int, read: Callable[[int, int], Batch], sta
     return Batch(*map(place, read(start + first, start + last)))
 
 
-def prefetch(make: Callable[[int], T], items: Iterable[int], depth: int = 2) -> Iterator[T]:
+def prefetch(make: Callable[[int], T], items: Iterable[int], depth: int = 2) -> Generator[T]:
     """Yield `make(item)` for each item in order; a thread computes up to `depth` items ahead.
 
     An exception of `make` is raised here, in its turn.

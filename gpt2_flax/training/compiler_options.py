@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpt2_flax.config import Config
+from gpt2_flax.config import ResolvedConfig
 from gpt2_flax.parallel.mesh import platform
 
 
-def compiler_options(config: Config, mesh: Mesh) -> dict[str, bool | int]:
+def compiler_options(config: ResolvedConfig, mesh: Mesh) -> dict[str, bool | int]:
     """Return options by name; none on CPUs and TPUs.
 
     Options that the environment's XLA_FLAGS name and options that the compiler does not know are left out.
