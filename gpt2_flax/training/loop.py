@@ -173,8 +173,10 @@ def run_steps(
             store.poll()
             save_due |= step % training.save_every == 0
             ahead: list[Kind] = ["step"]
-            ahead += ["evaluation"] if evaluation_due or step + 1 == total else []
-            ahead += ["save"] if save_due else []
+            if evaluation_due or step + 1 == total:
+                ahead.append("evaluation")
+            if save_due:
+                ahead.append("save")
             stopping, ended = stop(*ahead), step == total
             if evaluation_due and (ended or not stopping):
                 finished.catch_up()
