@@ -133,6 +133,7 @@ def test_text_is_utf8_whatever_the_locale(path):
         assert is_bytes or says or is_system, f"{path.name}:{call.lineno}"
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(
     "module", ["gpt2_flax.cli", "gpt2_flax.data.prepare", "gpt2_flax.data.loader", "gpt2_flax.checkpoint.huggingface"]
 )
