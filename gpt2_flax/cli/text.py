@@ -232,7 +232,7 @@ def import_tokens(
     eos: Eos = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a dataset of files that hold tokens already; they are read where they lie, not copied, if that can be."""
+    """Copy token files of other programs into a dataset."""
     from gpt2_flax.data.import_tokens import import_tokens as import_files
     from gpt2_flax.data.inspect import summary_lines
     from gpt2_flax.tokenizers.tokenizer import load_tokenizer

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_flax.data.dataset_info import SPLITS, DatasetInfo, Shard
+from gpt2_flax.data.dataset_info import SPLITS, DatasetInfo, Shard, shard_paths
+from gpt2_flax.data.dataset_writer import ShardWriter
 from gpt2_flax.data.flat_files import FlatFile
 from gpt2_flax.data.inspect import decoded
 from gpt2_flax.data.output_folder import Storage
 from gpt2_flax.data.shard_job import record_name
-from gpt2_flax.data.shards import ShardWriter, shard_paths
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.tokenizers.tokenizer import Tokenizer
 
@@ -73,7 +73,7 @@ def _cut(
     ):
         starts_B = np.union1d(np.fromfile(offsets_path, "<u8").astype(np.int64), position)
         done = characters = 0
-        for ids_T in FlatFile(tokens_path, np.dtype(info.dtype).newbyteorder("<"), shard.tokens).chunks():
+        for ids_T in FlatFile(tokens_path, np.dtype(info.dtype).newbyteorder("<"), shard.tokens).open().chunks():
             cut = min(max(0, position - done), len(ids_T))
             for writer, part_T, first in ((train, ids_T[:cut], done), (validation, ids_T[cut:], done + cut)):
                 low, high = np.searchsorted(starts_B, (first, first + len(part_T)))

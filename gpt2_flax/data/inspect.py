@@ -207,10 +207,5 @@ def _or_none(token: int | None) -> str:
 
 
 def _size(dataset: TokenDataset) -> str:
-    ours = [path.stat().st_size for path in dataset.folder.rglob("*") if path.is_file()]
-    theirs = [pair.tokens for split in (dataset.train, dataset.validation) for pair in split.pairs if pair.shard.file]
-    size = f"{sum(ours):,} bytes in {len(ours):,} files"
-    if not theirs:
-        return size
-    outside = sum(tokens.n_bytes for tokens in theirs)
-    return f"{size}, and {outside:,} of tokens in {len({tokens.path for tokens in theirs}):,} files elsewhere"
+    sizes = [path.stat().st_size for path in dataset.folder.rglob("*") if path.is_file()]
+    return f"{sum(sizes):,} bytes in {len(sizes):,} files"

@@ -18,12 +18,11 @@ import numpy as np
 
 import gpt2_flax
 from gpt2_flax.data.dataset import TokenSplit
-from gpt2_flax.data.dataset_info import MARKER, SPLITS, DatasetInfo, Duplicates, LeftOut, write_info
+from gpt2_flax.data.dataset_info import MARKER, SPLITS, DatasetInfo, Duplicates, LeftOut, shard_paths, write_info
 from gpt2_flax.data.deduplicate import find_duplicates, hash_units
 from gpt2_flax.data.held_out import check_fraction, hold_out_tail
 from gpt2_flax.data.output_folder import LocalFolder, Storage, unfinished
 from gpt2_flax.data.shard_job import MOST_EXAMPLES, RECORDS, UnitRecord, UnitTask, UnitWork
-from gpt2_flax.data.shards import shard_paths
 from gpt2_flax.data.workers import Engine, run
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import file_sha256, utf8_name, write_whole

@@ -14,8 +14,8 @@ import numpy as np
 from pydantic import ValidationError
 
 from gpt2_flax.data.dataset_info import SPLITS, Duplicates, Example, LeftOut, Record, Shard
+from gpt2_flax.data.dataset_writer import ShardWriter
 from gpt2_flax.data.output_folder import Storage
-from gpt2_flax.data.shards import ShardWriter
 from gpt2_flax.data.workers import Tick
 from gpt2_flax.errors import io_error
 from gpt2_flax.folders import write_whole

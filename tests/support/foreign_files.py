@@ -86,11 +86,6 @@ def imported(tmp_path, train, validation, tokenizer=None, **options) -> TokenDat
     return dataset
 
 
-def shares(dataset: TokenDataset, split: str) -> list[str | None]:
-    """The files that hold the tokens of a split, None where they are ours."""
-    return [shard.file for shard in dataset.info.shards[split]]
-
-
 def refused(tmp_path, train, validation=(), tokenizer=None, code=ExitCode.DATA, **options) -> UserError:
     with pytest.raises(UserError) as error:
         import_tokens(train, validation, tokenizer or Letters(100), tmp_path / "dataset", **options)

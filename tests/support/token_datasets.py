@@ -8,7 +8,7 @@ import numpy as np
 
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.dataset_info import SPLITS, DatasetInfo, Shard, write_info
-from gpt2_flax.data.shards import ShardWriter
+from gpt2_flax.data.dataset_writer import ShardWriter
 from gpt2_flax.tokenizers.ragged_ids import token_dtype
 
 UNKNOWN = 4
