@@ -46,7 +46,7 @@ class ShardFiles(NamedTuple):
             UserError: DATA if the starts do not ascend from 0 to below the number of tokens, or their sha256 differs.
         """
         last = None
-        for starts_B in self.offsets.open().chunks(advance):
+        for starts_B in self.offsets.opened().chunks(advance):
             follows = starts_B[0] == 0 if last is None else starts_B[0] > last
             last = starts_B[-1]
             if not follows or last >= self.shard.tokens or (starts_B[1:] <= starts_B[:-1]).any():
@@ -64,16 +64,13 @@ class ShardFiles(NamedTuple):
     def verify(self, vocab_size: int, unk_id: int | None, advance: Advance = ignore) -> None:
         """Read both files whole; raise `UserError` (DATA) if they differ from dataset.json."""
         max_id = unknown = 0
-        for ids_T in self.tokens.open().chunks(advance):
+        for ids_T in self.tokens.opened().chunks(advance):
             max_id = max(max_id, int(ids_T.max()))
             unknown += int(np.count_nonzero(ids_T == (-1 if unk_id is None else unk_id)))
         if max_id >= vocab_size:
             raise self.outside(max_id, vocab_size)
-        for name, found, recorded in (
-            ("max_id", max_id, self.shard.max_id),
-            ("unknown", unknown, self.shard.unknown),
-        ):
-            if found != recorded:
+        for name, found in (("max_id", max_id), ("unknown", unknown)):
+            if found != (recorded := getattr(self.shard, name)):
                 raise self.tokens.damage(f"{name} is {found} where dataset.json says {recorded}")
         for _ in self.starts(advance):
             pass
@@ -302,4 +299,4 @@ def _most_open_files() -> int:
 @functools.lru_cache(maxsize=_most_open_files())
 def _open(file: FlatFile) -> OpenFile:
     """Keep the files that were read last open, at most half of the descriptors of this process."""
-    return file.open()
+    return file.opened()

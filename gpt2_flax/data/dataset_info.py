@@ -70,7 +70,7 @@ class LeftOut(Record):
 
     skipped: Count = 0
     replaced: Count = 0
-    examples: list[Example] = Field([], max_length=100)
+    examples: list[Example] = Field(default=[], max_length=100)
 
 
 class Duplicates(Record):

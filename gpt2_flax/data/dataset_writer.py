@@ -53,8 +53,8 @@ class ShardWriter:
             ValueError: An id is outside the vocabulary (numpy would wrap it silently), the starts do not ascend, or the
                 first token of the shard does not start a document.
         """
-        unknown = self._n_characters is None or characters is None
-        self._n_characters = None if unknown else self._n_characters + characters
+        if self._n_characters is not None:
+            self._n_characters = None if characters is None else self._n_characters + characters
         if not len(ids_T):
             return
         low, high = int(ids_T.min()) if ids_T.dtype.kind == "i" else 0, int(ids_T.max())

@@ -49,7 +49,7 @@ class FlatFile:
         if found.st_size != self.n_bytes:
             raise self.damage(f"shard has {found.st_size} bytes where dataset.json says {self.n_bytes}")
 
-    def open(self) -> "OpenFile":
+    def opened(self) -> "OpenFile":
         """Open the file for reading at any place; raises as `check`."""
         self.check()
         with self._naming():
@@ -57,7 +57,7 @@ class FlatFile:
 
     def verify(self) -> None:
         """Read the whole file; raise `UserError` (DATA) if its size or its checksum differs."""
-        self.open().verify()
+        self.opened().verify()
 
     def damage(self, what: str) -> UserError:
         return UserError(ExitCode.DATA, what, self.path, "bring the file back, or prepare the dataset again")

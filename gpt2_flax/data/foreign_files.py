@@ -140,16 +140,16 @@ def open_token_file(name: str, dtype: TokenType | None) -> TokenFile:
         if not needed.is_file():
             raise UserError(ExitCode.DATA, "not a file", needed, "name a file of tokens")
     try:
-        file = _with_index(path, MegatronIndex(index, path)) if has_index else _without_index(path, dtype)
+        if has_index:
+            opened = MegatronIndex(index, path)
+            file = TokenFile(Numbers(path, opened.dtype, opened.count), opened)
+        else:
+            file = _without_index(path, dtype)
     except OSError as error:
         raise io_error(error, path) from None
     if not file.ids.count:
         raise UserError(ExitCode.DATA, "token file without tokens", path, "leave it out")
     return file
-
-
-def _with_index(path: Path, index: "MegatronIndex") -> TokenFile:
-    return TokenFile(Numbers(path, index.dtype, index.count), index)
 
 
 def _without_index(path: Path, dtype: TokenType | None) -> TokenFile:

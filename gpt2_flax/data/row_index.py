@@ -98,7 +98,8 @@ def read_or_make_plan(split: TokenSplit, seq_length: int, packing: Packing) -> P
     shards = "".join(f" {files.shard.tokens} {files.shard.offsets_sha256}" for files in split.shards)
     name = f"{split.name}-{packing}-{seq_length}-{hashlib.sha256(f'{_VERSION}{shards}'.encode()).hexdigest()[:16]}"
     cache = cache_folder()
-    beside, *others = folders = [split.folder / "packing", *([cache / "packing"] if cache else [])]
+    folder = beside = split.folder / "packing"
+    folders = [beside, *([cache / "packing"] if cache else [])]
     for folder in folders:
         with contextlib.suppress(OSError):
             try:
@@ -108,14 +109,13 @@ def read_or_make_plan(split: TokenSplit, seq_length: int, packing: Packing) -> P
     for folder in folders:
         try:
             _make(folder / name, split, seq_length, overlap)
+            break
         except OSError as error:
             if folder == folders[-1]:
                 raise io_error(error, folder) from None
-            continue
-        if folder in others:
-            print(f"{beside} cannot be written: which document goes in which row is kept in {folder}", file=sys.stderr)
-        return Plan(folder / name, split, seq_length, overlap)
-    raise AssertionError(folders)
+    if folder != beside:
+        print(f"{beside} cannot be written: which document goes in which row is kept in {folder}", file=sys.stderr)
+    return Plan(folder / name, split, seq_length, overlap)
 
 
 def _files(path: Path) -> list[Path]:

@@ -22,8 +22,7 @@ from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.data import dataset as dataset_module
 from gpt2_flax.data.dataset import TokenSplit
-from gpt2_flax.data.inspect import dataset_tokenizer, inspection_lines
-from gpt2_flax.data.inspect_batch import batch_lines
+from gpt2_flax.data.inspect import batch_lines, dataset_tokenizer, inspection_lines
 from gpt2_flax.data.integrity import FirstUse, Watch
 from gpt2_flax.data.loader import Loader
 from gpt2_flax.data.mixture import Mixture

@@ -9,7 +9,7 @@ from cli.test_cli import fails
 from support.configs import CHARACTERS, changed
 
 from gpt2_flax import __main__ as cli
-from gpt2_flax.data.inspect_batch import batch_lines
+from gpt2_flax.data.inspect import batch_lines
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import IGNORE
 from gpt2_flax.data.prepare import prepare

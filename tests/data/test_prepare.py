@@ -350,7 +350,7 @@ def test_what_the_sample_does_not_show_stops_at_the_end_and_is_kept(tokenizer, t
     error = refused(tmp_path / "corpus.txt", tokenizer, tmp_path / "dataset")
     assert (error.exit_code, error.what.partition("% of")[2]) == (ExitCode.DATA, " the tokens are unknown")
     prepare([str(tmp_path / "corpus.txt")], tokenizer, tmp_path / "dataset", allow_unknown=True)
-    assert "going on: 1 of 1 parts" in capfd.readouterr().err
+    assert "resuming: 1 of 1 shards" in capfd.readouterr().err
 
 
 def test_few_unknown_tokens_are_no_warning(corpus, tokenizer, tmp_path, capsys):
@@ -439,7 +439,7 @@ def test_a_call_that_failed_goes_on_where_it_was(corpus, tokenizer, tmp_path, ca
     refused(corpus, tokenizer, tmp_path / "dataset", **options)
     capfd.readouterr()
     prepare([str(corpus)], tokenizer, tmp_path / "dataset", options=CorpusOptions(on_error="skip"), **options)
-    assert capfd.readouterr().err.startswith("going on: ")
+    assert capfd.readouterr().err.startswith("resuming: ")
     prepare([str(corpus)], tokenizer, tmp_path / "fresh", options=CorpusOptions(on_error="skip"), **options)
     assert files_of(tmp_path / "dataset") == files_of(tmp_path / "fresh")
     assert not list(tmp_path.glob(".*"))
@@ -489,7 +489,7 @@ def test_a_full_disk_is_one_sentence_and_what_is_finished_is_kept(corpus, tokeni
         error = refused(corpus, tokenizer, tmp_path / "dataset", unit_bytes=1000)
     assert (error.exit_code, error.what) == (ExitCode.IO, "disk full")
     prepare([str(corpus)], tokenizer, tmp_path / "dataset", unit_bytes=1000)
-    assert "going on: " in capfd.readouterr().err
+    assert "resuming: " in capfd.readouterr().err
     prepare([str(corpus)], tokenizer, tmp_path / "fresh", unit_bytes=1000)
     assert files_of(tmp_path / "dataset") == files_of(tmp_path / "fresh")
 
