@@ -61,8 +61,8 @@ def prepare(
         tokenizer: The tokenizer that encodes the documents.
         output: The folder to make, or an address that `fsspec` knows.
         options: How to read the sources.
-        validation_fraction: The share of documents for validation. If all documents fall into one split, the last
-            tokens of all are for validation. 0 means no validation split.
+        validation_fraction: The share of documents for validation, 0 for none. If all documents fall into one split,
+            the last tokens of all are for validation.
         deduplicate: Whether to keep only the first of equal documents.
         allow_unknown: Whether to accept a large share of unknown tokens.
         workers: The number of processes; None means one for each core.

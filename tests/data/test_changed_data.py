@@ -1,4 +1,4 @@
-"""A dataset that changes, at any moment and in any way, is found before what was made of it is kept."""
+"""A dataset that changes, at any moment and in any way, is detected before its results are saved."""
 
 import contextlib
 import itertools
@@ -60,7 +60,7 @@ def dataset(dataset_folder, tmp_path) -> Path:
 
 
 def damage(path: Path, how: str) -> None:
-    """In place: a file that is open has the damage too."""
+    """Damage the file in place, so that an open descriptor sees the damage too."""
     content = DAMAGES[how](path.read_bytes())
     if content is None:
         path.unlink()
@@ -69,7 +69,7 @@ def damage(path: Path, how: str) -> None:
 
 
 def use(folder: Path, packing: str, at: str, change) -> None:
-    """All that a run asks of its data, with a `change` at a moment."""
+    """Use a dataset as a run does, and call `change` at a moment."""
 
     def moment(name: str) -> None:
         if name == at:
@@ -101,7 +101,7 @@ def test_no_damage_at_any_moment_is_silent(dataset, name, at, packing):
     whole, unread = (dataset / name).read_bytes(), at in MOMENTS[:2]
     for how in DAMAGES:
         if how == "longer" and unread and not name.endswith(".bin"):
-            continue  # a blank line more at the end of a text says nothing else
+            continue  # another blank line at the end of a text changes nothing
         with pytest.raises(UserError) as error:
             use(dataset, packing, at, lambda how=how: damage(dataset / name, how))
         none = how == "gone" and at == MOMENTS[0] and name == "dataset.json"
@@ -249,7 +249,7 @@ def tiny(config, dataset):
 
 
 def at_save(monkeypatch, step: int, act) -> None:
-    """Calls `act` when a step has just been saved."""
+    """Call `act` right after a step is saved."""
     save = CheckpointStore.save
 
     def saved(self, number, *arguments):

@@ -25,7 +25,7 @@ VOCABULARIES = st.sampled_from([300, 2**16, 2**16 + 1, 2**17])
 
 @st.composite
 def corpora(draw) -> tuple[int, list[list[list[int]]]]:
-    """A vocabulary size and shards of documents; ids are drawn with their extremes."""
+    """A vocabulary size and shards of documents; the smallest and largest ids are likely."""
     vocab_size = draw(VOCABULARIES)
     ids = st.one_of(st.integers(0, vocab_size - 1), st.sampled_from([0, UNKNOWN, vocab_size - 1]))
     documents = st.lists(ids, min_size=1, max_size=9)

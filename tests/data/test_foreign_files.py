@@ -27,7 +27,7 @@ def cut(place: int):
 
 
 def mutations():
-    """Name, change of the bytes of an index of 3 sequences and 2 documents, and a part of what is said."""
+    """Yield a name, a change of an index of 3 sequences and 2 documents, and a fragment of the error message."""
     yield "magic", put(0, "<B", 7), "not a Megatron-LM index"
     yield "version", put(9, "<Q", 2), "version 2"
     for code in (0, 9, 255):

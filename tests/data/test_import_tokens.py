@@ -121,7 +121,7 @@ def test_a_shard_that_was_cut_inside_a_document_is_read_like_the_others(tmp_path
     dataset = imported(tmp_path, [train], [held], tokenizer)
     assert contents(dataset.train) == [[7, 8], [EOS, 9, 9], [EOS, 5]]
     assert contents(dataset.validation) == [[EOS, 3, 4], [EOS, 6]]
-    # Alone, only its header tells.
+    # Without the other file, only the header shows that a token begins documents.
     alone = imported(tmp_path, [train], [], tokenizer, validation_fraction=0.3, overwrite=True)
     assert contents(alone.train) == [[7, 8], [EOS, 9, 9]]
     assert alone.info.bos_id == EOS
@@ -248,7 +248,7 @@ def test_what_is_no_share_is_an_error_of_usage(tmp_path, fraction):
     assert error.where == "--validation-fraction"
 
 
-# What is refused.
+# Refused files
 
 
 def test_missing_files_and_folders_are_refused(tmp_path):

@@ -135,7 +135,7 @@ def test_what_was_left_out_is_told_and_nothing_reaches_the_terminal_raw(tmp_path
     assert "and 2 more" in lines[0]
     assert set(told) <= set(lines)
     assert all(line.isprintable() for line in lines)
-    escape = np.array([2, 4, 3], "<u2")  # a vocabulary may hold what a terminal obeys
+    escape = np.array([2, 4, 3], "<u2")  # a vocabulary may contain terminal sequences
     with ShardWriter(dataset.folder, "train", 0, dataset.info.vocab_size, 1) as writer:
         writer.add(escape, np.array([0]), 1)
         shard = writer.close()
@@ -160,7 +160,7 @@ def test_figures_of_a_real_corpus(tmp_path):
     dataset = write_dataset(tmp_path / "dataset", SHARED / "google_zh_vocab.txt", texts)
     figures = split_figures(dataset.train)
     short, long = figures.rows
-    # A word of more than 100 characters is one unknown token; where the limit is 200, there are 80 tokens more.
+    # A word of more than 100 characters is one unknown token; a limit of 200 would give 80 tokens more.
     assert (figures.documents, figures.tokens) in ((2500, 663_005 - 80), (2500, 663_005))
     assert (short.padded_rows, f"{short.padding:.1%}") in ((6572, "21.7%"), (6573, "21.7%"))
     assert (long.padded_rows, f"{long.padding:.1%}") == (2716, "76.2%")

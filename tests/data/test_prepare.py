@@ -58,7 +58,7 @@ def stream(folder: Path, split: str) -> list[list[int]]:
     return [ids.tolist() for ids in getattr(TokenDataset(folder), split).documents()]
 
 
-HALF = st.sampled_from([0, 1, 2**63, 2**64 - 1])  # of a hash
+HALF = st.sampled_from([0, 1, 2**63, 2**64 - 1])  # values of one half of a hash
 
 
 def split_of(text: str, fraction: float) -> str:
@@ -66,7 +66,7 @@ def split_of(text: str, fraction: float) -> str:
 
 
 class Unit:
-    """Stands in for a unit of a corpus: as soon as it is read, `happens` is called."""
+    """A fake unit of a corpus that calls `happens` as soon as it is read."""
 
     name, size, files = "a unit", 1, ()
 
@@ -79,7 +79,7 @@ class Unit:
 
 
 def die(home: int = 0) -> None:
-    if os.getpid() != home:  # which looks at the corpus before the work begins
+    if os.getpid() != home:  # the main process reads the corpus before the work begins
         os._exit(1)  # as when the system kills a process for memory
 
 
@@ -129,7 +129,7 @@ def test_a_long_document_that_comes_in_parts_gives_the_tokens_of_the_whole(token
 
 
 def wholes(parts: list[str], texts: list[str]) -> list[str]:
-    """What the parts are the beginnings of; of other parts the split has been decided before."""
+    """Return the document that begins with each part; the split of the other parts is already decided."""
     return [next((text for text in [part, *texts] if text in texts and text.startswith(part)), "") for part in parts]
 
 
@@ -214,7 +214,7 @@ ONE = "".join(DRAW.choices("天地玄黄宇宙洪荒", k=3000))
 
 
 def expected_tail(documents: list[list[int]], fraction: float) -> list[list[list[int]]]:
-    """The documents of both splits when the last tokens of all are cut off, the plain way."""
+    """Return the documents of both splits after the last tokens are cut off, computed in the simplest way."""
     total = sum(map(len, documents))
     position = total - max(2, math.ceil(total * fraction))
     train, held, start = [], [], 0
@@ -232,7 +232,7 @@ def expected_tail(documents: list[list[int]], fraction: float) -> list[list[list
 def test_of_documents_in_one_split_the_last_tokens_are_for_validation(
     tokenizer, tmp_path, monkeypatch, capsys, fraction, side, count
 ):
-    """The cut is the same with any number of workers, and wherever units and reading blocks end."""
+    """The cut does not depend on the number of workers or on the ends of units and reading blocks."""
     monkeypatch.setattr(flat_files, "_CHUNK", 700)
     texts = [text for text in (ONE[number * 20 :] for number in range(10**3)) if split_of(text, fraction) == side]
     texts = texts[:count]
@@ -325,7 +325,7 @@ def test_a_vocabulary_that_does_not_fit_stops_before_the_work_begins(corpus, tmp
         error = refused(corpus, other, tmp_path / "dataset")
     assert error.exit_code == ExitCode.DATA
     assert "--allow-unknown" in error.fix
-    # The share and the characters, counted the plain way.
+    # The share and the characters, counted in the simplest way.
     known, texts = set("天地玄黄"), [text for text in texts if text.strip()]
     words = list(itertools.chain.from_iterable(re.findall(r"[a-z]+|[^a-z\s]", text) for text in texts))
     unknown = [word for word in words if not known.issuperset(word)]

@@ -1,4 +1,4 @@
-"""Preparing a corpus on a Ray cluster; here one of two workers on this machine."""
+"""A corpus is prepared on a Ray cluster, here of two workers on this machine."""
 
 import functools
 import os
