@@ -1,3 +1,3 @@
 """Pre-train GPT-2 in JAX on your own text and hand it over in `transformers` format."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

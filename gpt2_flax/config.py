@@ -1,4 +1,4 @@
-"""Every default, type, bound and line of help of a run; `config_file` reads them.
+"""Every default, type, bound and line of help of a run's config; `config_file` reads config files.
 
 The resolved config is written into the run folder and is itself a valid input.
 """
@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -32,8 +32,8 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class ModelConfig(Section):
-    """The architecture, with the names of `transformers.GPT2Config`, and how it is computed."""
+class ModelOptions(Section):
+    """The architecture as a user asks for it, with the names of `transformers.GPT2Config`, and how to compute it."""
 
     vocab_size: int | None = Field(
         None, gt=0, le=MOST_TOKENS, description="rows of the token embedding; the dataset's when left out"
@@ -46,17 +46,17 @@ class ModelConfig(Section):
     attn_pdrop: float = Field(0.1, ge=0, lt=1, description="dropout on the attention probabilities")
     resid_pdrop: float = Field(0.1, ge=0, lt=1, description="dropout on what each half of a block adds")
     layer_norm_epsilon: float = Field(1e-5, gt=0, description="added to the variance in layer norms")
-    initializer_range: float = Field(0.02, gt=0, description="standard deviation of freshly drawn weights")
+    initializer_range: float = Field(0.02, gt=0, description="standard deviation of fresh weights")
     initializer: Literal["gpt2", "uer"] = Field(
-        "gpt2", description="gpt2: residual projections over sqrt(2 n_layer), biases 0; uer: one deviation, biases too"
+        "gpt2", description="gpt2: residual projections / sqrt(2 n_layer), zero biases; uer: one deviation for all"
     )
     tie_word_embeddings: bool = Field(
-        True, description="the head is the token embedding; false: it has as many numbers of its own"
+        True, description="share the token embedding with the head; false: the head has its own parameters"
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="type of activations; parameters, softmax and loss stay float32"
     )
-    attend_across_documents: bool = Field(False, description="see what comes before in the row, of other documents too")
+    attend_across_documents: bool = Field(False, description="let attention cross document boundaries in a row")
     attention: Literal["auto", "xla", "flash", "cudnn", "splash"] = Field(
         "auto",
         description="kernel: flash (GPU), cudnn (GPU, no dropout), splash (TPU, no dropout), xla; auto: the fastest",
@@ -65,14 +65,24 @@ class ModelConfig(Section):
         "auto", description="scanned: compiled once; unrolled: all in line, faster on CPU; auto: by the device"
     )
     remat: Literal["none", "selected", "full"] = Field(
-        "none", description="activations computed again going backward: none, all but two a layer, or all of a layer"
+        "none", description="activations to compute again in the backward pass: none, all but two a layer, or all"
     )
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> "ModelConfig":
+    def _heads_divide_width(self) -> Self:
         if self.n_embd % self.n_head:
             raise ValueError(f"model.n_embd {self.n_embd} is not a multiple of model.n_head {self.n_head}")
         return self
+
+    def with_vocab_size(self, vocab_size: int) -> "ModelConfig":
+        """Return the architecture with a vocabulary of `vocab_size` tokens."""
+        return ModelConfig.model_validate(self.model_dump() | {"vocab_size": vocab_size})
+
+
+class ModelConfig(ModelOptions):
+    """The architecture of a model whose vocabulary is known."""
+
+    vocab_size: int = Field(gt=0, le=MOST_TOKENS)
 
     @property
     def head_size(self) -> int:
@@ -80,38 +90,40 @@ class ModelConfig(Section):
 
     @property
     def parameters(self) -> int:
-        """Number of parameters; a head that is the token embedding is counted once."""
+        """Number of parameters; a head that shares the token embedding counts once."""
         block = 12 * self.n_embd**2 + 13 * self.n_embd
         return self.embedding_parameters + 2 * self.n_embd + self.n_layer * block
 
     @property
     def embedding_parameters(self) -> int:
-        """Those of `parameters` in token and position embeddings and in a head of its own."""
+        """Number of parameters in the token embedding, the position embedding, and an untied head."""
         tables = 1 if self.tie_word_embeddings else 2
         return (tables * self.vocab_size + self.n_positions) * self.n_embd
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of embedding and head in memory and checkpoints: a multiple of 128 tiles and shards well everywhere.
+        """Rows of the embedding and the head in memory and in checkpoints.
 
-        The rows past `vocab_size` are zero, get no probability and never leave the program.
+        A multiple of 128 tiles and shards well on every device. The rows past `vocab_size` are zero, get no
+        probability, and are never exported.
         """
         return -(-self.vocab_size // 128) * 128
 
 
 class DataConfig(Section):
-    """What is read, and in what portions."""
+    """The datasets, and the rows that are cut from them."""
 
     dataset: str | dict[str, float] = Field(
         description='folder made by `gpt2-flax prepare`, or several and their weights: {"data/zh" = 3, "data/en" = 1}'
     )
     seq_length: Positions = Field(128, description="tokens a row; at most model.n_positions")
     packing: Packing = Field(
-        "stream", description="rows: cut from the stream, whole documents put together (best_fit), or one document each"
+        "stream",
+        description="stream: cut every seq_length tokens; best_fit: combine documents; document: one a row",
     )
     global_batch_size: Rows = Field(64, description="rows an optimizer step, over all devices")
     verify: Verify = Field(
-        "first-use", description="sha256 of shards: checked when each is first used, all before the first step, or not"
+        "first-use", description="sha256 of shards: check each at its first use, all before the first step, or none"
     )
 
     @field_validator("dataset", mode="before")
@@ -131,7 +143,7 @@ class DataConfig(Section):
 
     @property
     def datasets(self) -> dict[str, float]:
-        """The folders and their weights; that of a single one is 1."""
+        """The dataset folders and their weights; a single dataset has weight 1."""
         return {self.dataset: 1.0} if isinstance(self.dataset, str) else self.dataset
 
 
@@ -153,31 +165,31 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class OptimizerConfig(Section):
-    """AdamW (arXiv:1711.05101) or Muon (arXiv:2502.16982), and the learning rate over the run."""
+    """The optimizer, AdamW (arXiv:1711.05101) or Muon (arXiv:2502.16982), and its learning rate schedule."""
 
     preset: Literal["default", "uer"] = Field(
-        "default", description="values of the keys below that are left out; uer: those of UER-py and TencentPretrain"
+        "default", description="defaults of the keys below; uer: the defaults of UER-py and TencentPretrain"
     )
     name: Literal["adamw", "adamw_uer", "muon"] = Field(
-        "adamw", description="adamw_uer: no bias correction, decay after the step; muon: AdamW for all but matrices"
+        "adamw", description="adamw_uer: no bias correction, decay after the step; muon: Muon for matrices, AdamW else"
     )
     learning_rate: float = Field(1e-4, gt=0, description="highest learning rate, reached when warm-up ends")
     schedule: Literal["linear", "cosine", "constant", "wsd", "inverse_sqrt"] = Field(
         "cosine", description="decay after warm-up; wsd: constant, then linear at the end"
     )
     warmup: int | float = Field(
-        0.1, ge=0, le=MOST_STEPS, description="rise from 0: steps, or as a fraction the share of total_steps"
+        0.1, ge=0, le=MOST_STEPS, description="warm-up from 0: steps, or a fraction of total_steps"
     )
     decay: int | float = Field(
-        0.2, gt=0, le=MOST_STEPS, description="last part of schedule wsd: steps, or the share of total_steps"
+        0.2, gt=0, le=MOST_STEPS, description="decay of schedule wsd: steps, or a fraction of total_steps"
     )
-    min_learning_rate_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate over the highest")
+    min_learning_rate_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate divided by the highest")
     b1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
     b2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices; not of biases and layer norms")
-    decay_embeddings: bool = Field(False, description="decay embeddings, and a head of its own, like matrices")
-    max_grad_norm: float = Field(1.0, ge=0, description="gradients are scaled down to this global norm; 0 turns it off")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices; none of biases and norms")
+    decay_embeddings: bool = Field(False, description="also decay embeddings and an untied head")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip gradients to this global norm; 0: no clipping")
 
     @model_validator(mode="before")
     @classmethod
@@ -199,43 +211,46 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
-    """How long, how often, and from which seed."""
+    """How long to train, how often to evaluate and save, and the seed."""
 
     total_steps: Steps = Field(description="optimizer steps of the whole run")
-    accumulation_steps: Rows = Field(1, description="parts a batch is computed in, one after the other")
-    seed: int = Field(0, ge=0, lt=2**32, description="of initial weights, data order and dropout")
+    accumulation_steps: Rows = Field(1, description="microbatches of a batch, computed one after another")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of initial weights, data order and dropout")
     deterministic: bool = Field(
-        False, description="on GPUs, take only kernels that give the same bits each time; slower, see README.md"
+        False, description="use only GPU kernels that give the same bits each time; slower, see README.md"
     )
     log_every: Steps = Field(10, description="steps between lines of metrics")
     evaluate_every: Steps = Field(1000, description="steps between evaluations on validation splits")
     evaluation_batches: int = Field(
-        0, ge=0, le=MOST_STEPS, description="global batches an evaluation reads of each dataset; 0 reads whole splits"
+        0, ge=0, le=MOST_STEPS, description="global batches of each dataset that an evaluation reads; 0: whole splits"
     )
     save_every: Steps = Field(1000, description="steps between checkpoints")
     keep_checkpoints: Steps = Field(3, description="newest checkpoints kept; older ones are deleted")
-    keep_best: int = Field(1, ge=0, le=MOST_STEPS, description="checkpoints of lowest validation loss kept as well")
+    keep_best: int = Field(1, ge=0, le=MOST_STEPS, description="also keep this many with the lowest validation loss")
     keep_every: int = Field(
-        0, ge=0, le=MOST_STEPS, description="keep each checkpoint whose step is a multiple of it; 0: none"
+        0, ge=0, le=MOST_STEPS, description="also keep every checkpoint whose step is a multiple of this; 0: none"
     )
     patience: int = Field(
         0,
         ge=0,
         le=MOST_STEPS,
-        description="the run ends after so many evaluations without a lower validation loss; 0: never",
+        description="end the run after this many evaluations without a lower validation loss; 0: never",
     )
     max_skipped_steps: Steps = Field(
-        5, description="the run ends after so many steps in a row whose loss or gradient was not finite"
+        5, description="end the run after this many steps in a row whose loss or gradient is not finite"
     )
-    prompts: list[str] = Field([], description="beginnings of texts that each evaluation continues, in samples.txt")
-    sample_tokens: Positions = Field(64, description="most tokens added to each of training.prompts")
+    prompts: list[str] = Field([], description="prompts that each evaluation continues; the texts go to samples.txt")
+    sample_tokens: Positions = Field(64, description="most tokens to generate for each prompt")
 
 
 class MeshConfig(Section):
-    """How devices are arranged: their product is the number of devices. What is left out is chosen for the model."""
+    """The device mesh as a user asks for it; the product of its sizes is the number of devices.
+
+    Training chooses the sizes that are left out.
+    """
 
     data: int = Field(
-        -1, ge=-1, le=MOST_ROWS, description="copies of the model, each with its own rows; -1 takes what is left"
+        -1, ge=-1, le=MOST_ROWS, description="replicas of the model, each with its own rows; -1: all remaining devices"
     )
     fsdp: int | Literal["auto"] = Field(
         "auto", description="devices that share parameters and optimizer state, each with its own rows"
@@ -256,8 +271,8 @@ class Config(Section):
     """One training run."""
 
     output: LocalPath = Field(description="run folder: checkpoints, metrics, resolved config")
-    init_from: LocalPath | None = Field(None, description="run, checkpoint or transformers folder to take weights from")
-    model: ModelConfig = Field(default_factory=ModelConfig)
+    init_from: LocalPath | None = Field(None, description="run, checkpoint or transformers folder with initial weights")
+    model: ModelOptions = Field(default_factory=ModelOptions)
     data: DataConfig
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     training: TrainingConfig
@@ -289,21 +304,32 @@ class Config(Section):
             )
         return self
 
+    def with_vocab_size(self, vocab_size: int) -> "ResolvedConfig":
+        """Return the config of a run whose vocabulary has `vocab_size` tokens."""
+        model = self.model.with_vocab_size(vocab_size)
+        return ResolvedConfig.model_construct(self.model_fields_set, **dict(self) | {"model": model})
+
     @property
     def warmup_steps(self) -> int:
         return self._steps(self.optimizer.warmup)
 
     @property
     def decay_steps(self) -> int:
-        """Steps of the last part of schedule `wsd`."""
+        """Steps of the decay of schedule `wsd`."""
         return max(1, self._steps(self.optimizer.decay))
 
     def _steps(self, steps_or_share: int | float) -> int:
         return steps_or_share if isinstance(steps_or_share, int) else round(steps_or_share * self.training.total_steps)
 
 
+class ResolvedConfig(Config):
+    """A training run whose vocabulary is known."""
+
+    model: ModelConfig
+
+
 def config_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
-    """Returns every dotted key with its pydantic field, in the order of the classes above."""
+    """Return every dotted key with its pydantic field, in the order of the classes above."""
     keys: dict[str, Any] = {}
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -314,7 +340,15 @@ def config_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str
 
 
 def parse_config(values: dict[str, Any], where: str) -> Config:
-    """Checks `values` (nested dicts) and returns them as a `Config`; `where` names their origin in errors."""
+    """Return `values`, nested dicts, as a `Config`.
+
+    Args:
+        values: sections, and their keys.
+        where: origin of `values`, for the error.
+
+    Raises:
+        UserError: CONFIG, with the first wrong key.
+    """
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -325,7 +359,7 @@ def parse_config(values: dict[str, Any], where: str) -> Config:
 
 
 def parse_model(values: Mapping[str, Any], where: object, fix: str) -> ModelConfig:
-    """Returns what a model file says of its model; raises `UserError` (DATA) that names the first bad field."""
+    """Return the architecture that a model file states; raise `UserError` (DATA) that names the first bad field."""
     try:
         return ModelConfig.model_validate(values)
     except ValidationError as error:
@@ -337,5 +371,5 @@ def parse_model(values: Mapping[str, Any], where: object, fix: str) -> ModelConf
 
 
 def dump_config(config: Config) -> str:
-    """Returns the config as TOML; `config_file.load_config` reads it back to an equal object."""
+    """Return the config as TOML; `config_file.load_config` reads it back as an equal object."""
     return tomli_w.dumps(config.model_dump(exclude_none=True))

@@ -1,10 +1,10 @@
-"""What the checksums of a checkpoint cost beside the save itself, and what they save at the start.
+"""Measure the cost of a checkpoint's checksums, relative to the save and to hashing files at the start.
 
     python scripts/benchmark_checkpoint.py --size base --folder /tmp/checkpoints
 
-The state of a GPT-2 of random numbers (as trained ones, they hardly compress) is saved a few times into a new folder
-on the disk to be measured, and read again. Compared in the same run: one pass over the arrays on the devices, all of a
-save up to its commit, a restore, and the sha256 of the files, which versions before read at every start.
+The script saves the state of a GPT-2 a few times into a new folder on the measured disk, and reads it again. The state
+holds random numbers, which compress as little as trained ones. One run compares four times: one pass over the arrays on
+the devices, a save up to its commit, a restore, and the sha256 of the files (earlier versions read it at every start).
 """
 
 import argparse
@@ -28,7 +28,7 @@ SIZES = {"tiny": (2, 2, 128), "base": (12, 12, 768), "medium": (24, 16, 1024), "
 
 
 def random_state(size: str) -> TrainState:
-    """Return a train state of that size with normal numbers in all its arrays."""
+    """Return a train state of this size with normally distributed numbers in all arrays."""
     layers, heads, width = SIZES[size]
     values = {
         "output": "benchmark",
@@ -36,8 +36,8 @@ def random_state(size: str) -> TrainState:
         "data": {"dataset": "none"},
         "training": {"total_steps": 1},
     }
-    config, rng = parse_config(values, "benchmark"), np.random.default_rng(0)
-    mesh = make_mesh(config.mesh)
+    config, rng = parse_config(values, "benchmark").with_vocab_size(21128), np.random.default_rng(0)
+    mesh = make_mesh()
     layout = state_layout(config, mesh)
     with jax.set_mesh(mesh):
         return jax.tree.map(
@@ -67,7 +67,9 @@ def hash_files(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="base")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to be measured")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()), help="a folder on the measured disk"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     state = jax.block_until_ready(random_state(arguments.size))

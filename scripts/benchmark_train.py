@@ -1,9 +1,9 @@
-"""Measures training steps of GPT-2 against `transformers` in PyTorch, on the same machine in one run.
+"""Measure training steps of GPT-2 against `transformers` in PyTorch, on the same machine in one run.
 
-Each variant runs in a process of its own, in turn, round after round, so that a machine that slows down slows all down.
-All do the same: forward, backward, clipping at norm 1 and AdamW for a batch of rows.
+Each variant runs in its own process, in turn, round after round, so that a slow phase of the machine affects all. All
+variants do the same: forward, backward, clipping at norm 1 and AdamW for a batch of rows.
 
-    gpt2_flax               this package, without dropout, rows without documents' borders as in torch
+    gpt2_flax               this package, without dropout; attention crosses document borders, as in torch
     gpt2_flax documents     the same with attention inside documents, four in a row
     torch                   GPT2LMHeadModel, SDPA attention, fused AdamW, without dropout
     torch compiled          the same under torch.compile
@@ -11,18 +11,18 @@ All do the same: forward, backward, clipping at norm 1 and AdamW for a batch of 
     torch dropout           torch with the same dropout, without documents
     torch dropout compiled  the same under torch.compile
 
-    tokens/s   of the median step; in brackets the slowest and the fastest round
-    TFLOP/s    what the model needs a step (12 matrix products a layer and the head, attention over whole rows; what is
-               computed twice counts once), over the time of a step
-    of peak    these over what a plain matrix product of the same type does on this machine in the same run
-    ours       tokens/s of gpt2_flax over those of the line; of a line with dropout, tokens/s of gpt2_flax recipe
+    tokens/s   of the median step (slowest to fastest round)
+    TFLOP/s    arithmetic of the model in a step divided by the time of a step: 12 matrix products a layer and the head,
+               attention over whole rows; recomputation does not count
+    of peak    these TFLOP/s relative to a plain matrix product of the same type in the same run
+    ours       tokens/s of gpt2_flax (with dropout: of gpt2_flax recipe) divided by tokens/s of the line
 
     python scripts/benchmark_train.py                                       # CPU: 124M, 4 x 128 and 1 x 1024, float32
     python scripts/benchmark_train.py --sizes base xlarge --shapes 32x1024 64x1024          # GPU: bfloat16
     python scripts/benchmark_train.py --sizes base xlarge --shapes 32x1024 --topology h200:1  # compiled, without a GPU
     python scripts/benchmark_train.py --scaling --options model.layers=scanned    # 1 to 8 simulated devices
 
-Of several shapes with one length the best counts on a GPU, as far as each fits into memory.
+On a GPU, if several shapes have the same length, the fastest one that fits into memory counts.
 """
 
 import argparse
@@ -52,7 +52,7 @@ OURS = tuple(variant for variant in VARIANTS if variant.startswith("gpt2_flax"))
 
 
 class Task(NamedTuple):
-    """What a process measures."""
+    """The measurement of one process."""
 
     variant: str
     size: str
@@ -65,7 +65,7 @@ class Task(NamedTuple):
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """Returns the seconds of a median step, the matrix products' FLOP/s and the choices of a variant."""
+    """Return the seconds of the median step, the FLOP/s of a matrix product, and the choices of a variant."""
     step, product, chosen = (jax_step if task.variant in OURS else torch_step)(task)
     step()  # compiles
     step()
@@ -78,7 +78,7 @@ def measure(task: Task) -> dict[str, Any]:
 
 
 def peak(product: Callable[[], float]) -> float:
-    """FLOP/s of the fastest of some products."""
+    """Return the FLOP/s of the fastest of some products."""
     rates = []
     for _ in range(6):
         start = time.perf_counter()
@@ -111,7 +111,7 @@ def config_of(task: Task) -> Any:
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
         file.write(tomli_w.dumps(values))
         file.flush()
-        return load_config(Path(file.name), task.options)
+        return load_config(Path(file.name), task.options).with_vocab_size(task.vocab_size)
 
 
 def jax_step(task: Task) -> tuple[Callable[[], None], Callable[[], float], dict[str, str]]:
@@ -190,8 +190,8 @@ def torch_step(task: Task) -> tuple[Callable[[], None], Callable[[], float], dic
     return step, product, {}
 
 
-def run_apart(task: Task) -> dict[str, Any] | None:
-    """Measures in a process of its own; None when that fails, as for want of memory."""
+def run_in_new_process(task: Task) -> dict[str, Any] | None:
+    """Measure in a new process; return None if it fails, for example without enough memory."""
     command = [sys.executable, __file__, "--task", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -202,7 +202,7 @@ def run_apart(task: Task) -> dict[str, Any] | None:
 
 
 def compare(args: argparse.Namespace, size: str, shapes: list[tuple[int, int]]) -> None:
-    """Prints the variants' best of `shapes`, all of one length."""
+    """Print the best of `shapes` for each variant; all shapes have the same length."""
     length = shapes[0][1]
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     failed = set()
@@ -212,7 +212,7 @@ def compare(args: argparse.Namespace, size: str, shapes: list[tuple[int, int]]) 
                 if (variant, rows) in failed:
                     continue
                 task = Task(variant, size, rows, length, args.vocab_size, args.dtype, args.steps, tuple(args.options))
-                result = run_apart(task)
+                result = run_in_new_process(task)
                 if result is None:
                     failed.add((variant, rows))
                 else:
@@ -261,10 +261,10 @@ def model_flops(size: str, length: int, vocab_size: int) -> int:
 
 
 def scaling(args: argparse.Namespace) -> None:
-    """Prints work and exchange of each device as devices are added, the rows of each device the same."""
+    """Print the arithmetic and the communication of each device for 1 to 8 devices with the same rows on each."""
     import jax
 
-    from gpt2_flax.parallel.mesh import make_mesh
+    from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
     from gpt2_flax.plan.ahead_of_time import lower_step
     from gpt2_flax.plan.collectives import collectives
 
@@ -276,7 +276,9 @@ def scaling(args: argparse.Namespace) -> None:
         for axis in ("data", "fsdp") if count > 1 else ("data",):
             options = (*args.options, f"mesh.{axis}={count}")
             config = config_of(Task(OURS[0], size, rows * count, length, args.vocab_size, args.dtype, 0, options))
-            compiled = lower_step(config, make_mesh(config.mesh, jax.devices()[:count])).compile()
+            compiled = lower_step(
+                config, make_mesh(MeshSizes()._replace(**{axis: count}), jax.devices()[:count])
+            ).compile()
             flops = compiled.cost_analysis()["flops"]
             alone = alone or flops
             sent = collectives(compiled.as_text())
@@ -285,7 +287,7 @@ def scaling(args: argparse.Namespace) -> None:
 
 
 def ahead_of_time(args: argparse.Namespace) -> None:
-    """Compiles this package's steps for devices that need not be here, and prints what they need of each."""
+    """Compile the steps of this package for the devices of a topology, and print their memory on each device."""
     from gpt2_flax.plan.ahead_of_time import compile_step
     from gpt2_flax.plan.topology import devices_for
 
@@ -313,17 +315,19 @@ def shape(text: str) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["base"], choices=SIZES, help="of the model (default: base)")
+    parser.add_argument(
+        "--sizes", nargs="+", default=["base"], choices=SIZES, help="sizes of the model (default: base)"
+    )
     parser.add_argument("--shapes", nargs="+", type=shape, default=[(4, 128), (1, 1024)], help="ROWSxLENGTH")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="(default: all)")
     parser.add_argument("--vocab-size", type=int, default=21128, help="(default: %(default)s)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on CPUs, else bfloat16")
-    parser.add_argument("--steps", type=int, default=10, help="measured in each round (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="measured steps in each round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--scaling", action="store_true", help="compile for 1 to 8 simulated devices instead")
     parser.add_argument("--topology", help="compile for v5e:2x4, h200:1, ... instead, as gpt2-flax plan does")
     parser.add_argument("--task", help=argparse.SUPPRESS)
-    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="of this package's config")
+    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="config keys of this package")
     args = parser.parse_args()
     if args.task:
         values = json.loads(args.task)
@@ -346,7 +350,7 @@ def main() -> None:
 
 
 def on_cpu() -> bool:
-    """Asked in another process: this one must not hold a GPU's memory."""
+    """Return whether JAX uses the CPU; ask another process, so that this process holds no GPU memory."""
     code = "import jax; print(jax.default_backend())"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "cpu"
 

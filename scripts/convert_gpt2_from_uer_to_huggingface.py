@@ -1,14 +1,15 @@
-"""The command line by which GPT-2 models of UER-py become files for transformers, and an exact result.
+"""Convert a GPT-2 of UER-py to a transformers file by the well-known command line, but exactly.
 
     python3 scripts/convert_gpt2_from_uer_to_huggingface.py --input_model_path models/gpt2.bin-250000 \
         --output_model_path pytorch_model.bin --layers_num 12
 
-writes a state dict that `GPT2LMHeadModel.load_state_dict` takes. Where the script of that name in UER-py renames, this
-one also turns UER-py's layer norm into that of transformers: gains times sqrt((n - 1) / n), and layer_norm_epsilon 1e-7
-in config.json, which is written beside the output when none is there. The logits are compared before anything is
-written. `gpt2-flax convert` writes a complete folder instead: tokenizer, safetensors and model card too.
+writes a state dict for `GPT2LMHeadModel.load_state_dict`. UER-py's script of this name only renames tensors. This
+script also converts UER-py's layer norm to the layer norm of transformers: gains times sqrt((n - 1) / n), and
+layer_norm_epsilon 1e-7 in config.json. It writes config.json beside the output unless one exists, and compares the
+logits before it writes anything. `gpt2-flax convert` writes a complete folder: tokenizer, safetensors and model card
+too.
 
-The input may also be a run of this project: its folder, a checkpoint, or the name that UER-py would give to that.
+The input may also be a run of this project: its folder, a checkpoint, or the checkpoint's name in UER-py.
 """
 
 import io
@@ -34,9 +35,11 @@ def main() -> None:
     flags = Flags(__doc__, {})
     flags.add_argument("--input_model_path", type=user_path, default=Path("models/input_model.bin"))
     flags.add_argument("--output_model_path", type=user_path, default=Path("models/output_model.bin"))
-    flags.add_argument("--layers_num", type=int, help="compared with what the file holds")
-    flags.add_argument("--uer_config", type=user_path, help="its UER-py config.json: heads, which files do not tell")
-    flags.add_argument("--vocab_path", type=user_path, help="vocab.txt, for ids in config.json; google_zh_vocab.txt's")
+    flags.add_argument("--layers_num", type=int, help="compared with the file")
+    flags.add_argument("--uer_config", type=user_path, help="UER-py config.json of the model, for the number of heads")
+    flags.add_argument(
+        "--vocab_path", type=user_path, help="vocab.txt for the ids in config.json; default: google_zh_vocab.txt's ids"
+    )
     options = flags.parse(None)
     convert(
         named_model(options.input_model_path),
@@ -48,7 +51,7 @@ def main() -> None:
 
 
 def convert(path: Path, output: Path, layers: int | None, uer_config: Path | None, vocabulary: Path | None) -> None:
-    """Writes `output` whole or not at all, and config.json beside it unless one is there."""
+    """Write `output` completely or not at all, and config.json beside it unless one exists."""
     try:
         import torch
     except ImportError:
@@ -64,7 +67,7 @@ def convert(path: Path, output: Path, layers: int | None, uer_config: Path | Non
         what = f"--layers_num is {layers} but there are {source.model.n_layer} layers"
         raise UserError(ExitCode.USAGE, what, path, "leave --layers_num out, or give another file")
     tensors = {name: torch.from_numpy(array.copy()) for name, array in to_state_dict(source.weights).items()}
-    # load_state_dict asks for a head; one that is the embedding is stored once.
+    # load_state_dict requires a head; torch stores a tied head and the embedding once.
     tensors.setdefault("lm_head.weight", tensors["transformer.wte.weight"])
     buffer = io.BytesIO()
     torch.save(tensors, buffer)

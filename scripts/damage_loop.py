@@ -1,18 +1,18 @@
-"""Damages runs in every way a disk or a user can, and requires that no reader is silently wrong.
+"""Damage runs in every way in which a disk or a user can, and require that no reader is silently wrong.
 
-Two runs are damaged: one that ended, and one that was killed right after a commit. A damage hits one file of the
-newest checkpoint or of the run folder: a flipped bit, a shorter file, zeros, an empty file, no file, the content of
-another file of the checkpoint, or of the same file of an older one. Each damaged copy goes through the readers, and
-each must
+The script damages two runs: one that ended, and one that was killed right after a commit. A damage changes one file of
+the newest checkpoint or of the run folder. The kinds are a flipped bit, a shorter file, zeros, an empty file, no file,
+the content of another file of the checkpoint, and the same file of an older checkpoint. Readers then read each damaged
+copy. Each reader must
 
 * print the numbers of the undamaged checkpoint; or
-* name the damaged checkpoint in a warning and print the numbers of the one before; or,
-* when a file that stands only once is damaged, such as config.toml, say `error: ...` with a fitting exit code.
+* name the damaged checkpoint in a warning and print the numbers of the checkpoint before; or,
+* if the damaged file exists only once, such as config.toml, print `error: ...` with a suitable exit code.
 
     python scripts/damage_loop.py                                 # 200 damages
     python scripts/damage_loop.py --damages 2000 --seed random --thorough --workers 4    # for a night
 
-The exit code is 0 when everything holds and 1 when it does not; then the folder stays.
+The exit code is 0 if everything holds, else 1; then the folder stays.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent))
 import kill_loop
 
-FITTING = {65, 66, 74, 78}
-ROWS = 8  # of `make_config`, a batch
+SUITABLE = {65, 66, 74, 78}
+ROWS = 8  # in a batch, set by `make_config`
 TURNS = {
     "evaluate": (0, 2),
     "generate": (1, 2),
@@ -41,14 +41,14 @@ TURNS = {
     "resume": (0, 1),
     "train": (5, 40),
 }
-"""Reader -> the first damage that it is asked about, and every which: evaluate, generate and export load alike."""
+"""Reader -> the first damage that it reads, and the interval: evaluate, generate and export load in the same way."""
 LONGER = ("training.total_steps=18", "--allow-change", "training.total_steps")
 
 
 class Damage(NamedTuple):
     run: str
     file: str
-    """Below the run's folder."""
+    """Path below the run's folder."""
     kind: str
     seed: int
 
@@ -57,12 +57,12 @@ class Damage(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a reader made of a run."""
+    """The result of a reader for a run."""
 
     code: int
     said: str
     numbers: object
-    """What must be right: printed lines, or bytes."""
+    """The result that must be right: printed lines, or bytes."""
 
 
 def main() -> int:
@@ -70,8 +70,8 @@ def main() -> int:
     parser.add_argument("--damages", type=int, default=200)
     parser.add_argument("--seed", default="0", help="a number, or random")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--thorough", action="store_true", help="ask each reader about each damage")
-    parser.add_argument("--folder", type=Path, help="where to work and to leave everything")
+    parser.add_argument("--thorough", action="store_true", help="let each reader read each damage")
+    parser.add_argument("--folder", type=Path, help="working folder, which stays")
     given = parser.parse_args()
     seed = random.randrange(2**32) if given.seed == "random" else int(given.seed)
     folder, begun = given.folder or Path(tempfile.mkdtemp(prefix="gpt2-flax-damage-loop-")), time.monotonic()
@@ -106,9 +106,9 @@ def main() -> int:
 
 
 def make_runs(folder: Path) -> dict[str, Path]:
-    """Return a run that ended, and one that was killed when its step 12 was committed and nothing else was done."""
+    """Return a run that ended, and a run that was killed right after step 12 was committed."""
     training = {"total_steps": 15, "keep_checkpoints": 2, "evaluate_every": 6}
-    config = kill_loop.make_config(folder, training, "constant")  # a schedule that a later end does not change
+    config = kill_loop.make_config(folder, training, "constant")  # a schedule that does not depend on the last step
     runs = {"ended": folder / "ended", "was killed": folder / "killed"}
     for name, run in runs.items():
         if run.exists():
@@ -126,7 +126,7 @@ def make_runs(folder: Path) -> dict[str, Path]:
 
 
 def choose(runs: dict[str, Path], count: int, draw: random.Random) -> list[Damage]:
-    """Return damages: each file and folder once, then each again in another way, until there are `count`."""
+    """Return `count` damages: each file and folder once, then each again in another way."""
     targets = [(name, str(path.relative_to(run))) for name, run in runs.items() for path in targets_of(run)]
     draw.shuffle(targets)
     left = {target: draw.sample(kinds := kinds_of(runs[target[0]] / target[1]), len(kinds)) for target in targets}
@@ -140,7 +140,7 @@ def choose(runs: dict[str, Path], count: int, draw: random.Random) -> list[Damag
 
 
 def targets_of(run: Path) -> Iterator[Path]:
-    """Yield every file of the newest checkpoint and of the run's folder, the checkpoint itself and its items."""
+    """Yield the newest checkpoint, its items, its files, and the files of the run's folder."""
     newest = run / "checkpoints" / str(max(kill_loop.committed(run)))
     yield newest
     yield from (path for path in sorted(newest.iterdir()) if path.is_dir())
@@ -158,7 +158,7 @@ def kinds_of(path: Path) -> tuple[str, ...]:
 
 
 def apply(damage: Damage, run: Path) -> bool:
-    """Damage a run; return whether that changed anything."""
+    """Damage a run; return whether the damage changed anything."""
     draw, path = random.Random(damage.seed), run / damage.file
     if damage.kind in ("delete", "older"):
         substitute = older(path, run) if damage.kind == "older" else None
@@ -190,7 +190,7 @@ def step_of(path: Path, run: Path) -> Path:
 
 
 def older(path: Path, run: Path) -> Path | None:
-    """Return what a path of the newest checkpoint is in the one before; data files have names without a meaning."""
+    """Return the counterpart of a path in the checkpoint before; data files have random names and match by size."""
     newest, before = (run / "checkpoints" / str(step) for step in sorted(kill_loop.committed(run))[:-3:-1])
     same = before / path.relative_to(newest)
     if same.exists():
@@ -203,7 +203,7 @@ def older(path: Path, run: Path) -> Path | None:
 
 
 class Worker:
-    """Goes through damages, all in one process: the second reader finds everything compiled."""
+    """Process a list of damages in one process, so that each program is compiled once."""
 
     def __init__(self, folder: Path, number: int, runs: dict[str, Path], log: Path, thorough: bool):
         self.thorough = thorough
@@ -211,10 +211,7 @@ class Worker:
         self.output = folder / f"export-{number}"
         self.config, self.runs, self.log = folder / "config.toml", runs, log
         self.readers: dict[str, Callable[[], Answer]] = {
-            "evaluate": lambda: self._print(
-                "evaluate",
-                self.copy,
-            ),
+            "evaluate": lambda: self._print("evaluate", self.copy),
             "generate": lambda: self._print("generate", self.copy, "--prompt", "这是", "--temperature", 3),
             "export": self._export,
             "verify": self._verify,
@@ -223,18 +220,18 @@ class Worker:
         }
         self.expected: dict[tuple[str, str], dict[int, object]] = {}
         self.found: set[int] | None = None
-        """The steps that `checkpoints --verify` has called damaged."""
+        """Steps that `checkpoints --verify` reported as damaged."""
 
     def work(self, damages: list[Damage]) -> None:
         from gpt2_flax.__main__ import _unraisable
 
-        sys.unraisablehook = _unraisable  # as `main` does
+        sys.unraisablehook = _unraisable  # like `main`
         for name in self.runs:
             self._learn(name)
         for number, damage in enumerate(damages):
             self._copy(damage.run)
             if not apply(damage, self.copy):
-                apply(damage := damage._replace(kind="flip"), self.copy)  # which always changes something
+                apply(damage := damage._replace(kind="flip"), self.copy)  # this always changes something
             print(f"damage: {damage}", flush=True)
             for reader, (first, every) in TURNS.items():
                 if self.thorough or number % every == first:
@@ -244,14 +241,14 @@ class Worker:
                     print(f"answer: {reader}: {verdict}" if verdict else wrong, flush=True)
 
     def _copy(self, name: str) -> None:
-        """Make a copy under a name that was never used: tensorstore keeps what it has read of a path."""
+        """Copy a run to a new path: tensorstore caches what it has read from a path."""
         shutil.rmtree(self.copies, ignore_errors=True)
         self.n_copies += 1
         self.copy, self.found = self.copies / str(self.n_copies), None
         shutil.copytree(self.runs[name], self.copy)
 
     def _learn(self, name: str) -> None:
-        """Note what each reader makes of the newest checkpoint, and of the one before."""
+        """Store the result of each reader for the newest checkpoint and for the checkpoint before."""
         steps = sorted(kill_loop.committed(self.runs[name]))
         for step in steps[:-3:-1]:
             self._copy(name)
@@ -265,11 +262,11 @@ class Worker:
             assert self.expected[name, "resume"][step] == (step, step * ROWS, arrays)
         for reader in self.readers:
             one, other = self.expected[name, reader].values()
-            # Trained further both come to the same; what verification finds is compared with the resume.
+            # Further training reaches the same state from both; verification is compared with the resume.
             assert (one == other) == (reader in ("train", "verify")), reader
 
     def _judge(self, damage: Damage, reader: str, answer: Answer) -> str | None:
-        """Return what a good answer was, None for a wrong one."""
+        """Return a description of a good answer, None for a wrong answer."""
         of_step = damage.file.startswith("checkpoints/")
         errors = [line for line in answer.said.splitlines() if line.startswith("error: ")]
         if "Traceback" in answer.said:
@@ -282,7 +279,7 @@ class Worker:
             if moved != self.found:
                 return None
         if answer.code:
-            return f"{answer.code}" if len(errors) == 1 and answer.code in FITTING and not of_step else None
+            return f"{answer.code}" if len(errors) == 1 and answer.code in SUITABLE and not of_step else None
         if answer.numbers == numbers[newest]:
             return "as undamaged"
         gone = damage.kind == "delete" and damage.file == f"checkpoints/{newest}"
@@ -304,7 +301,7 @@ class Worker:
         return Answer(code, said, {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files})
 
     def _resume(self) -> Answer:
-        """Start a training run, up to its first step."""
+        """Start a training run, and stop before its first step."""
         import jax
         import numpy as np
 
@@ -330,13 +327,13 @@ class Worker:
         return Answer(code, said, numbers)
 
     def _train(self) -> Answer:
-        """Train up to step 18; what has been set aside before stays there."""
+        """Train to step 18; damaged checkpoints that were moved before stay moved."""
         code, said = self._command("train", self.config, f"output={self.copy}", *LONGER)
         step = self.copy / "checkpoints" / "18"
         return Answer(code, said, kill_loop.arrays_of(step) if step.exists() else None)
 
     def _command(self, *arguments: object) -> tuple[int, str]:
-        """Run a command of the program in this process; return its exit code and what it printed."""
+        """Run a gpt2-flax command in this process; return its exit code and its output."""
         from gpt2_flax.__main__ import _exit_code
 
         sys.stdout.flush()

@@ -1,5 +1,5 @@
-# Sourced by the other scripts. make_environment FOLDER EXTRAS puts a virtual environment with this project into
-# FOLDER and sets PATH so that its programs come first; nothing outside FOLDER is touched.
+# Functions for the other scripts, which source this file. `make_environment FOLDER EXTRAS` makes a virtual environment
+# with this project in FOLDER and puts its programs first on PATH. Nothing outside FOLDER changes.
 
 find_python() {
     local candidate
@@ -9,19 +9,19 @@ find_python() {
             return
         fi
     done
-    echo "error: no Python 3.11 to 3.13: PATH; install one, or name it: PYTHON=/path/to/python bash $0" >&2
+    echo "error: no Python 3.11 to 3.13: PATH; install one, or name one: PYTHON=/path/to/python bash $0" >&2
     return 69
 }
 
 make_environment() {
     local folder=$1 extras=$2 python made_from quiet=()
     python=$(find_python) || return
-    # Another version, other requirements or other extras: install again. Otherwise the second call is instant.
-    made_from=$("$python" --version; echo "$extras"; cat setup.cfg pyproject.toml scripts/constraints.txt)
+    # Install again only if the Python version, the requirements or the extras have changed.
+    made_from=$("$python" --version; echo "$extras"; cat pyproject.toml scripts/constraints.txt)
     unset PYTHONPATH PYTHONHOME
     if [ "$made_from" != "$(cat "$folder/made-from" 2>/dev/null)" ]; then
-        echo "installing into $folder (some minutes the first time)"
-        [ -t 1 ] || quiet=(--quiet --quiet) # at a terminal pip's own progress is welcome
+        echo "installing into $folder (takes some minutes the first time)"
+        [ -t 1 ] || quiet=(--quiet --quiet) # a terminal shows pip's progress
         "$python" -m venv --clear "$folder"
         "$folder/bin/python" -m pip install ${quiet[@]+"${quiet[@]}"} --disable-pip-version-check --upgrade pip
         "$folder/bin/python" -m pip install ${quiet[@]+"${quiet[@]}"} --disable-pip-version-check \

@@ -1,20 +1,21 @@
-"""Kills a training run again and again, and requires the bits of a run that nobody disturbed.
+"""Kill a training run again and again, and require the bits of an undisturbed run.
 
-One process imports JAX and forks each trial before a backend exists, so that a kill costs little more than the start
-of a run. The runs train a model of two layers with dropout for 60 steps and save every third. A kill comes at a random
-moment: 15% during the start, the others after the first new step. When a run has all its steps, the script requires:
+One process imports JAX and forks each trial before a backend exists, so a kill costs little more than the start of a
+run. The runs train a model of two layers with dropout for 60 steps and save every third step. Kills come at random
+moments: 15% during the start, the others after the first new step. When a run has all its steps, the script requires:
 
-* every step is in metrics.jsonl, and every number there, repeated steps included, is the undisturbed run's;
-* parameters and optimizer state of the last step are the undisturbed run's bit by bit;
-* each start resumed from the newest committed step, no temporary file is left, the same steps are kept, all verify.
+* metrics.jsonl has every step, and every number, repeated steps included, equals the undisturbed run's;
+* parameters and optimizer state of the last step equal the undisturbed run's bit by bit;
+* each start resumed from the newest committed step;
+* no temporary file is left, the same steps are kept, and all kept steps pass verification.
 
     python scripts/kill_loop.py                              # 20 kills of one process
     python scripts/kill_loop.py --kills 200 --seed random    # for a night
     python scripts/kill_loop.py --kills 6 --processes 2      # kills one of two processes, or both
     python scripts/kill_loop.py --kills 0 --crash-at all     # kills at each named point, see POINTS
-    python scripts/kill_loop.py --kills 2 --forget rng       # a resume that forgets something: must fail
+    python scripts/kill_loop.py --kills 2 --forget rng       # each resume forgets something: must fail
 
-The exit code is 0 when everything holds and 1 when it does not; then the folder stays.
+The exit code is 0 if everything holds, else 1; then the folder stays.
 """
 
 import argparse
@@ -47,7 +48,7 @@ _STEP = r"/checkpoints/\d+"
 POINTS = {
     "lock": ("open", r"/lock$"),
     "config": ("os.rename", r"/config\.toml$"),
-    "tokenizer-in-part": ("open", r"/tokenizer\.tmp/tokenizer_config\.json$"),
+    "tokenizer-incomplete": ("open", r"/tokenizer\.tmp/tokenizer_config\.json$"),
     "tokenizer": ("os.rename", r"/tokenizer$"),
     "save": ("os.mkdir", rf"{_STEP}\.orbax-checkpoint-tmp$"),
     "arrays": ("os.rename", r"orbax-checkpoint-tmp/model$"),
@@ -57,25 +58,25 @@ POINTS = {
     "committed": ("after os.rename", rf"{_STEP}$"),
     "pruning": ("os.rename", rf"{_STEP}\.deleted$"),
     "pruned": ("shutil.rmtree", rf"{_STEP}\.deleted$"),
-    "pruned-in-part": ("os.rmdir", r"^(model|opt_state)$"),  # only `rmtree` removes folders by these names
+    "pruned-incomplete": ("os.rmdir", r"^(model|opt_state)$"),  # only `rmtree` removes folders by these names
     "set-aside": ("os.rename", r"/damaged/"),
     "metrics": ("half a line", ""),
 }
-"""Name -> the event of Python's audit log before which the process ends, and what the file is called."""
+"""Name of a point -> the Python audit event before which the process ends, and a pattern of the file's name."""
 
 
 class Failure(Exception):
-    """What does not hold."""
+    """A requirement does not hold."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--kills", type=int, default=20, help="at random moments")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills at random moments")
     parser.add_argument("--seed", default="0", help="a number, or random")
     parser.add_argument("--processes", type=int, default=1, choices=(1, 2))
     parser.add_argument("--crash-at", nargs="+", default=[], metavar="POINT[:N]", help=f"all, or {', '.join(POINTS)}")
     parser.add_argument("--forget", choices=("opt", "rng", "data"), help="spoil each resume: the comparison must fail")
-    parser.add_argument("--folder", type=Path, help="where to work and to leave everything")
+    parser.add_argument("--folder", type=Path, help="working folder, which stays")
     given = parser.parse_args()
     seed = random.randrange(2**32) if given.seed == "random" else int(given.seed)
     crashes = [f"{name}:1" for name in POINTS] if given.crash_at == ["all"] else given.crash_at
@@ -98,13 +99,13 @@ def main() -> int:
 
 
 def prepare_parent(folder: Path) -> None:
-    """Import all that a trial needs, and start nothing: a fork copies neither threads nor backends."""
+    """Import everything that a trial needs, and start nothing: a fork copies neither threads nor backends."""
     folder.mkdir(parents=True, exist_ok=True)
     os.environ |= {"JAX_PLATFORMS": "cpu", "PYTHONUTF8": "1"}
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "XLA_FLAGS": ""}
     os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    import tensorboardX.x2num  # noqa: F401 - it brings torch where that is installed, a second of each trial
+    import tensorboardX.x2num  # noqa: F401 - imports torch if it is installed, which takes a second of each trial
 
     import gpt2_flax.__main__
     import gpt2_flax.cli
@@ -112,7 +113,7 @@ def prepare_parent(folder: Path) -> None:
     import gpt2_flax.training.loop  # noqa: F401
     from gpt2_flax.cpu import tune_cpu
 
-    tune_cpu()  # for all commands alike: in one process the first one would decide
+    tune_cpu()  # the same for all commands: the first call in a process decides
     assert threading.active_count() == 1
 
 
@@ -148,7 +149,7 @@ def make_config(folder: Path, training: Mapping[str, int] = MappingProxyType({})
 
 
 def fork(call: Callable[[], object], log: Path) -> int:
-    """Run `call` in a process that writes to `log`; return its id. The process exits with what `call` exits with."""
+    """Run `call` in a forked process that writes to `log`, and return its id. `call` determines its exit code."""
     sys.stdout.flush()
     if pid := os.fork():
         return pid
@@ -163,8 +164,8 @@ def fork(call: Callable[[], object], log: Path) -> int:
         code = 0
     except SystemExit as end:
         code = end.code or 0
-        # JAX's processes wait there for each other. The program's own last step would come before that here, as JAX
-        # was imported before the program began.
+        # JAX's exit functions make its processes wait for each other. `_leave` must not run before them, as it would
+        # here, because JAX was imported before the program began.
         atexit.unregister(interruption._leave)
         atexit._run_exitfuncs()
     except BaseException:
@@ -175,7 +176,7 @@ def fork(call: Callable[[], object], log: Path) -> int:
 
 
 def wait(pid: int, longest: float = LONGEST) -> int:
-    """Return the exit code of a process, negative for the signal that killed it."""
+    """Return the exit code of a process; a negative one names the signal that killed it."""
     patience = time.monotonic() + longest
     while (done := os.waitpid(pid, os.WNOHANG)) == (0, 0):
         if time.monotonic() > patience:
@@ -187,7 +188,7 @@ def wait(pid: int, longest: float = LONGEST) -> int:
 
 
 def command(*arguments: object) -> NoReturn:
-    """Run `gpt2-flax` with these arguments as its process does."""
+    """Run `gpt2-flax` with these arguments in this process, and exit."""
     import gpt2_flax.__main__
 
     sys.argv = ["gpt2-flax", *map(str, arguments)]
@@ -219,10 +220,10 @@ class KillLoop:
         for crash in crashes:
             name, _, count = crash.partition(":")
             if name.startswith(("tokenizer", "metrics")) and committed(self.run_folder):
-                self._finish()  # the tokenizer is copied once
-            # A run may end before the point is reached: the next one has all its steps before it.
+                self._finish()  # a run copies the tokenizer once
+            # A run may end before it reaches the point. The next run starts from step 0.
             if not self._crash(name, int(count or 1)) and not self._crash(name, int(count or 1)):
-                raise Failure(f"no process came to the point {crash}")
+                raise Failure(f"no process reached the point {crash}")
         while sum(self.kills.values()) < kills + len(crashes):
             self._kill()
         self._finish()
@@ -232,7 +233,7 @@ class KillLoop:
         shutil.rmtree(self.run_folder, ignore_errors=True)
 
     def _start(self, crash: tuple[str, int] | None = None) -> list[int]:
-        """Start the processes of the run; the first is the one that ends at `crash`."""
+        """Start the processes of the run; the first process ends at `crash`."""
         arguments = ["train", self.config, f"output={self.run_folder}"]
         if self.processes > 1:
             with socket.socket() as free:
@@ -256,7 +257,7 @@ class KillLoop:
         return self.run_folder.with_name(self.run_folder.name + ".log")
 
     def _crash(self, name: str, count: int) -> bool:
-        """Let the run end at a point; return whether it came there."""
+        """Let the run end at a point; return whether it reached the point."""
         if name == "set-aside":
             while len(committed(self.run_folder)) < 2:
                 if not self._crash("commit", 3):
@@ -277,7 +278,7 @@ class KillLoop:
         return True
 
     def _kill(self) -> None:
-        """Kill the run at a random moment; if it ended before that, check it and begin another."""
+        """Kill the run at a random moment; if it ended before, check it and begin another run."""
         in_start, begun = self.draw.random() < IN_START, time.monotonic()
         share, victims = self.draw.random(), self.draw.choice([[0], [1], [0, 1]]) if self.processes > 1 else [0]
         size = size_of(self.run_folder / "metrics.jsonl")
@@ -312,7 +313,7 @@ class KillLoop:
         self._new_run()
 
     def _end_of(self, pids: Sequence[int], killed: bool = False) -> None:
-        """Wait for processes: all end with 0, or, after a kill, by it or with the code that asks for a restart."""
+        """Wait for processes; require exit code 0, or after a kill also SIGKILL or 75, which asks for a restart."""
         allowed = {0, 75, -signal.SIGKILL} if killed else {0}
         for pid in pids:
             if (code := wait(pid)) not in allowed:
@@ -332,7 +333,7 @@ class KillLoop:
         if wrong in said or (found and int(found[1]) != step):
             raise Failure(f"step {step} was committed in {self.run_folder}, but: {found[0] if found else wrong}")
         errors = [line for line in said.splitlines() if line.startswith(("error: ", "Traceback"))]
-        if errors and not re.match(r"error: process [01] .* has ended", errors[0]):  # as the one that was left says
+        if errors and not re.match(r"error: process [01] .* has ended", errors[0]):  # said by the surviving process
             raise Failure(f"{self._log()}: {errors[0]}")
         lines = metrics_of(self.run_folder)
         for line in lines:
@@ -344,9 +345,9 @@ class KillLoop:
         return lines
 
     def _check(self) -> None:
-        """Require that a finished run is as if nothing had happened."""
+        """Require that a finished run equals the undisturbed run."""
         run, lines = self.run_folder, self._check_start()
-        # A kill between a commit and the line about it takes the line away for good.
+        # A kill between a commit and its line in metrics.jsonl loses the line.
         needed = {kind for kind in self.expected if kind[1] != "checkpoint"}
         if missing := needed - {kind_of(line) for line in lines}:
             raise Failure(f"{run}: metrics.jsonl lacks {sorted(missing)[:5]}")
@@ -358,7 +359,7 @@ class KillLoop:
         if aside != self.spoilt:
             raise Failure(f"{run}: damaged/ holds {sorted(aside)}, not {sorted(self.spoilt)}")
         log = self._log().with_suffix(".check.log")
-        if wait(fork(lambda: (compare_states(self.reference, run), verify(run)), log)):
+        if wait(fork(lambda: (compare_states(self.reference, run), command("checkpoints", run, "--verify")), log)):
             raise Failure(f"{run}: {last_line(log)}")
         self.runs, self.numbers = self.runs + 1, self.numbers + len(lines)
 
@@ -369,7 +370,7 @@ def committed(run: Path) -> set[int]:
 
 
 def metrics_of(run: Path) -> list[dict]:
-    """Return the whole lines of metrics.jsonl; a kill may cut a line short."""
+    """Return the complete lines of metrics.jsonl; a kill may cut a line."""
     lines, path = [], run / "metrics.jsonl"
     for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
         with contextlib.suppress(ValueError):
@@ -378,12 +379,12 @@ def metrics_of(run: Path) -> list[dict]:
 
 
 def numbers_of(line: dict) -> dict[str, str]:
-    """Return what must not depend on a kill, as hexadecimal floats."""
+    """Return the numbers that must not depend on a kill, as hexadecimal floats."""
     return {name: float(value).hex() for name, value in line.items() if name not in OF_SPEED}
 
 
 def kind_of(line: dict) -> tuple[int, str]:
-    """Return the step of a line and its first name: a step may have one of training, evaluation and checkpoint each."""
+    """Return the step of a line and its first name, which tells training, evaluation and checkpoint lines apart."""
     return line["step"], min(line.keys() - {"step", "time"})
 
 
@@ -396,7 +397,7 @@ def last_line(path: Path) -> str:
 
 
 def arrays_of(step: Path) -> dict[str, tuple[str, bytes]]:
-    """Return dtype and bytes of each array of a checkpoint, read by orbax alone. Starts a backend."""
+    """Return dtype and bytes of each array of a checkpoint, read by orbax alone; this starts a backend."""
     import jax
     import numpy as np
     import orbax.checkpoint as ocp
@@ -421,11 +422,6 @@ def compare_states(one: Path, other: Path) -> None:
             raise SystemExit(1)
 
 
-def verify(run: Path) -> None:
-    if 0:
-        command("checkpoints", run, "--verify")
-
-
 def spoil(step: Path) -> None:
     """Flip a bit in the largest file of a checkpoint's model."""
     path = max((path for path in (step / "model").rglob("*") if path.is_file()), key=size_of)
@@ -435,7 +431,7 @@ def spoil(step: Path) -> None:
 
 
 def crash_at(name: str, count: int) -> None:
-    """Let this process kill itself when it comes to a point for the `count`-th time."""
+    """Make this process kill itself when it reaches a point for the `count`-th time."""
     event, pattern = POINTS[name]
     left = count
 
@@ -478,7 +474,7 @@ def crash_at(name: str, count: int) -> None:
 
 
 def forget(what: str) -> None:
-    """Let a resume in this process lose a part of its state."""
+    """Make each resume in this process lose the optimizer state, the dropout seed or the position in the data."""
     import jax
 
     from gpt2_flax.training import loop

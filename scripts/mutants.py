@@ -1,12 +1,13 @@
-"""Breaks each promise of docs/reliability.md on purpose, and requires that the test which holds it fails.
+"""Break each promise of docs/reliability.md on purpose, and require that the test of the promise fails.
 
-A mutant is a small change of the package. It is made in a temporary copy of the repository, where its test runs; first
-all tests run there unchanged and must pass. Run it by hand after changes of what a mutant changes:
+A mutant is a small change of the package. The script makes it in a temporary copy of the repository and runs its test
+there. Before that, all these tests run unchanged and must pass. Run the script by hand after you change code that a
+mutant changes:
 
     python scripts/mutants.py                         # all, some minutes
     python scripts/mutants.py "set aside deletes"     # some, by name
 
-The exit code is 1 when a mutant survives, or when the text that it replaces is not found exactly once.
+The exit code is 1 if a mutant survives, or if the package does not contain its text exactly once.
 """
 
 import os
@@ -18,17 +19,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-FAILED = 1  # of pytest: tests ran, and some failed
+FAILED = 1  # pytest's exit code if tests ran and some failed
 
 
 class Mutant(NamedTuple):
     name: str
     file: str
-    """Below gpt2_flax/."""
+    """Path below gpt2_flax/."""
     old: str
     new: str
     test: str
-    """Below tests/."""
+    """Path below tests/, and name."""
 
 
 MUTANTS = (
@@ -138,18 +139,18 @@ def main() -> int:
     if unknown := set(sys.argv[1:]) - {mutant.name for mutant in chosen}:
         print(f"no such mutant: {', '.join(unknown)}; there are: {', '.join(mutant.name for mutant in MUTANTS)}")
         return 1
-    with tempfile.TemporaryDirectory(prefix="gpt2-flax-mutants-") as name:
-        copy = Path(name)
-        for part in ("gpt2_flax", "tests", "scripts", "docs", "configs", "pyproject.toml", "setup.cfg", "README.md"):
-            whole = ROOT / part
-            (shutil.copytree if whole.is_dir() else shutil.copyfile)(whole, copy / part)
+    with tempfile.TemporaryDirectory(prefix="gpt2-flax-mutants-") as folder:
+        copy = Path(folder)
+        for name in ("gpt2_flax", "tests", "scripts", "docs", "configs", "pyproject.toml", "README.md"):
+            source = ROOT / name
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, copy / name)
         print(f"the tests of {len(chosen)} mutants, unchanged", flush=True)
         code, said = run([mutant.test for mutant in chosen], copy)
         if code:
             print(said)
             return 1
         survivors = [mutant.name for mutant in chosen if not is_killed(mutant, copy)]
-    print(f"survived: {', '.join(survivors)}" if survivors else f"all {len(chosen)} are killed")
+    print(f"survived: {', '.join(survivors)}" if survivors else f"all {len(chosen)} were killed")
     return 1 if survivors else 0
 
 
@@ -157,7 +158,7 @@ def is_killed(mutant: Mutant, copy: Path) -> bool:
     path = copy / "gpt2_flax" / mutant.file
     before = path.read_text(encoding="utf-8")
     if before.count(mutant.old) != 1:
-        print(f"LOST      {mutant.name}: its text is {before.count(mutant.old)} times in {mutant.file}", flush=True)
+        print(f"LOST      {mutant.name}: {mutant.file} contains its text {before.count(mutant.old)} times", flush=True)
         return False
     path.write_text(before.replace(mutant.old, mutant.new), encoding="utf-8")
     try:

@@ -1,13 +1,14 @@
-"""UER-py's pretrain.py for GPT-2, by its flags: writes a config, prints the `gpt2-flax train` command, and runs it.
+"""Train from the flags of UER-py's pretrain.py for GPT-2: write a config, print the `gpt2-flax train` command, run it.
 
     python3 pretrain.py --dataset_path cluecorpussmall_lm_seq128_dataset.pt --vocab_path models/google_zh_vocab.txt \
         --config_path models/gpt2/config.json --output_model_path models/cluecorpussmall_gpt2_seq128_model.bin \
         --world_size 8 --gpu_ranks 0 1 2 3 4 5 6 7 --total_steps 1000000 --save_checkpoint_steps 100000 \
         --report_steps 50000 --learning_rate 1e-4 --batch_size 64
 
-The run is a folder, models/cluecorpussmall_gpt2_seq128_model, and the config stands beside it with .toml for .bin. What
-UER-py would call models/cluecorpussmall_gpt2_seq128_model.bin-1000000 is understood by --pretrained_model_path and by
-convert_gpt2_from_uer_to_huggingface.py. The same command goes on after a stop. docs/from_uer.md says what differs.
+The run is the folder models/cluecorpussmall_gpt2_seq128_model, and the config beside it ends in .toml instead of .bin.
+--pretrained_model_path and convert_gpt2_from_uer_to_huggingface.py accept UER-py's name of a checkpoint,
+models/cluecorpussmall_gpt2_seq128_model.bin-1000000. The same command resumes after a stop. docs/from_uer.md lists the
+differences.
 """
 
 import argparse
@@ -39,8 +40,8 @@ _SCHEDULES = {
     "constant_with_warmup": {"schedule": "constant"},
 }
 _NOT_LM = "leave it out: it is not for lm"
-_OTHER_MODEL = "leave it out: GPT-2 is computed without"
-_SHARDED = "leave it out: parameters are shared between devices as far as memory demands, see mesh.fsdp"
+_OTHER_MODEL = "leave it out: GPT-2 does not have it"
+_SHARDED = "leave it out: parameters are sharded over devices as far as memory requires, see mesh.fsdp"
 _INSTEAD = {
     "--log_path": "leave it out: numbers are in metrics.jsonl and tensorboard of the run folder",
     "--log_level": "leave it out: numbers are in metrics.jsonl and tensorboard of the run folder",
@@ -65,7 +66,7 @@ _INSTEAD = {
     "--remove_attention_scale": _OTHER_MODEL,
     "--remove_transformer_bias": _OTHER_MODEL,
 }
-# Flags of older versions for what stands in models/gpt2/config.json today; they are checked as if they stood there.
+# Flags of older versions that are fields of models/gpt2/config.json today; they are checked like these fields.
 _MODEL_LISTS = ("embedding", "target")
 _MODEL_WORDS = ("encoder", "mask", "layernorm_positioning", "layernorm", "feed_forward", "data_processor")
 _MODEL_SWITCHES = ("remove_embedding_layernorm", "tie_weights")
@@ -78,7 +79,7 @@ def main() -> None:
     init_from = named_model(options.pretrained_model_path) if options.pretrained_model_path else None
     epsilon = LAYER_NORM_EPSILON
     if init_from is not None and init_from.is_file():
-        init_from = _taken_in(init_from, output, options, hosts)
+        init_from = _imported(init_from, output, options, hosts)
     elif init_from is not None:
         epsilon = _epsilon(init_from)
     values = _config(options, output, init_from, epsilon)
@@ -100,28 +101,28 @@ def _flags() -> Flags:
         default=Path("dataset.pt"),
         help="folder made by preprocess.py or gpt2-flax prepare",
     )
-    flags.add_argument("--seq_length", type=int, help="tokens a row; what preprocess.py was told when left out")
+    flags.add_argument("--seq_length", type=int, help="tokens in a row; default: the --seq_length of preprocess.py")
     flags.add_argument("--vocab_path", type=user_path, help="compared with the vocabulary of the dataset")
-    flags.add_argument("--spm_model_path", type=user_path, help="as --vocab_path")
-    flags.add_argument("--tokenizer", choices=["bert", "xlmroberta"], help="the dataset's is taken")
+    flags.add_argument("--spm_model_path", type=user_path, help="like --vocab_path")
+    flags.add_argument("--tokenizer", choices=["bert", "xlmroberta"], help="ignored: the dataset's tokenizer is used")
     flags.add_argument("--do_lower_case", choices=["true", "false"], default="true")
-    flags.add_argument("--config_path", type=user_path, required=True, help="config.json of a GPT-2 of UER-py")
+    flags.add_argument("--config_path", type=user_path, required=True, help="config.json of a UER-py GPT-2")
     flags.add_argument(
         "--pretrained_model_path",
         type=user_path,
-        help="a run, NAME.bin-STEP of one, a UER-py .bin file, a transformers folder",
+        help="a run, its NAME.bin-STEP, a UER-py .bin file, or a transformers folder",
     )
     flags.add_argument("--output_model_path", type=user_path, required=True, help="run folder, with or without .bin")
-    flags.add_argument("--world_size", type=int, default=1, help="GPUs in all: the batch is that of so many")
-    flags.add_argument("--gpu_ranks", type=int, nargs="+", default=[], help="those of this host")
-    flags.add_argument("--master_ip", default="tcp://localhost:12345", help="of the first of several hosts")
-    flags.add_argument("--backend", help="taken, and without effect")
-    flags.add_argument("--instances_buffer_size", help="taken, and without effect: all of the dataset is shuffled")
+    flags.add_argument("--world_size", type=int, default=1, help="number of all GPUs, which sets the batch size")
+    flags.add_argument("--gpu_ranks", type=int, nargs="+", default=[], help="ranks of the GPUs on this host")
+    flags.add_argument("--master_ip", default="tcp://localhost:12345", help="address of the first of several hosts")
+    flags.add_argument("--backend", help="accepted without effect")
+    flags.add_argument("--instances_buffer_size", help="accepted without effect: the whole dataset is shuffled")
     flags.add_argument("--total_steps", type=int, default=100_000)
     flags.add_argument("--save_checkpoint_steps", type=int, default=10_000)
     flags.add_argument("--report_steps", type=int, default=100)
     flags.add_argument("--accumulation_steps", type=int, default=1)
-    flags.add_argument("--batch_size", type=int, default=32, help="rows of a GPU")
+    flags.add_argument("--batch_size", type=int, default=32, help="rows on one GPU")
     flags.add_argument("--learning_rate", type=float, default=2e-5)
     flags.add_argument("--warmup", type=float, default=0.1, help="share of all steps")
     flags.add_argument("--beta1", type=float, default=0.9)
@@ -131,13 +132,15 @@ def _flags() -> Flags:
     flags.add_argument("--dropout", type=float)
     flags.add_argument("--seed", type=int, default=7)
     flags.add_argument("--fp16", action="store_true", help="bfloat16, which needs no loss scaling")
-    flags.add_argument("--fp16_opt_level", choices=["O0", "O1", "O2", "O3"], help="without effect")
-    flags.add_argument("--deep_init", action="store_true", help="residual projections over sqrt(2 layers)")
+    flags.add_argument("--fp16_opt_level", choices=["O0", "O1", "O2", "O3"], help="accepted without effect")
+    flags.add_argument(
+        "--deep_init", action="store_true", help="divide initial residual projections by sqrt(2 * layers)"
+    )
     for name in _MODEL_LISTS:
         flags.add_argument(f"--{name}", nargs="+")
     for name in _MODEL_WORDS:
         flags.add_argument(f"--{name}")
-    flags.add_argument("--max_seq_length", type=int, help="rows of the position embedding")
+    flags.add_argument("--max_seq_length", type=int, help="number of positions")
     for name in _MODEL_SWITCHES:
         flags.add_argument(f"--{name}", action="store_true")
     flags.add_argument("--translate_only", action="store_true", help="write the config, print the command, and end")
@@ -145,11 +148,12 @@ def _flags() -> Flags:
 
 
 def _config(options: argparse.Namespace, output: Path, init_from: Path | None, epsilon: float) -> dict[str, Any]:
-    total, parts = options.total_steps, options.accumulation_steps
-    if min(total, parts, options.save_checkpoint_steps, options.report_steps, options.batch_size) < 1:
+    total, microbatches = options.total_steps, options.accumulation_steps
+    if min(total, microbatches, options.save_checkpoint_steps, options.report_steps, options.batch_size) < 1:
         raise UserError(ExitCode.USAGE, "steps and batch size must be above 0", "pretrain.py", "correct the command")
-    # UER-py counts the parts of a batch as steps.
-    total, save, report = (max(1, n // parts) for n in (total, options.save_checkpoint_steps, options.report_steps))
+    # UER-py counts each microbatch as a step.
+    steps = (total, options.save_checkpoint_steps, options.report_steps)
+    total, save, report = (max(1, n // microbatches) for n in steps)
     start = {} if init_from is None else {"init_from": str(init_from)}
     return {
         "output": str(output),
@@ -163,7 +167,7 @@ def _config(options: argparse.Namespace, output: Path, init_from: Path | None, e
         "data": {
             "dataset": str(options.dataset_path),
             "seq_length": _seq_length(options),
-            "global_batch_size": options.batch_size * options.world_size * parts,
+            "global_batch_size": options.batch_size * options.world_size * microbatches,
         },
         "optimizer": {
             "preset": "uer",
@@ -175,11 +179,11 @@ def _config(options: argparse.Namespace, output: Path, init_from: Path | None, e
         | _SCHEDULES[options.scheduler],
         "training": {
             "total_steps": total,
-            "accumulation_steps": parts,
+            "accumulation_steps": microbatches,
             "seed": options.seed,
             "log_every": report,
             "save_every": save,
-            "keep_checkpoints": max(3, -(-total // save)),  # UER-py keeps all
+            "keep_checkpoints": max(3, -(-total // save)),  # UER-py keeps all checkpoints
             "evaluate_every": save,
             "evaluation_batches": 200,
         },
@@ -207,7 +211,7 @@ def _seq_length(options: argparse.Namespace) -> int:
     info = read_info(folder)
     lowercase = False if options.do_lower_case == "false" else None
     if vocabulary and load_tokenizer(vocabulary, lowercase=lowercase).fingerprint != info.tokenizer_fingerprint:
-        fix = "give the vocabulary that preprocess.py was given, or leave it out"
+        fix = "give the vocabulary that preprocess.py got, or leave it out"
         raise UserError(ExitCode.DATA, f"dataset {folder} was made with another vocabulary", vocabulary, fix)
     if options.seq_length is not None:
         return options.seq_length
@@ -217,20 +221,20 @@ def _seq_length(options: argparse.Namespace) -> int:
     return read_object(folder / SEQ_LENGTH)["seq_length"]
 
 
-def _taken_in(file: Path, output: Path, options: argparse.Namespace, hosts: list[str]) -> Path:
-    """Imports a file of UER-py beside the run, and returns the folder."""
+def _imported(file: Path, output: Path, options: argparse.Namespace, hosts: list[str]) -> Path:
+    """Import a UER-py file into a folder beside the run, and return the folder."""
     folder = output.with_name(output.name + "_pretrained")
     vocabulary = str(options.vocab_path or options.dataset_path / "tokenizer")
     command = ["import", str(file), str(folder), "--tokenizer", vocabulary, "--uer-config", str(options.config_path)]
     if hosts:
-        fix = f"take it in before, once, and name the folder: {shown(command)}"
-        raise UserError(ExitCode.USAGE, "several hosts cannot take in one file", file, fix)
+        fix = f"import it once before, and give the folder: {shown(command)}"
+        raise UserError(ExitCode.USAGE, "several hosts cannot import one file", file, fix)
     run_before(*command, "--overwrite")
     return folder
 
 
 def _epsilon(init_from: Path) -> float:
-    """Returns the layer norm epsilon of a run, one of its checkpoints, or a `transformers` folder."""
+    """Return the layer norm epsilon of a run, one of its checkpoints, or a `transformers` folder."""
     if (init_from / CONFIG).is_file():
         return from_hf_config(read_object(init_from / CONFIG), init_from / CONFIG).layer_norm_epsilon
     run = RunFolder(init_from.parent.parent if init_from.parent.name == "checkpoints" else init_from)
@@ -238,7 +242,7 @@ def _epsilon(init_from: Path) -> float:
         return config.model.layer_norm_epsilon
     imported = run.checkpoints / "0"
     if not imported.is_dir():
-        fix = "give a run, NAME.bin-STEP of one, a .bin file of UER-py, or a transformers folder"
+        fix = "give a run, its NAME.bin-STEP, a .bin file of UER-py, or a transformers folder"
         raise UserError(ExitCode.NO_INPUT, "no model found", init_from, fix)
     try:
         return read_meta(imported, 0)["model"]["layer_norm_epsilon"]
@@ -247,7 +251,7 @@ def _epsilon(init_from: Path) -> float:
 
 
 def _hosts(options: argparse.Namespace) -> list[str]:
-    """Options of `gpt2-flax train` for several hosts, each with as many GPUs as this one; none for a single one."""
+    """Return the options of `gpt2-flax train` for several hosts with equally many GPUs; none for a single host."""
     here, total = len(options.gpu_ranks), options.world_size
     ranks_fit = total == 1 or set(options.gpu_ranks) <= set(range(total))
     if here > total or not ranks_fit or total < 1:
@@ -256,7 +260,7 @@ def _hosts(options: argparse.Namespace) -> list[str]:
     if total == 1 or here in (0, total):
         return []
     if total % here:
-        fix = "let every host have as many GPUs, or start gpt2-flax train on each yourself"
+        fix = "use hosts with equally many GPUs, or start gpt2-flax train on each host yourself"
         raise UserError(ExitCode.USAGE, f"{total} GPUs are not a multiple of the {here} here", "pretrain.py", fix)
     address = options.master_ip.removeprefix("tcp://")
     number = min(options.gpu_ranks) // here
@@ -264,7 +268,7 @@ def _hosts(options: argparse.Namespace) -> list[str]:
 
 
 def _visible_devices(options: argparse.Namespace) -> dict[str, str]:
-    """The GPUs that UER-py would take: the one named, or as many as there are ranks."""
+    """Return the GPUs that UER-py would use: the named one, or one for each rank."""
     ranks = options.gpu_ranks
     if not ranks or "CUDA_VISIBLE_DEVICES" in os.environ:
         return {}

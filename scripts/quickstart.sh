@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole way from text to a transformers folder, on real Chinese text and a small model: about 4 minutes on two CPU
-# cores after installation. Everything it makes lies under quickstart/. A second call keeps what is finished and goes on
-# with what is not; `bash scripts/quickstart.sh --fresh` starts over.
+# Go the whole path from text to a transformers folder, with real Chinese text and a small model. It takes about 4 minutes
+# on two CPU cores after installation. All results are in quickstart/. A second call keeps finished results and resumes
+# the rest; `bash scripts/quickstart.sh --fresh` starts over.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
@@ -15,12 +15,12 @@ case "${1:-}" in
     *) echo "error: unknown option $1: $0; the only one is --fresh" >&2; exit 64 ;;
 esac
 
-stage() { # stage NAME FOLDER COMMAND...: runs the command unless FOLDER is there already
+stage() { # stage NAME FOLDER COMMAND...: runs the command unless FOLDER exists
     local name=$1 folder=$2 start=$SECONDS
     shift 2
     printf '\n== %s\n' "$name"
     if [ -e "$folder" ]; then
-        echo "$folder is there, kept"
+        echo "$folder exists and is kept"
         return
     fi
     "$@"

@@ -1,14 +1,23 @@
 #!/usr/bin/env bash
-# Lint and tests in an environment of their own (.test-environment). Arguments go to pytest:
-#   bash scripts/run_tests.sh tests/model/test_model.py -k cache     (two processes; -n 0: none but one)
+# Run lint and tests in an environment of their own (.test-environment).
+#   bash scripts/run_tests.sh                                everything
+#   bash scripts/run_tests.sh --fast                         without the tests that are slow or start processes
+#   bash scripts/run_tests.sh tests/model/test_model.py -k cache    other arguments go to pytest
+# pytest uses two processes; with -n 0 it uses its own process alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
+chosen=()
+if [ "${1:-}" = --fast ]; then
+    chosen=(-m "not slow and not multiprocess")
+    shift
+fi
 extras=dev,export,gguf,push,quickstart,corpora,ray,serve
-# To compile for TPUs and GPUs without one; the only builds are for this platform.
+# The compilers for TPUs and GPUs exist for this platform only; they need no TPU and no GPU.
 [ "$(uname -sm)" != "Linux x86_64" ] || extras+=,tpu,cuda-compiler
 make_environment .test-environment "$extras"
 ruff check .
 ruff format --check .
-python -m pytest -n 2 --dist loadfile "$@"
+# basedpyright
+python -m pytest -n 2 --dist loadfile ${chosen[@]+"${chosen[@]}"} "$@"

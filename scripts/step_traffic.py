@@ -1,16 +1,16 @@
-"""Sums the memory traffic of a compiled training step, for accelerators that need not be here.
+"""Sum the memory traffic of a training step that is compiled for an accelerator, without the accelerator.
 
-Every kernel of the optimized program counts what it reads and what it writes, as often as its loop runs. Nothing is
-taken to stay in a cache. A kernel that takes slices out of an array reads the slices, and one that updates a part of
-an array in place writes the part. The time is an estimate: bytes over the bandwidth of the data sheet, so that
-products, which are bound by arithmetic, take longer.
+Every kernel of the optimized program counts the bytes that it reads and writes, as often as its loop runs. Caches do
+not count. A kernel that reads slices of an array counts the slices; a kernel that updates a slice in place counts the
+slice. The time is an estimate: bytes divided by the bandwidth of the data sheet. Products are bound by arithmetic and
+take longer.
 
     python scripts/step_traffic.py --topology h200:1 --shape 32x1024
     python scripts/step_traffic.py --topology h200:1 --shape 32x1024 --options model.layers=scanned \
         --variant "no dropout" model.attn_pdrop=0 --variant unrolled model.layers=unrolled    # before and after
     python scripts/step_traffic.py --hlo program.txt --topology h200:1
 
---options hold for all variants. Without --variant there is one, the default recipe.
+--options apply to all variants. Without --variant there is one variant, the default recipe.
 """
 
 import argparse
@@ -38,7 +38,7 @@ GROUPS = (
     "copies",
 )
 COLLECTIVES = re.compile(r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?")
-# They run nothing: names, views, or the end of what was counted at its start.
+# These run nothing: names, views, or the end of an instruction that was counted at its start.
 FREE = {"parameter", "get-tuple-element", "tuple", "constant", "bitcast", "after-all", "partition-id", "replica-id"}
 FREE |= {"opt-barrier", "add-dependency", "domain"}
 RUNS_OTHERS = {"while", "conditional", "call", "async-start"}
@@ -48,7 +48,7 @@ MOVES |= {"broadcast", "iota", "convert"}
 
 
 class Kernel(NamedTuple):
-    """An instruction that runs on a device: how often a step, its bytes in all, and its group."""
+    """An instruction that runs on a device: launches in a step, total bytes, and group."""
 
     launches: int
     bytes: int
@@ -62,7 +62,7 @@ class Program:
         self._hlo, self._within = hlo, computations(hlo)
 
     def kernels(self) -> Iterator[Kernel]:
-        """Yield what a step runs."""
+        """Yield the kernels of a step."""
         yield from self._kernels("ENTRY", 1)
 
     def _kernels(self, name: str, times: int) -> Iterator[Kernel]:
@@ -87,7 +87,7 @@ class Program:
         if fused := self._fused(one):
             return _read_in(fused) + _written_in(fused)
         result, operands = bytes_of(_without_workspace(one)), [bytes_of(shapes.get(name, "")) for name in one.operands]
-        if one.opcode == "custom-call":  # a library or a kernel of ours: an array that is given twice is read once
+        if one.opcode == "custom-call":  # a library's kernel or ours: an array that is passed twice is read once
             return result + _read_by_kernel(one, shapes)
         if one.opcode in SLICES:
             return 2 * result + sum(operands[1:])
@@ -95,16 +95,16 @@ class Program:
             return 2 * operands[1]
         if one.opcode == "scatter":
             return 3 * operands[2] + operands[1]
-        if one.opcode.endswith("-start"):  # the shape of most names operands as well as results
-            parts = elements(one.shape)
-            result = bytes_of(parts[0 if len(parts) == 1 or one.opcode == "copy-start" else 1])
+        if one.opcode.endswith("-start"):  # most of these shapes list operands as well as results
+            results = elements(one.shape)
+            result = bytes_of(results[0 if len(results) == 1 or one.opcode == "copy-start" else 1])
         return result + sum(operands)
 
     def _group(self, one: Instruction) -> str:
         if COLLECTIVES.fullmatch(one.opcode):
             return "collectives"
         fused = self._fused(one)
-        # Of scalars, the places of slices are computed.
+        # Scalars do not count: they are the positions of slices.
         if {inner.opcode for inner in fused or [one] if "[]" not in inner.shape} <= MOVES:
             return "copies"
         frames = self._frames(one)
@@ -121,7 +121,7 @@ class Program:
         return one.opcode == "dot" or "__cublas" in one.attributes or any(map(self._multiplies, self._fused(one)))
 
     def _frames(self, one: Instruction) -> tuple["Frame", ...]:
-        """Return where an instruction was traced, the innermost call first."""
+        """Return the Python calls that traced an instruction, the innermost call first."""
         number = re.search(r"stack_frame_id=(\d+)", one.attributes)
         found, number = [], int(number[1]) if number else 0
         while number in self._stacks:
@@ -131,7 +131,7 @@ class Program:
 
     @cached_property
     def _stacks(self) -> dict[int, tuple["Frame", int]]:
-        """Each frame by its number, with the number of its caller."""
+        """Return each frame and the number of its caller, by the number of the frame."""
         files = dict(re.findall(r'^(\d+) "(.*)"$', _table(self._hlo, "FileNames"), re.M))
         functions = dict(re.findall(r'^(\d+) "(.*)"$', _table(self._hlo, "FunctionNames"), re.M))
         places = re.findall(
@@ -143,12 +143,12 @@ class Program:
         }
         stacks = re.compile(r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?", re.M)
         found = stacks.findall(_table(self._hlo, "StackFrames"))
-        # The text counts parents from 1 more than frames, so that 1 is none.
+        # The text numbers parents one higher than frames: parent 1 means none.
         return {int(number): (frames[place], int(parent or 1) - 1) for number, place, parent in found}
 
 
 class Frame(NamedTuple):
-    """A call on the stack of what traced an instruction."""
+    """A call on the Python stack that traced an instruction."""
 
     path: str
     module: str
@@ -160,7 +160,7 @@ def _table(hlo: str, name: str) -> str:
 
 
 def _without_workspace(one: Instruction) -> str:
-    """Return the shape of a kernel's results; libraries get scratch memory as one more."""
+    """Return the shape of a kernel's results, without the scratch memory that libraries get as one more result."""
     if one.opcode != "custom-call":
         return one.shape
     first, *others = elements(one.shape)
@@ -168,7 +168,7 @@ def _without_workspace(one: Instruction) -> str:
 
 
 def _read_by_kernel(one: Instruction, shapes: dict[str, str]) -> int:
-    """Return what a kernel that XLA did not make reads: not an array whose place a result takes."""
+    """Return the bytes that a kernel of a library or of ours reads; a result may replace an array that is not read."""
     aliases = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", one.attributes)
     replaced = set(map(int, re.findall(r": \((\d+),", aliases[1]))) if aliases else set()
     read = {name for place, name in enumerate(one.operands) if place not in replaced}
@@ -176,32 +176,32 @@ def _read_by_kernel(one: Instruction, shapes: dict[str, str]) -> int:
 
 
 def _read_in(fused: list[Instruction]) -> int:
-    """Return what a fused kernel reads of its parameters."""
+    """Return the bytes that a fused kernel reads from its parameters."""
     users = defaultdict(list)
     for one in fused:
         for place, name in enumerate(one.operands):
             users[name].append((one, place))
 
     def read(name: str, whole: int) -> int:
-        parts = 0
+        total_bytes = 0
         for user, place in users[name]:
             if user.opcode == "bitcast":
-                parts += read(user.name, whole)
+                total_bytes += read(user.name, whole)
             elif user.opcode in SLICES and place == 0:
-                parts += bytes_of(user.shape)
+                total_bytes += bytes_of(user.shape)
             elif user.opcode in ("dynamic-update-slice", "scatter") and place == 0:
-                # In place. A scatter adds to what is there.
-                parts += bytes_of(by_name[user.operands[2]].shape) if user.opcode == "scatter" else 0
+                # These update in place, but a scatter also reads the numbers to which it adds.
+                total_bytes += bytes_of(by_name[user.operands[2]].shape) if user.opcode == "scatter" else 0
             else:
                 return whole
-        return min(parts, whole)
+        return min(total_bytes, whole)
 
     by_name = {one.name: one for one in fused}
     return sum(read(one.name, bytes_of(one.shape)) for one in fused if one.opcode == "parameter")
 
 
 def _written_in(fused: list[Instruction]) -> int:
-    """Return what a fused kernel writes."""
+    """Return the bytes that a fused kernel writes."""
     by_name = {one.name: one for one in fused}
 
     def written(one: Instruction) -> int:
@@ -223,14 +223,14 @@ def _source(one: Instruction, by_name: dict[str, Instruction]) -> Instruction:
 
 
 class Total(NamedTuple):
-    """A variant's launches and bytes by group, and its peak memory in bytes, None of a text."""
+    """Launches and bytes of a variant by group, and its peak memory in bytes (None if read from a text)."""
 
     groups: dict[str, tuple[int, int]]
     memory: int | None
 
 
 def total(hlo: str, memory: int | None = None) -> Total:
-    """Sum a program's kernels."""
+    """Sum the kernels of a program."""
     groups = dict.fromkeys(GROUPS, (0, 0))
     for kernel in Program(hlo).kernels():
         launches, size = groups[kernel.group]
@@ -279,13 +279,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="h200:1", help="as in gpt2-flax plan (default: %(default)s)")
     parser.add_argument("--shape", type=shape, default=(32, 1024), help="ROWSxLENGTH of each device (default: 32x1024)")
-    parser.add_argument("--size", default="base", choices=SIZES, help="of the model (default: base)")
+    parser.add_argument("--size", default="base", choices=SIZES, help="size of the model (default: base)")
     parser.add_argument("--vocab-size", type=int, default=21128, help="(default: %(default)s)")
-    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="of this package's config")
+    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="config keys of this package")
     parser.add_argument(
         "--variant", nargs="+", action="append", default=[], metavar=("NAME", "KEY=VALUE"), help="repeatable"
     )
-    parser.add_argument("--hlo", nargs="+", type=Path, default=[], help="texts of compiled programs instead")
+    parser.add_argument("--hlo", nargs="+", type=Path, default=[], help="read texts of compiled programs instead")
     args = parser.parse_args()
     from gpt2_flax.parallel.devices import bandwidth
     from gpt2_flax.plan.topology import devices_for

@@ -1,4 +1,4 @@
-"""Continues a text with nothing but `transformers`: python scripts/transformers_example.py FOLDER TEXT"""
+"""Continue a text with `transformers` alone: python scripts/transformers_example.py FOLDER TEXT"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What the scripts with UER-py's names share: its flags, the files they name, and gpt2-flax commands in their place."""
+"""Shared by the scripts with UER-py's names: flags, paths, and the gpt2-flax commands that replace UER-py's."""
 
 import argparse
 import os
@@ -17,9 +17,9 @@ _STEP = re.compile(r"(?P<name>.+)\.bin-(?P<step>\d+)")
 
 
 class Flags(argparse.ArgumentParser):
-    """Flags of a UER-py program; `instead` says what to do for those that have no place here.
+    """Flags of a UER-py program; `instead` says what to do in place of an unsupported flag.
 
-    A name in it that ends in an underscore stands for all that begin so.
+    A name in `instead` that ends in an underscore stands for all flags that begin with it.
     """
 
     def __init__(self, description: str, instead: Mapping[str, str]):
@@ -27,7 +27,7 @@ class Flags(argparse.ArgumentParser):
         self._instead = instead
 
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
-        """Raises `UserError` (USAGE) for anything that is not understood; nothing is passed over in silence."""
+        """Parse the command line; raise `UserError` (USAGE) for each flag or value that is not understood."""
         options, unknown = self.parse_known_args(arguments)
         for flag in unknown:
             name = flag.partition("=")[0]
@@ -41,7 +41,7 @@ class Flags(argparse.ArgumentParser):
 
 
 def user_path(given: str) -> Path:
-    """Returns a path as gpt2-flax commands take it: expanded, and no address."""
+    """Return a path with `~` expanded, as in gpt2-flax commands; refuse an address."""
     try:
         return Path(local_path(given))
     except ValueError as error:
@@ -49,14 +49,14 @@ def user_path(given: str) -> Path:
 
 
 def run_folder(output_model_path: Path) -> Path:
-    """Returns the run folder that stands for UER-py's `--output_model_path NAME.bin`: NAME."""
+    """Return the run folder for UER-py's `--output_model_path NAME.bin`: NAME."""
     return output_model_path.with_suffix("") if output_model_path.suffix == ".bin" else output_model_path
 
 
 def named_model(path: Path) -> Path:
-    """Returns what a path of UER-py names here: NAME.bin-STEP is the checkpoint STEP of the run NAME.
+    """Return the model for a path of UER-py: NAME.bin-STEP is the checkpoint STEP of the run NAME.
 
-    A file or folder of just that name comes first.
+    A file or folder with exactly that name takes precedence.
     """
     if path.exists():
         return path
@@ -66,13 +66,13 @@ def named_model(path: Path) -> Path:
 
 
 def shown(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
-    """Returns the gpt2-flax command as one would type it."""
+    """Return the gpt2-flax command as a user would type it."""
     variables = [f"{name}={value}" for name, value in (environment or {}).items()]
     return " ".join([*variables, shlex.join(["gpt2-flax", *arguments])])
 
 
 def run_before(*arguments: str) -> None:
-    """Prints and runs a gpt2-flax command in a process of its own, and ends this one when it fails."""
+    """Print a gpt2-flax command and run it in a new process; exit with its code if it fails."""
     print(shown(arguments), flush=True)
     code = subprocess.run([sys.executable, "-m", "gpt2_flax", *arguments], check=False).returncode
     if code:
@@ -80,13 +80,13 @@ def run_before(*arguments: str) -> None:
 
 
 def run_instead(*arguments: str, **environment: str) -> NoReturn:
-    """Prints a gpt2-flax command and becomes it: its signals and its exit code are those of this process."""
+    """Print a gpt2-flax command and replace this process by it, so that signals and the exit code are the command's."""
     print(shown(arguments, environment), flush=True)
     os.execve(sys.executable, [sys.executable, "-m", "gpt2_flax", *arguments], os.environ | environment)
 
 
 def exit_code(main: Callable[[], None]) -> int:
-    """Runs a script; a failure that its reader can mend is one line."""
+    """Run a script and return its exit code; print a `UserError` as one line."""
     speak_utf8()
     try:
         main()

@@ -23,7 +23,7 @@ from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.checkpoint.tensor_files import check_finite
 from gpt2_flax.checkpoint.uer import read_uer
 from gpt2_flax.checkpoint.weights import Weights, abstract_model, model_from_weights, weights_of
-from gpt2_flax.config import Config, MeshConfig, ModelConfig, parse_config, parse_model
+from gpt2_flax.config import Config, ModelConfig, parse_config, parse_model
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import new_folder
 from gpt2_flax.parallel.mesh import make_mesh
@@ -171,7 +171,7 @@ def _read(store: CheckpointStore, step: int) -> tuple[dict[str, Any], ModelConfi
     fix = "another version of gpt2_flax wrote it: export it with that one, then import it here"
     model = parse_model(meta["model"], place, fix)
     model = model.model_copy(update={"attention": "auto"})  # what trained it need not be what it is used on
-    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+    mesh = make_mesh(devices=jax.local_devices()[:1])
     with jax.set_mesh(mesh):  # `init_from` is read where another mesh is set
         layout = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, P())),

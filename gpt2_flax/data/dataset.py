@@ -19,15 +19,18 @@ import itertools
 import resource
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from gpt2_flax.data.dataset_info import MARKER, OFFSET, SPLITS, DatasetInfo, Shard, read_info, shard_paths
 from gpt2_flax.data.flat_files import KEPT_BYTES, Advance, FlatFile, OpenFile, gather, ignore, ranges
 from gpt2_flax.data.integrity import FirstUse, Watch
-from gpt2_flax.errors import UserError
+from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.progress import progress_bar
+
+if TYPE_CHECKING:
+    from gpt2_flax.tokenizers.tokenizer import Tokenizer
 
 _STRIDE = 32  # if all document starts of a split are too many for memory, one of so many is kept there
 
@@ -266,6 +269,16 @@ class TokenDataset:
     @property
     def tokenizer_folder(self) -> Path:
         return self.folder / "tokenizer"
+
+    def tokenizer(self) -> "Tokenizer":
+        """Load the tokenizer of the dataset; raises `UserError` (DATA) if it is missing or did not make the dataset."""
+        from gpt2_flax.tokenizers.tokenizer import load_tokenizer  # readers of tokens need no tokenizer
+
+        tokenizer = load_tokenizer(self.tokenizer_folder)
+        if tokenizer.fingerprint != self.info.tokenizer_fingerprint:
+            what = f"tokenizer is not the one that {MARKER} names"
+            raise UserError(ExitCode.DATA, what, self.tokenizer_folder, "prepare the dataset again")
+        return tokenizer
 
     def fingerprints(self) -> dict[str, str]:
         """Return sha256 sums that identify the tokenizer, the training tokens and the validation tokens."""

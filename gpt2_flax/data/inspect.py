@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpt2_flax.config import Config
+from gpt2_flax.data.batches import deal
 from gpt2_flax.data.dataset import TokenDataset, TokenSplit
-from gpt2_flax.data.dataset_info import MARKER, DatasetInfo
-from gpt2_flax.data.loader import deal
+from gpt2_flax.data.dataset_info import DatasetInfo
 from gpt2_flax.data.mixture import Mixture
-from gpt2_flax.data.packing import IGNORE
+from gpt2_flax.data.packing import IGNORE, RowLayout
 from gpt2_flax.errors import ExitCode, UserError, printable
 from gpt2_flax.tokenizers.survey import MUCH_UNKNOWN, encoding_lines
-from gpt2_flax.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from gpt2_flax.tokenizers.tokenizer import Tokenizer
 
 PERCENTS = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 SHOWN_CHARACTERS = 200
@@ -79,7 +79,7 @@ def inspection_lines(dataset: TokenDataset, samples: int = 3, lengths: Sequence[
     Raises `UserError` (DATA) if document starts are damaged, if the tokenizer is missing or is not that of the dataset,
     and at the end if a file changed meanwhile.
     """
-    info, splits, tokenizer = dataset.info, (dataset.train, dataset.validation), dataset_tokenizer(dataset)
+    info, splits, tokenizer = dataset.info, (dataset.train, dataset.validation), dataset.tokenizer()
     special = {"begin": info.bos_id, "end": info.eos_id, "unknown": info.unk_id}
     sizes = [path.stat().st_size for path in dataset.folder.rglob("*") if path.is_file()]
     more = f" and {len(info.sources) - SHOWN_NAMES:,} more" if len(info.sources) > SHOWN_NAMES else ""
@@ -121,8 +121,8 @@ def batch_lines(config: Config, mixture: Mixture, step: int, samples: int) -> It
     data, total = config.data, config.training.total_steps
     if not 1 <= step <= total:
         raise UserError(ExitCode.USAGE, f"there is no step {step}", config.output, f"its steps are 1 to {total}")
-    tokenizer = dataset_tokenizer(next(iter(mixture.datasets.values())))
-    loader = mixture.loader(data.seq_length, config.training.seed, data.packing)
+    tokenizer = mixture.tokenizer()
+    batches = mixture.batches(RowLayout(data.seq_length, data.packing), config.training.seed)
     first, last = (step - 1) * data.global_batch_size, step * data.global_batch_size
     yield (
         f"step {step:,} of {total:,}: samples {first:,} to {last - 1:,}, "
@@ -131,28 +131,21 @@ def batch_lines(config: Config, mixture: Mixture, step: int, samples: int) -> It
     if config.model.attend_across_documents:
         yield "attention and positions run through whole rows, across documents"
     shown = range(first, min(last, first + samples))
-    datasets_B, numbers_B = deal(np.arange(first, last), loader.shares)
-    for sample, dataset, number in zip(shown, datasets_B.tolist(), numbers_B.tolist(), strict=False):
-        part, folder = loader.loaders[dataset], list(mixture.datasets)[dataset]
-        tokens_T, targets_T, segments_T, _ = (rows_BT[0] for rows_BT in loader.batch(sample, sample + 1))
+    datasets_B, rows_B = batches.locate(first, last)
+    _, numbers_B = deal(np.arange(first, last), mixture.shares)
+    places = zip(shown, datasets_B.tolist(), rows_B.tolist(), numbers_B.tolist(), strict=False)
+    for sample, dataset, row, number in places:
+        rows, folder = batches.rows[dataset], list(mixture.datasets)[dataset]
+        tokens_T, targets_T, segments_T, _ = (rows_BT[0] for rows_BT in batches.batch(sample, sample + 1))
         trained_T = targets_T != IGNORE
         yield ""
-        place = f"{folder} row {part.row(number):,} of {part.n_rows:,} in epoch {number // part.n_rows + 1:,}"
+        place = f"{folder} row {row:,} of {rows.n_rows:,} in epoch {number // rows.n_rows + 1:,}"
         yield f"sample {sample:,}: {place}, {trained_T.sum():,} targets, {(segments_T == 0).sum():,} padding"
-        for segment, start in enumerate(part.starts(number).tolist(), 1):
+        for segment, start in enumerate(rows.starts(row).tolist(), 1):
             inside_T = segments_T == segment
-            yield f"  {_place(part.split, start, int(inside_T.sum()))}, {trained_T[inside_T].sum():,} targets"
+            yield f"  {_place(rows.split, start, int(inside_T.sum()))}, {trained_T[inside_T].sum():,} targets"
             yield f"    {_with_ends(tokens_T[inside_T], tokenizer)}"
     mixture.check_unchanged()
-
-
-def dataset_tokenizer(dataset: TokenDataset) -> Tokenizer:
-    """Load the tokenizer of a dataset; raises `UserError` (DATA) if it is missing or did not make the dataset."""
-    tokenizer = load_tokenizer(dataset.tokenizer_folder)
-    if tokenizer.fingerprint != dataset.info.tokenizer_fingerprint:
-        what = f"tokenizer is not the one that {MARKER} names"
-        raise UserError(ExitCode.DATA, what, dataset.tokenizer_folder, "prepare the dataset again")
-    return tokenizer
 
 
 def decoded(ids_T: np.ndarray, tokenizer: Tokenizer) -> str:

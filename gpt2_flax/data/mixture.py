@@ -1,19 +1,28 @@
-"""The datasets of a run: one, or several that are read together in fixed shares."""
+"""The datasets of a run: one dataset, or several in fixed shares."""
 
 import hashlib
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from gpt2_flax.config import Packing, Verify
+from gpt2_flax.config import Verify
+from gpt2_flax.data.batches import Batches, shares_of_rest
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.integrity import FirstUse
-from gpt2_flax.data.loader import MixedLoader, shares_of_rest
+from gpt2_flax.data.packing import RowLayout
 from gpt2_flax.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from gpt2_flax.tokenizers.tokenizer import Tokenizer
 
 
 class Mixture:
-    """Datasets of one tokenizer, opened, with the weights of their samples; `datasets` has them by folder as given.
+    """The opened datasets of a run, all of one tokenizer; `datasets` maps each folder, as given, to its dataset.
 
-    Raises `UserError`: as `TokenDataset`, and CONFIG when two of them were prepared with different tokenizers.
+    Args:
+        weights: the weight of each dataset folder in the samples of the run.
+
+    Raises:
+        UserError: CONFIG, when two datasets have different tokenizers; and as `TokenDataset`.
     """
 
     def __init__(self, weights: Mapping[str, float]):
@@ -32,10 +41,15 @@ class Mixture:
                 raise UserError(ExitCode.CONFIG, "datasets were prepared with different tokenizers", where, fix)
 
     def verify(self, how: Verify) -> None:
-        """Verify all splits ("full"), or validation splits now and each training shard when it is used ("first-use").
+        """Compare shards with their checksums.
 
-        "off": nothing. Raises `UserError` (DATA) naming the first file that is wrong. For a training shard that is
-        verified later whoever reads next raises it, and the two methods below.
+        Args:
+            how: "full" verifies all splits now. "first-use" verifies the validation splits now, and each training shard
+                in the background once it is used. "off" verifies nothing.
+
+        Raises:
+            UserError: DATA, naming the first damaged file. Damage that is found in the background is raised by the
+                next read, by `check_unchanged`, or by `wait_until_verified`.
         """
         for dataset in self.datasets.values():
             if how == "full":
@@ -45,31 +59,30 @@ class Mixture:
                 dataset.train.check_at_first_use(self._first_use)
 
     def check_unchanged(self) -> None:
-        """Raise `UserError` (DATA) that names a file which changed since it was opened, or a damaged shard."""
+        """Raise `UserError` (DATA) for a file that changed since it was opened, or for a damaged shard."""
         self._first_use.raise_failure()
         for dataset in self.datasets.values():
             dataset.check_unchanged()
 
     def wait_until_verified(self, patience: float | None) -> None:
-        """Wait until the shards used so far are verified, but warn after `patience` seconds (None: never).
+        """Wait until the shards that were used so far are verified; raise `UserError` (DATA) for a damaged shard.
 
-        A run computes checksums from its start on, and soon has them all: a save seldom waits.
-        Raises `UserError` (DATA) for a damaged shard.
+        After `patience` seconds, warn and return; None waits without a limit.
         """
         self._first_use.wait(patience)
 
-    def loader(
-        self, seq_length: int, seed: int, packing: Packing = "stream", attend_across_documents: bool = False
-    ) -> MixedLoader:
-        """Returns the loader of the training splits; raises as `rows_of`."""
-        splits = [dataset.train for dataset in self.datasets.values()]
-        return MixedLoader(splits, self.shares, seq_length, seed, packing, attend_across_documents)
+    def tokenizer(self) -> "Tokenizer":
+        """Return the tokenizer of the datasets; raise as `TokenDataset.tokenizer`."""
+        return next(iter(self.datasets.values())).tokenizer()
+
+    def batches(self, layout: RowLayout, seed: int) -> Batches:
+        """Return the batches of the training splits; raise as `Batches`."""
+        return Batches([dataset.train for dataset in self.datasets.values()], self.shares, layout, seed)
 
     def fingerprints(self) -> dict[str, str]:
-        """Returns sha256 sums that tell mixtures apart; those of a single dataset are its own.
+        """Return sha256 sums of the tokenizer, and of the training and validation tokens with their order and shares.
 
-        `tokens_fingerprint` is of the training tokens of all, their order and their shares, wherever they lie;
-        `validation_fingerprint` likewise.
+        The fingerprints of a single dataset are the dataset's own. The folders do not matter.
         """
         parts = [dataset.fingerprints() for dataset in self.datasets.values()]
         sums = parts[0]

@@ -1,34 +1,35 @@
 """How the token stream becomes rows to train on.
 
-A row is a sequence of segments, each a part of one document, and of padding. A position is a pair of an input token and
-its target, the next token of the document; the first token of a document is never a target.
+A row is a sequence of segments, and then padding. A segment is a run of tokens of one document. Each position of a row
+holds an input token and its target, the next token of the document. The first token of a document is never a target.
 
-    stream     the stream cut every T tokens, whatever lies there: no padding but at its end
-    best_fit   documents in as few parts as their lengths allow, put together so that rows are full (`best_fit`)
-    document   one part of a document a row, rows of T + 1 tokens, padded: the layout of UER-py, for comparison
+    stream     the stream, cut every T tokens; only the last row has padding
+    best_fit   documents in as few segments as their lengths allow, combined so that rows are full (`best_fit`)
+    document   one segment a row, of at most T + 1 tokens, then padding: the layout of UER-py, for comparison
 
-In the first two every token but the first of a document is a target once an epoch. In the third the first token of each
-further part of a document is not one either.
-Dimension key: B rows, T seq_length, R segments of all rows, padding being one.
+With `stream` and `best_fit`, every token except the first of a document is a target once an epoch. With `document`, the
+first token of each later segment of a document is not a target either.
+Dimension key: B rows, T seq_length, R segments of all rows (the padding of a row counts as one).
 """
 
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import numpy as np
 
-from gpt2_flax.config import Packing
+from gpt2_flax.config import Config, Packing
 from gpt2_flax.data.dataset import TokenSplit
-from gpt2_flax.data.row_index import Plan, read_or_make_plan
+from gpt2_flax.data.row_index import read_or_make_plan
 
 IGNORE = -1
-"""The target of a position that is not trained on."""
+"""The target of a position that is not trained on, such as padding."""
 
 
 class Batch(NamedTuple):
-    """Rows for the model, all int32 (B, T).
+    """Rows for the model; four int32 arrays of shape (B, T).
 
-    A target is the next token, or IGNORE. Attention stays inside equal segment numbers (0 is padding); positions count
-    from 0 in each segment.
+    A target is the next token, or IGNORE. Attention stays inside a segment; segments are numbered from 1, and 0 is
+    padding. Positions count from 0 in each segment.
     """
 
     tokens_BT: np.ndarray
@@ -37,46 +38,68 @@ class Batch(NamedTuple):
     positions_BT: np.ndarray
 
 
-class Rows(Protocol):
-    """The rows of an epoch, in the order of the stream."""
+class RowLayout(NamedTuple):
+    """How to cut a split into rows."""
+
+    seq_length: int
+    """Positions of a row."""
+    packing: Packing = "stream"
+    attend_across_documents: bool = False
+    """Whether attention and positions run through the whole row."""
+
+
+def row_layout(config: Config) -> RowLayout:
+    """Return the row layout that a run trains and evaluates with."""
+    return RowLayout(config.data.seq_length, config.data.packing, config.model.attend_across_documents)
+
+
+class Rows(ABC):
+    """The rows of one split, in the order of the stream."""
 
     n_rows: int
 
+    def __init__(self, split: TokenSplit, layout: RowLayout):
+        self.split, self.layout = split, layout
+
     def batch(self, rows_B: np.ndarray) -> Batch:
-        """Returns rows by their int64 numbers; those from `n_rows` on are padding."""
+        """Return the rows with the int64 numbers rows_B; a row from `n_rows` on is all padding."""
+        batch = self._segmented(rows_B)
+        return across_documents(batch) if self.layout.attend_across_documents else batch
 
+    @abstractmethod
     def starts(self, row: int) -> np.ndarray:
-        """Returns where in the stream each segment of a row begins, int64, padding left out."""
+        """Return the position in the stream where each segment of a row begins, int64, without padding."""
+
+    @abstractmethod
+    def _segmented(self, rows_B: np.ndarray) -> Batch: ...
 
 
-def rows_of(split: TokenSplit, seq_length: int, packing: Packing) -> Rows:
-    """Returns the rows that `packing` makes; raises `UserError` (DATA) when document starts are damaged."""
-    if packing == "stream":
-        return StreamRows(split, seq_length)
-    return PlannedRows(split, read_or_make_plan(split, seq_length, packing))
+def rows_of(split: TokenSplit, layout: RowLayout) -> Rows:
+    """Return the rows of a split; raise `UserError` (DATA) when the index of document starts is damaged."""
+    return StreamRows(split, layout) if layout.packing == "stream" else IndexedRows(split, layout)
 
 
 def across_documents(batch: Batch) -> Batch:
-    """Returns the batch with attention and positions that run through the whole row; targets stay what they were."""
+    """Return the batch with attention and positions that run through the whole row, and with the same targets."""
     positions_BT = np.broadcast_to(np.arange(batch.tokens_BT.shape[1], dtype=np.int32), batch.tokens_BT.shape)
     return batch._replace(segments_BT=(batch.segments_BT != 0).astype(np.int32), positions_BT=positions_BT)
 
 
-class StreamRows:
-    """Windows of T + 1 tokens of the stream, each of which shares one token with the next."""
+class StreamRows(Rows):
+    """Windows of T + 1 tokens of the stream; each window shares one token with the next window."""
 
-    def __init__(self, split: TokenSplit, seq_length: int):
-        self.split, self.seq_length = split, seq_length
-        self.n_rows = max(1, -(-(split.n_tokens - 1) // seq_length))
+    def __init__(self, split: TokenSplit, layout: RowLayout):
+        super().__init__(split, layout)
+        self.n_rows = max(1, -(-(split.n_tokens - 1) // layout.seq_length))
 
-    def batch(self, rows_B: np.ndarray) -> Batch:
-        length, starts_B = self.seq_length, rows_B * self.seq_length
+    def _segmented(self, rows_B: np.ndarray) -> Batch:
+        length, starts_B = self.layout.seq_length, rows_B * self.layout.seq_length
         windows_BS = self.split.gather(starts_B, np.full_like(starts_B, length + 1)).reshape(-1, length + 1)
         targets_BT = windows_BS[:, 1:].astype(np.int32)
         rows, columns = self.split.document_starts(starts_B + 1, length)  # column 0 is that of the first target
         targets_BT[rows, columns] = IGNORE
         inner = columns < length - 1
-        # Every row begins a segment, every document that starts in a row another.
+        # A segment begins with every row, and with every document that starts inside a row.
         firsts_R = np.sort(np.concatenate((np.arange(len(rows_B)) * length, (rows * length + columns + 1)[inner])))
         numbers_R = np.arange(1, len(firsts_R) + 1) - np.searchsorted(firsts_R, firsts_R // length * length)
         segments_BT, positions_BT = _spread(numbers_R, firsts_R, targets_BT.shape)
@@ -88,21 +111,22 @@ class StreamRows:
         return Batch(windows_BS[:, :-1].astype(np.int32), targets_BT, segments_BT, positions_BT)
 
     def starts(self, row: int) -> np.ndarray:
-        start = row * self.seq_length
-        _, places = self.split.document_starts(np.array([start]), self.seq_length)
+        start = row * self.layout.seq_length
+        _, places = self.split.document_starts(np.array([start]), self.layout.seq_length)
         return start + np.union1d(0, places)
 
 
-class PlannedRows:
-    """Rows made of parts of documents as a plan says."""
+class IndexedRows(Rows):
+    """Rows whose segments are listed in a row index."""
 
-    def __init__(self, split: TokenSplit, plan: Plan):
-        self.split, self.plan = split, plan
-        self.n_rows = max(1, plan.n_rows)
+    def __init__(self, split: TokenSplit, layout: RowLayout):
+        super().__init__(split, layout)
+        self.plan = read_or_make_plan(split, layout.seq_length, layout.packing)
+        self.n_rows = max(1, self.plan.n_rows)
 
-    def batch(self, rows_B: np.ndarray) -> Batch:
+    def _segmented(self, rows_B: np.ndarray) -> Batch:
         starts_R, lengths_R, numbers_R, goes_on_R = self._segments(rows_B)
-        # Each segment is read with the token after it, the target of its last position if the part has one.
+        # Read each segment with the token after it, which may be the target of its last position.
         after_R = np.cumsum(lengths_R + 1) - 1
         read_T = self.split.gather(starts_R, lengths_R + 1)
         is_input_T = np.ones(len(read_T), bool)
@@ -124,9 +148,9 @@ class PlannedRows:
         return starts_N
 
     def _segments(self, rows_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Where in the stream segments start, their lengths, their numbers, and whether the last token has a target.
+        """Return for each segment: start in the stream, length, number, and whether the last token has a target.
 
-        The last segment of each row is its padding, of no tokens or more, which is what lies past the stream's end.
+        The last segment of each row is its padding, possibly of length 0. Padding is read from past the stream's end.
         """
         counts_B, parts_starts, parts_tokens = self.plan.parts(rows_B)
         paddings_B = np.cumsum(counts_B + 1) - 1
@@ -143,7 +167,13 @@ class PlannedRows:
 
 
 def _spread(numbers_R: np.ndarray, firsts_R: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The int32 segment numbers and positions of rows, given where in all rows together segments begin, ascending."""
+    """Return int32 segment numbers and positions, both of `shape` (B, T).
+
+    Args:
+        numbers_R: the number of each segment in its row.
+        firsts_R: where each segment begins in all rows together, ascending.
+        shape: rows, and positions of a row.
+    """
     size = shape[0] * shape[1]
     lengths_R = np.append(firsts_R[1:], size) - firsts_R
     segments_T = np.repeat(numbers_R.astype(np.int32), lengths_R)

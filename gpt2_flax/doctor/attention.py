@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config import ModelConfig, ModelOptions
 from gpt2_flax.doctor.rates import compute_dtype
 from gpt2_flax.doctor.report import Report
 from gpt2_flax.errors import UserError
@@ -19,8 +19,8 @@ from gpt2_flax.model.attention_choice import choose
 from gpt2_flax.parallel.mesh import platform
 
 _B, _T, _H, _K = 2, 256, 2, 64
-_ROW = ModelConfig().n_positions  # tokens of a row in the default recipe
-_RATE = ModelConfig().attn_pdrop
+_ROW = ModelOptions().n_positions  # tokens of a row in the default recipe
+_RATE = ModelOptions().attn_pdrop
 _LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}
 """The largest norm of an error, over the norm of the right result. bfloat16 has 8 bits: 4e-3 to 1e-2 are usual."""
 _LETTERS = ("out", "dq", "dk", "dv")

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gpt2_flax.config import Config, parse_config
+from gpt2_flax.config import ResolvedConfig, parse_config
 from gpt2_flax.cpu import tune_cpu
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.doctor.rates import compute_dtype, product_rate
@@ -54,7 +54,7 @@ def determinism(report: Report) -> None:
             report.wrong("with training.deterministic the same steps end in other bits: report this")
 
 
-def _differences(config: Config) -> tuple[int, int, float, int]:
+def _differences(config: ResolvedConfig) -> tuple[int, int, float, int]:
     """Return how many of how many parameters differ between two runs of the same steps, the loss, and steps skipped."""
     with jax.set_mesh(_mesh(config)):
         step, state, batch = _prepared(config)
@@ -126,7 +126,7 @@ def suggestion(measured: dict[int, tuple[str, float, float | None]], available: 
     return f"{text}; for larger batches raise training.accumulation_steps"
 
 
-def _seconds(config: Config) -> tuple[float, float]:
+def _seconds(config: ResolvedConfig) -> tuple[float, float]:
     """The time of a step, of three rounds the fastest, and the time until the first was done."""
     start = time.perf_counter()
     with jax.set_mesh(_mesh(config)):
@@ -143,11 +143,11 @@ def _seconds(config: Config) -> tuple[float, float]:
     return min(rounds), compiling
 
 
-def _mesh(config: Config) -> Mesh:
-    return make_mesh(config.mesh, jax.local_devices()[:1])
+def _mesh(config: ResolvedConfig) -> Mesh:
+    return make_mesh(devices=jax.local_devices()[:1])
 
 
-def _prepared(config: Config) -> tuple[Step, TrainState, Batch]:
+def _prepared(config: ResolvedConfig) -> tuple[Step, TrainState, Batch]:
     mesh = _mesh(config)
     layout = state_layout(config, mesh)
     rows = config.data.global_batch_size
@@ -155,7 +155,7 @@ def _prepared(config: Config) -> tuple[Step, TrainState, Batch]:
     return make_train_step(config, layout, mesh), initial_state(config, layout), batch
 
 
-def _batch(config: Config) -> Batch:
+def _batch(config: ResolvedConfig) -> Batch:
     """Returns packed documents, of lengths as in Chinese news and comments: most short, some longer than a row."""
     draw = np.random.default_rng(0)
     n_rows, length = config.data.global_batch_size, config.data.seq_length
@@ -168,7 +168,7 @@ def _batch(config: Config) -> Batch:
     return Batch(tokens_BT[:, :-1], tokens_BT[:, 1:], segments_BT, positions_BT.astype(np.int32))
 
 
-def _config(rows: int, model: dict[str, Any]) -> Config:
+def _config(rows: int, model: dict[str, Any]) -> ResolvedConfig:
     """Returns the default recipe with another model, as `gpt2-flax train` would run it on one device."""
     values = {
         "output": "none",
@@ -176,7 +176,7 @@ def _config(rows: int, model: dict[str, Any]) -> Config:
         "data": {"dataset": "none", "seq_length": _length(), "global_batch_size": rows},
         "training": {"total_steps": 1000},
     }
-    return parse_config(values, "gpt2-flax doctor")
+    return parse_config(values, "gpt2-flax doctor").with_vocab_size(values["model"]["vocab_size"])
 
 
 def _tiny() -> dict[str, int]:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from gpt2_flax.config import Packing
 from gpt2_flax.data.dataset import TokenSplit
-from gpt2_flax.data.packing import IGNORE, Batch, Rows, across_documents, rows_of
+from gpt2_flax.data.packing import IGNORE, Batch, RowLayout, Rows, across_documents, rows_of
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import utf8_name
 from gpt2_flax.inference.evaluation import Evaluation
@@ -40,7 +40,7 @@ def evaluate_documents(
     Documents lie in rows as `packing` says, so a long one is predicted in parts. characters_M: None when not known.
     For a single process.
     """
-    rows = rows_of(split, seq_length, packing)
+    rows = rows_of(split, RowLayout(seq_length, packing))
     lengths_M = np.concatenate([np.zeros(0, np.int64), *split.document_lengths()])
     starts_M = np.cumsum(lengths_M) - lengths_M
     nats_M, correct_M, targets_M = np.zeros((3, len(lengths_M)))

@@ -1,29 +1,30 @@
-"""Which mesh suits a model and its devices, for sizes that the config leaves to be chosen."""
+"""The choice of mesh sizes that a config leaves open."""
 
 from collections.abc import Iterator, Sequence
 
 import jax
 
-from gpt2_flax.config import Config, MeshConfig
+from gpt2_flax.config import ResolvedConfig
 from gpt2_flax.parallel.devices import memory_bytes
+from gpt2_flax.parallel.mesh import MeshSizes
 
 BYTES_PER_PARAMETER = 16  # float32 parameter, gradient, and two moments
 _SHARE_FOR_STATE = 0.5  # of a device's memory; activations need the rest
 
 
-def choose_mesh(config: Config, devices: Sequence[jax.Device]) -> tuple[MeshConfig, str]:
-    """Returns the mesh sizes with each "auto" replaced, and the reason in words.
+def choose_mesh(config: ResolvedConfig, devices: Sequence[jax.Device]) -> tuple[MeshSizes, str]:
+    """Return the mesh sizes for a config, and the reason for the choice.
 
-    Copies of the whole model (`data`) exchange least, so parameters are shared (`fsdp`) only as far as memory demands,
-    and matrix products (`tensor`) only when there are more devices than rows. Sizes that are given are kept. Where
-    nothing goes together the sizes are those that `make_mesh` and the layout refuse with a sentence.
+    Replicas of the whole model (`data`) communicate least. So parameters are sharded (`fsdp`) only as far as memory
+    demands, and matrix products (`tensor`) only when there are more devices than rows. Sizes that the config gives are
+    kept. If no mesh fits, returns sizes that `make_mesh` or the layout rejects with an explanation.
     """
     mesh, count, memory = config.mesh, len(devices), memory_bytes(devices[0])
     state = BYTES_PER_PARAMETER * config.model.parameters
     sizes = sorted(_sizes(config, count), key=lambda size: (size[1], size[0]))
     if not sizes:
-        given = {name: 1 for name in ("fsdp", "tensor") if getattr(mesh, name) == "auto"}
-        return mesh.model_copy(update=given), "nothing else suits the number of devices and rows"
+        given = (1 if size == "auto" else size for size in (mesh.fsdp, mesh.tensor))
+        return MeshSizes(mesh.data, *given), "nothing else suits the number of devices and rows"
     enough = (size for size in sizes if memory is None or state / (size[0] * size[1]) <= _SHARE_FOR_STATE * memory)
     fsdp, tensor = next(enough, max(sizes, key=lambda size: (-size[1], size[0])))
     share = f"parameters, gradients and optimizer state take {state / (fsdp * tensor) / 1e9:.2f} GB"
@@ -31,11 +32,11 @@ def choose_mesh(config: Config, devices: Sequence[jax.Device]) -> tuple[MeshConf
     if "auto" not in (mesh.fsdp, mesh.tensor):
         reason = f"as configured; {reason}"
     data = count // (fsdp * tensor) if mesh.data == -1 else mesh.data
-    return MeshConfig(data=data, fsdp=fsdp, tensor=tensor), reason
+    return MeshSizes(data, fsdp, tensor), reason
 
 
-def _sizes(config: Config, count: int) -> Iterator[tuple[int, int]]:
-    """Yields all (fsdp, tensor) that divide devices, rows and every array evenly and keep the sizes given."""
+def _sizes(config: ResolvedConfig, count: int) -> Iterator[tuple[int, int]]:
+    """Yield each (fsdp, tensor) that divides devices, rows and every array evenly and keeps the configured sizes."""
     model, mesh = config.model, config.mesh
     rows = config.data.global_batch_size // config.training.accumulation_steps
     for tensor in range(1, count + 1):

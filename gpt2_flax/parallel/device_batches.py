@@ -1,4 +1,4 @@
-"""Numpy rows onto the devices of a mesh, ahead of need."""
+"""Place numpy batches on the devices of a mesh, ahead of need."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.parallel.mesh import BATCH_AXES
@@ -15,32 +15,39 @@ from gpt2_flax.parallel.rules import batch_sharding
 T = TypeVar("T")
 
 
-def row_shards(mesh: Mesh) -> int:
-    """Returns how many parts the rows of a batch are split in."""
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Return the number of shards that the rows of a batch are split into."""
     return mesh.shape[BATCH_AXES[0]] * mesh.shape[BATCH_AXES[1]]
 
 
-def device_batch(mesh: Mesh, n_rows: int, rows: Callable[[int, int], Batch]) -> Batch:
-    """Returns a global batch of `n_rows` rows, sharded by row; `rows(first, last)` gives numpy rows.
+def device_batch(mesh: Mesh, n_rows: int, read: Callable[[int, int], Batch], start: int = 0) -> Batch:
+    """Return the global batch of samples [start, start + n_rows), sharded by row.
 
-    Each process asks only for the rows that its own devices hold.
+    Args:
+        mesh: devices that hold the batch.
+        n_rows: rows of the batch, a multiple of `row_shards(mesh)`.
+        read: returns the numpy rows of samples [first, last). Each process reads only the rows of its own devices.
+        start: first sample of the batch.
     """
     sharding = batch_sharding(mesh)
     bounds = [index[0].indices(n_rows)[:2] for index in sharding.addressable_devices_indices_map((n_rows,)).values()]
-    first, last = min(start for start, _ in bounds), max(stop for _, stop in bounds)
+    first, last = min(begin for begin, _ in bounds), max(end for _, end in bounds)
 
     def place(local):
-        def piece(index):
-            start, stop, _ = index[0].indices(n_rows)
-            return local[start - first : stop - first]
+        def shard(index):
+            begin, end, _ = index[0].indices(n_rows)
+            return local[begin - first : end - first]
 
-        return jax.make_array_from_callback((n_rows, *local.shape[1:]), sharding, piece)
+        return jax.make_array_from_callback((n_rows, *local.shape[1:]), sharding, shard)
 
-    return Batch(*map(place, rows(first, last)))
+    return Batch(*map(place, read(start + first, start + last)))
 
 
 def prefetch(make: Callable[[int], T], items: Iterable[int], depth: int = 2) -> Iterator[T]:
-    """Yields `make(item)` in order, made by a thread up to `depth` ahead; its exception is raised here, in its turn."""
+    """Yield `make(item)` for each item in order; a thread computes up to `depth` items ahead.
+
+    An exception of `make` is raised here, in its turn.
+    """
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
         waiting: deque = deque()
         try:

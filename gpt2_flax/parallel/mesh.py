@@ -1,36 +1,46 @@
 """The device mesh `data x fsdp x tensor`."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 from jax.sharding import AxisType, Mesh
 
-from gpt2_flax.config import MeshConfig
 from gpt2_flax.errors import ExitCode, UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns the mesh over `devices` (all of them when left out); a size that is "auto" is 1, see `auto_mesh`.
+class MeshSizes(NamedTuple):
+    """The number of devices on each axis of a mesh."""
 
-    Raises `UserError` (CONFIG) when the sizes do not multiply to the number of devices.
+    data: int = -1
+    """Replicas of the model; -1: all devices that the other axes leave."""
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def make_mesh(sizes: MeshSizes = MeshSizes(), devices: Sequence[jax.Device] | None = None) -> Mesh:  # noqa: B008
+    """Return the mesh over `devices`, by default over all devices.
+
+    Raises:
+        UserError: CONFIG, when the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, *(1 if size == "auto" else size for size in (config.fsdp, config.tensor))]
-    if config.data == -1:
-        sizes[0] = len(devices) // (sizes[1] * sizes[2])
-    if sizes[0] * sizes[1] * sizes[2] != len(devices):
-        mesh = f"data {config.data} x fsdp {sizes[1]} x tensor {sizes[2]}"
+    data, fsdp, tensor = sizes
+    if data == -1:
+        data = len(devices) // (fsdp * tensor)
+    if data * fsdp * tensor != len(devices):
+        mesh = f"data {sizes.data} x fsdp {fsdp} x tensor {tensor}"
         fix = "choose sizes whose product is the number of devices, or leave mesh.data at -1"
         raise UserError(ExitCode.CONFIG, f"mesh {mesh} does not fit {len(devices)} devices", "section [mesh]", fix)
-    # Auto axes on purpose: jax.make_mesh makes Explicit ones unless told, and kernels do not carry those yet.
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # Auto axes on purpose: jax.make_mesh makes Explicit axes by default, and kernels do not support them yet.
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def platform() -> str:
-    """Returns "cpu", "gpu" or "tpu": what the mesh in force consists of, of devices that are not here too."""
+    """Return "cpu", "gpu" or "tpu": the devices of the mesh in force, which may be absent from this machine."""
     mesh = jax.sharding.get_abstract_mesh()
     name = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
     return "gpu" if name in ("cuda", "rocm") else name

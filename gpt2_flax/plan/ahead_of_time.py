@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gpt2_flax.config import Config, MeshConfig, parse_config
+from gpt2_flax.config import ResolvedConfig, parse_config
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.parallel.auto_mesh import choose_mesh
 from gpt2_flax.parallel.devices import memory_bytes
-from gpt2_flax.parallel.mesh import make_mesh
+from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 from gpt2_flax.parallel.rules import batch_sharding
 from gpt2_flax.plan.collectives import Collective, collectives
 from gpt2_flax.plan.estimate import bytes_on_a_device
 from gpt2_flax.training.choices import choices
-from gpt2_flax.training.start import check_rows
+from gpt2_flax.training.open_stage import check_rows
 from gpt2_flax.training.step import TrainState, make_train_step, state_layout
 
 Note = Callable[[str], AbstractContextManager]
@@ -36,7 +36,7 @@ _USABLE = 0.75  # share of a GPU's memory that JAX takes unless XLA_PYTHON_CLIEN
 class Compiled:
     """A training step for one topology; bytes are those of each device."""
 
-    mesh: MeshConfig
+    mesh: MeshSizes
     why: str
     """Of the mesh, in words."""
     choices: Mapping[str, str]
@@ -67,7 +67,7 @@ class Change:
     compiled: Compiled
 
 
-def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
+def lower_step(config: ResolvedConfig, mesh: Mesh) -> jax.stages.Lowered:
     """Trace the step of a config whose `model.vocab_size` is known, for the devices of a mesh.
 
     Raises `UserError` (USAGE) when the program calls cuDNN and it is not installed.
@@ -83,7 +83,7 @@ def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
             raise UserError(ExitCode.USAGE, "the program calls cuDNN, which is not installed", "cuDNN", fix) from None
 
 
-def compile_step(config: Config, devices: Sequence[jax.Device], optimize: bool = False) -> Compiled:
+def compile_step(config: ResolvedConfig, devices: Sequence[jax.Device], optimize: bool = False) -> Compiled:
     """Compiles the step of a config whose `model.vocab_size` is known, quickly unless `optimize`.
 
     Raises `UserError`: CONFIG when the mesh does not suit the devices or the batch, and as `lower_step`.
@@ -113,14 +113,14 @@ def compile_step(config: Config, devices: Sequence[jax.Device], optimize: bool =
     )
 
 
-def _arguments(config: Config, mesh: Mesh) -> tuple[TrainState, Batch]:
+def _arguments(config: ResolvedConfig, mesh: Mesh) -> tuple[TrainState, Batch]:
     """Return the state and the batch of a step, as shapes with shardings."""
     shape = (config.data.global_batch_size, config.data.seq_length)
     rows_BT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
     return state_layout(config, mesh), Batch(*[rows_BT] * len(Batch._fields))
 
 
-def smallest_change(config: Config, devices: Sequence[jax.Device], optimize: bool, note: Note) -> Change | None:
+def smallest_change(config: ResolvedConfig, devices: Sequence[jax.Device], optimize: bool, note: Note) -> Change | None:
     """Returns the cheapest change with which the step fits, None when none of those tried does.
 
     Activations are computed again first, then batches are computed in parts, then parameters are shared by more
@@ -144,7 +144,9 @@ def memory_fraction(devices: Sequence[jax.Device], compiled: Compiled) -> float 
     return 0.95
 
 
-def _candidates(config: Config, devices: Sequence[jax.Device]) -> Iterator[tuple[tuple[str, ...], Config]]:
+def _candidates(
+    config: ResolvedConfig, devices: Sequence[jax.Device]
+) -> Iterator[tuple[tuple[str, ...], ResolvedConfig]]:
     """Yields what to try in order of its cost: `section.key=value` and the config with it."""
     sizes, _ = choose_mesh(config, devices)
     rows, parts = config.data.global_batch_size, config.training.accumulation_steps
@@ -154,7 +156,7 @@ def _candidates(config: Config, devices: Sequence[jax.Device]) -> Iterator[tuple
     on_one_mesh = remats + [strongest | {"training.accumulation_steps": count} for count in more_parts]
     more_shared = [sizes.fsdp * 2**power for power in range(1, (len(devices) // sizes.fsdp).bit_length())]
     for fsdp in (sizes.fsdp, *more_shared):
-        mesh = MeshConfig(data=len(devices) // (fsdp * sizes.tensor), fsdp=fsdp, tensor=sizes.tensor)
+        mesh = MeshSizes(len(devices) // (fsdp * sizes.tensor), fsdp, sizes.tensor)
         if fsdp == sizes.fsdp:
             shared, combinations = {}, on_one_mesh
         else:
@@ -166,15 +168,15 @@ def _candidates(config: Config, devices: Sequence[jax.Device]) -> Iterator[tuple
 
 
 def _changed(
-    config: Config, mesh: MeshConfig, changes: Mapping[str, str | int], devices: Sequence[jax.Device]
-) -> Config | None:
+    config: ResolvedConfig, mesh: MeshSizes, changes: Mapping[str, str | int], devices: Sequence[jax.Device]
+) -> ResolvedConfig | None:
     """The config with other values and this mesh, None when its rows or arrays cannot be split so."""
-    values = config.model_dump(exclude_none=True) | {"mesh": mesh.model_dump()}
+    values = config.model_dump(exclude_none=True) | {"mesh": mesh._asdict()}
     for key, value in changes.items():
         section, name = key.split(".")
         values[section][name] = value
     try:
-        candidate = parse_config(values, "config")
+        candidate = parse_config(values, "config").with_vocab_size(config.model.vocab_size)
         check_rows(candidate, make_mesh(mesh, devices))
         state_layout(candidate, make_mesh(mesh, devices))
     except UserError:
@@ -182,8 +184,8 @@ def _changed(
     return candidate
 
 
-def _state_and_gradients(config: Config, devices: Sequence[jax.Device]) -> int:
-    layout = state_layout(config, make_mesh(config.mesh, devices))
+def _state_and_gradients(config: ResolvedConfig, devices: Sequence[jax.Device]) -> int:
+    layout = state_layout(config, make_mesh(choose_mesh(config, devices)[0], devices))
     return bytes_on_a_device(layout) + bytes_on_a_device(layout.model)
 
 

@@ -15,15 +15,16 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh, AxisType
 
-from gpt2_flax.config import Config, MeshConfig, ModelConfig
+from gpt2_flax.config import Config, ModelConfig, ResolvedConfig
 from gpt2_flax.data.mixture import Mixture
+from gpt2_flax.data.packing import row_layout
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.model.flops import flops_per_token
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.model.loss import cross_entropy
 from gpt2_flax.parallel.device_batches import row_shards
-from gpt2_flax.parallel.mesh import AXES
-from gpt2_flax.training.start import check_rows, with_vocab_size
+from gpt2_flax.parallel.mesh import AXES, MeshSizes
+from gpt2_flax.training.open_stage import check_rows, with_vocab_size
 from gpt2_flax.training.step import state_layout
 
 
@@ -72,7 +73,7 @@ class Memory:
         return self.parameters + self.gradients + self.optimizer + self.activations + self.loss
 
 
-def read_datasets(config: Config) -> tuple[Config, Mixture | None]:
+def read_datasets(config: Config) -> tuple[ResolvedConfig, Mixture | None]:
     """Returns the config with its vocabulary, and the datasets, None when one of them was not prepared yet.
 
     Raises `UserError`: CONFIG when nothing says the size of the vocabulary, and as `Mixture` and `with_vocab_size`.
@@ -87,11 +88,11 @@ def read_datasets(config: Config) -> tuple[Config, Mixture | None]:
             raise UserError(
                 ExitCode.CONFIG, f"model.vocab_size is not known, and {error.what}", error.where, fix
             ) from None
-        return config, None
+        return config.with_vocab_size(config.model.vocab_size), None
     return with_vocab_size(config, mixture), mixture
 
 
-def figures(config: Config, mixture: Mixture | None) -> Figures:
+def figures(config: ResolvedConfig, mixture: Mixture | None) -> Figures:
     """Returns the counts of a run whose `model.vocab_size` is known."""
     model, n_rows, steps = config.model, config.data.global_batch_size, config.training.total_steps
     return Figures(
@@ -105,18 +106,18 @@ def figures(config: Config, mixture: Mixture | None) -> Figures:
     )
 
 
-def abstract_mesh(sizes: MeshConfig) -> AbstractMesh:
+def abstract_mesh(sizes: MeshSizes) -> AbstractMesh:
     """Returns a mesh of those sizes, all given, without devices: enough to say how arrays are split."""
     return AbstractMesh((sizes.data, sizes.fsdp, sizes.tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def checkpoint_bytes(config: Config) -> int:
+def checkpoint_bytes(config: ResolvedConfig) -> int:
     """Returns the size of one checkpoint: parameters and moments, the padding of the vocabulary included."""
-    layout = state_layout(config, abstract_mesh(MeshConfig(data=1, fsdp=1, tensor=1)))
+    layout = state_layout(config, abstract_mesh(MeshSizes(1, 1, 1)))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((layout.model, layout.opt_state)))
 
 
-def memory(config: Config, sizes: MeshConfig) -> Memory:
+def memory(config: ResolvedConfig, sizes: MeshSizes) -> Memory:
     """Returns the bytes on each device of a mesh; raises `UserError` (CONFIG) where rows or arrays do not split."""
     mesh = abstract_mesh(sizes)
     check_rows(config, mesh)
@@ -133,12 +134,12 @@ def bytes_on_a_device(layout: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _epochs(config: Config, mixture: Mixture) -> dict[str, float]:
-    loader = mixture.loader(config.data.seq_length, 0, config.data.packing, config.model.attend_across_documents)
+def _epochs(config: ResolvedConfig, mixture: Mixture) -> dict[str, float]:
+    batches = mixture.batches(row_layout(config), seed=0)
     weights = config.data.datasets
     samples = config.training.total_steps * config.data.global_batch_size / sum(weights.values())
-    parts = zip(weights.items(), loader.loaders, strict=True)
-    return {folder: samples * weight / part.n_rows for (folder, weight), part in parts}
+    of_datasets = zip(weights.items(), batches.rows, strict=True)
+    return {folder: samples * weight / rows.n_rows for (folder, weight), rows in of_datasets}
 
 
 def _of_one_part(model: ModelConfig, n_rows: int, seq_length: int, tensor: int) -> tuple[int, int]:

@@ -8,10 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 import jax
 from rich.console import Console
 
-from gpt2_flax.config import Config, MeshConfig
+from gpt2_flax.config import Config, ResolvedConfig
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.parallel.auto_mesh import choose_mesh
 from gpt2_flax.parallel.devices import memory_bytes, peak_flops
+from gpt2_flax.parallel.mesh import MeshSizes
 from gpt2_flax.plan.ahead_of_time import Change, Compiled, compile_step, memory_fraction, smallest_change
 from gpt2_flax.plan.estimate import Figures, checkpoint_bytes, figures, memory, read_datasets
 from gpt2_flax.progress import duration, si
@@ -56,7 +57,7 @@ def _kind(devices: Sequence[jax.Device]) -> str:
     return f"{len(devices)} x {devices[0].device_kind}"
 
 
-def _figure_lines(config: Config, counts: Figures, mixture: Mixture | None) -> Iterator[str]:
+def _figure_lines(config: ResolvedConfig, counts: Figures, mixture: Mixture | None) -> Iterator[str]:
     embeddings, blocks = f"{counts.in_embeddings:,} in embeddings", f"{counts.in_blocks:,} in blocks"
     rows, length = config.data.global_batch_size, config.data.seq_length
     yield _line("parameters", f"{counts.parameters:,}: {embeddings}, {blocks}")
@@ -75,10 +76,10 @@ def _figure_lines(config: Config, counts: Figures, mixture: Mixture | None) -> I
     yield _line("a checkpoint", f"{_bytes(size)}, {moments}; up to {kept} kept, {_bytes(size * kept)}")
 
 
-def _estimate_lines(config: Config, devices: Sequence[jax.Device]) -> Iterator[str]:
+def _estimate_lines(config: ResolvedConfig, devices: Sequence[jax.Device]) -> Iterator[str]:
     sizes, why = choose_mesh(config, devices)
     if sizes.data == -1:  # nothing suits, and what is wrong is said below
-        sizes = sizes.model_copy(update={"data": max(1, len(devices) // (sizes.fsdp * sizes.tensor))})
+        sizes = sizes._replace(data=max(1, len(devices) // (sizes.fsdp * sizes.tensor)))
     bytes_of, available = memory(config, sizes), memory_bytes(devices[0])
     yield _mesh_line(sizes, why)
     yield _line(
@@ -91,7 +92,7 @@ def _estimate_lines(config: Config, devices: Sequence[jax.Device]) -> Iterator[s
     yield _line("  loss", f"{_bytes(bytes_of.loss)}, the largest piece of logits and its gradient")
 
 
-def _compiled_lines(config: Config, devices: Sequence[jax.Device], optimize: bool) -> Iterator[str]:
+def _compiled_lines(config: ResolvedConfig, devices: Sequence[jax.Device], optimize: bool) -> Iterator[str]:
     with _note("compiling"):
         compiled = compile_step(config, devices, optimize)
     yield _mesh_line(compiled.mesh, compiled.why)
@@ -127,7 +128,9 @@ def _step_lines(compiled: Compiled, optimize: bool) -> Iterator[str]:
         yield _line("sent a step", f"{kind} {times}, {_bytes(found.bytes_sent)} from a device" if found else kind)
 
 
-def _duration_lines(config: Config, counts: Figures, devices: Sequence[jax.Device], mfu: float) -> Iterator[str]:
+def _duration_lines(
+    config: ResolvedConfig, counts: Figures, devices: Sequence[jax.Device], mfu: float
+) -> Iterator[str]:
     peak = peak_flops(devices[0].device_kind, config.model.dtype)
     if peak is None:
         yield _line("time", f"not known: there is no peak of {devices[0].device_kind} in the table")
@@ -138,7 +141,7 @@ def _duration_lines(config: Config, counts: Figures, devices: Sequence[jax.Devic
     yield _line("time", f"{span} at {mfu:.0%} of {together}; the MFU is assumed, see --mfu")
 
 
-def _mesh_line(sizes: MeshConfig, why: str) -> str:
+def _mesh_line(sizes: MeshSizes, why: str) -> str:
     return _line("mesh", f"data {sizes.data} x fsdp {sizes.fsdp} x tensor {sizes.tensor}: {why}")
 
 

@@ -1,4 +1,4 @@
-"""What the processes of a run compare before they train together: a difference would hang them or spoil the run."""
+"""What the processes of a run compare before they train: a difference would hang the run or spoil its numbers."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,7 @@ _DATA = {
     "training tokens": "tokens_fingerprint",
     "validation tokens": "validation_fingerprint",
 }
-_SAME_BACKEND = 60.0  # seconds; processes with the same kind of device find theirs together, as JAX makes them wait
+_SAME_BACKEND = 60.0  # seconds; JAX makes processes with the same kind of device wait for each other
 
 
 def agree_on_start(
@@ -30,9 +30,9 @@ def agree_on_start(
     time_limit: bool,
     watchdog: Watchdog,
 ) -> None:
-    """Compares configs, data and devices of all processes. Raises `UserError` (CONFIG) that names a difference.
+    """Compare configs, data and devices of all processes; raise `UserError` (CONFIG) that names a difference.
 
-    Must come before anything else asks for devices.
+    Call this before anything else asks JAX for devices.
     """
     changes = " ".join(sorted(set(allow_change))) or "nothing"
     how = {"--allow-change": changes, "--max-hours": "a number" if time_limit else "nothing"}
@@ -46,15 +46,14 @@ def agree_on_start(
 
 
 def config_facts(config: Config, mixture: Mixture, prefix: str = "") -> dict[str, str]:
-    """Returns the value of each dotted key, and what the datasets hold in place of where they lie."""
+    """Return the value of each dotted key; datasets are represented by their fingerprints, not by their folders."""
     facts = {prefix + key: _shown(operator.attrgetter(key)(config)) for key in config_keys() if key != "data.dataset"}
     sums = mixture.fingerprints()
-    named = {part: f"sha256 {sums[name][:16]}" for part, name in _DATA.items()}
-    return facts | {f"{prefix}data.dataset ({part})": value for part, value in named.items()}
+    return facts | {f"{prefix}data.dataset ({what})": f"sha256 {sums[name][:16]}" for what, name in _DATA.items()}
 
 
 def agree_on_weights(weights: Mapping[str, np.ndarray], watchdog: Watchdog) -> None:
-    """Compares the weights that each process has read from `init_from`; raises as `agree_on_start`."""
+    """Compare the weights that each process read from `init_from`; raise as `agree_on_start`."""
     if jax.process_count() > 1:
         digest = hashlib.sha256()
         for path, array in sorted(weights.items()):
@@ -64,17 +63,21 @@ def agree_on_weights(weights: Mapping[str, np.ndarray], watchdog: Watchdog) -> N
 
 
 def check_shared(run: RunFolder, watchdog: Watchdog) -> None:
-    """Raises `UserError`: CONFIG unless all processes see the folder of process 0, CANT_CREATE when it is in use."""
+    """Check that all processes see one run folder.
+
+    Raises:
+        UserError: CONFIG when a process does not see the folder of process 0; CANT_CREATE when the folder is in use.
+    """
     if not watchdog.token:
         return
     with run.showing(watchdog.token) if watchdog.number == 0 else contextlib.nullcontext():
-        watchdog.agree({})  # it is there
+        watchdog.agree({})  # the sign of process 0 is there
         if watchdog.number != 0:
             run.check_shows(watchdog.token)
-        watchdog.agree({})  # all have seen it
+        watchdog.agree({})  # all processes have seen the sign
 
 
 def _shown(value: Any) -> str:
-    """A value as an error shows it; two that are cut alike differ in their sha256."""
+    """Return a value for an error; a long value is cut and gets a sha256."""
     shown, whole = quote(value), ascii(value)
     return shown if shown == whole else f"{shown} (sha256 {hashlib.sha256(whole.encode()).hexdigest()[:16]})"

@@ -1,16 +1,16 @@
-"""What is chosen for a run's model and devices, and why: shown by training, `plan` and benchmarks."""
+"""The choices that training makes for a model and its devices, and the reasons; `plan` and benchmarks show them too."""
 
 import jax
 from jax.sharding import Mesh
 
-from gpt2_flax.config import Config
+from gpt2_flax.config import ResolvedConfig
 from gpt2_flax.model.attention_choice import choose
 from gpt2_flax.model.gpt2 import unroll_layers
 from gpt2_flax.parallel.mesh import platform
 from gpt2_flax.training.compiler_options import compiler_options
 
 
-def choices(config: Config, mesh: Mesh) -> dict[str, str]:
+def choices(config: ResolvedConfig, mesh: Mesh) -> dict[str, str]:
     """Return each choice by its name, such as {"attention": "xla: the fastest on a cpu"}.
 
     Raises `UserError` (CONFIG) when the config forces a choice that the mesh's devices cannot run.

@@ -22,13 +22,13 @@ def compiler_options(config: Config, mesh: Mesh) -> dict[str, bool | int]:
     with jax.set_mesh(mesh):
         if platform() != "gpu":
             return {}
-    # Products by cuBLASLt add biases and apply GELU before they write. Triton's leave that to other kernels, 5 GB of
-    # memory traffic in a step of the base model, and which of them runs is decided by a race.
+    # Matrix products of cuBLASLt add biases and apply GELU before they write. Triton leaves that to other kernels,
+    # which costs 5 GB of memory traffic in a step of the base model; and autotuning chooses between them at random.
     options: dict[str, bool | int] = {"xla_gpu_enable_triton_gemm": False}
     if mesh.size > 1:
-        # XLA combines collectives up to 30 MiB of results. Of a small model that is all layers together, so that all
-        # of them wait for the last gradient or for the first product; of a large model it is less than a layer.
-        # Here it is a layer as it is gathered, in the compute dtype; its gradients, float32, are then in two parts.
+        # XLA combines collectives up to 30 MiB. In a small model that is all layers together, so that all collectives
+        # wait for the last gradient or the first product; in a large model it is less than a layer. The threshold here
+        # is one gathered layer in the compute dtype; the float32 gradients of a layer then take two collectives.
         in_layers = config.model.parameters - config.model.embedding_parameters
         layer = jnp.dtype(config.model.dtype).itemsize * in_layers // config.model.n_layer
         options |= {
@@ -53,7 +53,7 @@ def _flags_of_environment() -> set[str]:
 
 @cache
 def _is_known(name: str, value: bool | int, mesh: Mesh) -> bool:
-    """Whether the compiler has an option: XLA drops options between versions and then refuses to compile."""
+    """Return whether the compiler has an option; XLA drops options between versions, and then refuses to compile."""
     zero = jax.jit(lambda: jnp.zeros(()), out_shardings=NamedSharding(mesh, P()))
     try:
         zero.lower().compile(compiler_options={name: value})

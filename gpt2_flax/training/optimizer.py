@@ -1,4 +1,4 @@
-"""The learning rate over a run, and AdamW (Loshchilov and Hutter, arXiv:1711.05101) or Muon around it.
+"""The optimizer, AdamW (Loshchilov and Hutter, arXiv:1711.05101) or Muon, and its learning rate schedule.
 
 Dimension key: L layers, D n_embd, Q query, key and value, H heads, K head size, F inner width of the MLP.
 """
@@ -19,7 +19,7 @@ _MATRIX_AXES = {
     "h/mlp/c_fc/kernel": "LDF",
     "h/mlp/c_proj/kernel": "LFD",
 }
-"""Each layer (L), and each of query, key and value (Q), is a matrix of its own: D by all other axes."""
+"""The axes of each kernel. For Muon each index of L and Q is a matrix of D rows; other axes are columns."""
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of Jordan et al., https://kellerjordan.github.io/posts/muon
 _NEWTON_SCHULZ_STEPS = 5
@@ -28,10 +28,10 @@ _MUON_RMS = 0.2
 
 
 def learning_rate(config: Config) -> optax.Schedule:
-    """Returns the learning rate of each optimizer step: a rise from 0, then the decay that the config names.
+    """Return the learning rate of each optimizer step: a warm-up from 0, then the decay that the config names.
 
-    The first step has rate 0 when there is warm-up; the last of `training.total_steps` has almost the lowest. `wsd`
-    (warm-up, stable, decay) is that of arXiv:2404.06395, `inverse_sqrt` that of arXiv:1706.03762.
+    With a warm-up, the first step has rate 0. The last of `training.total_steps` has almost the lowest rate. `wsd`
+    (warm-up, stable, decay) comes from arXiv:2404.06395, and `inverse_sqrt` from arXiv:1706.03762.
     """
     optimizer, warmup, total = config.optimizer, config.warmup_steps, config.training.total_steps
     peak, lowest, steps = optimizer.learning_rate, optimizer.min_learning_rate_ratio, max(1, total - warmup)
@@ -49,7 +49,7 @@ def learning_rate(config: Config) -> optax.Schedule:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Returns clipping by global norm, then AdamW, that of UER-py, or Muon for matrices and AdamW for all else."""
+    """Return clipping by global norm, then AdamW, the AdamW of UER-py, or Muon for matrices and AdamW for the rest."""
     optimizer, rate = config.optimizer, learning_rate(config)
 
     def decayed(params):
@@ -61,29 +61,29 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     else:
         clip, direction = optax.identity(), _adam(optimizer, optimizer.max_grad_norm)
     if optimizer.name == "adamw_uer":
-        # To decay the parameters after the step is to decay those before it and take so much less of a step.
+        # Decay after the step equals decay before it, with a step that is smaller by the decay.
         less = optax.scale_by_schedule(lambda count: 1 - optimizer.weight_decay * rate(count))
         direction = optax.chain(direction, optax.masked(less, decayed))
     decay = optax.add_decayed_weights(optimizer.weight_decay, decayed)
-    # Nested as `optax.adamw` is: checkpoints name the moments by their places in these chains.
+    # Nested like `optax.adamw`: the paths of the moments in checkpoints follow from the places in these chains.
     return optax.chain(clip, optax.chain(direction, decay, optax.scale_by_learning_rate(rate)))
 
 
 def _clip(max_norm: float) -> optax.GradientTransformation:
-    """Returns clipping by global norm; 0 is no limit."""
+    """Return clipping by global norm; a `max_norm` of 0 clips nothing."""
     return optax.stateless(lambda grads, params=None: optax.tree.scale(_clipping(grads, max_norm), grads))
 
 
 def _clipping(grads: optax.Updates, max_norm: float) -> jax.Array | float:
-    """Returns what to multiply gradients with, so that their global norm is at most `max_norm`."""
+    """Return the factor that brings the global norm of the gradients down to `max_norm`, or 1."""
     return max_norm / jnp.maximum(optax.tree.norm(grads), max_norm) if max_norm else 1.0
 
 
 def _adam(optimizer: OptimizerConfig, max_grad_norm: float = 0.0) -> optax.GradientTransformation:
-    """Returns clipping and Adam, with the state of `optax.scale_by_adam`; UER-py's does not correct the bias.
+    """Return clipping and Adam with the state of `optax.scale_by_adam`; the Adam of UER-py has no bias correction.
 
-    Moments and updates are each computed from the gradient and the old moments, with factors of their own, and none
-    from another: so XLA makes one pass over memory of it, on a CPU too, where this is what the time goes to.
+    Each moment and the update are computed from the gradient and the old moments alone, never from each other. So XLA
+    compiles them into one pass over memory, which decides the speed on a CPU.
     """
     b1, b2, eps = optimizer.b1, optimizer.b2, optimizer.eps
 
@@ -111,10 +111,10 @@ def _adam(optimizer: OptimizerConfig, max_grad_norm: float = 0.0) -> optax.Gradi
 
 
 def _muon() -> optax.GradientTransformation:
-    """Returns Muon: Nesterov momentum, then about the nearest orthogonal matrix.
+    """Return Muon: Nesterov momentum, then approximately the nearest orthogonal matrix.
 
-    It is scaled to the root mean square that updates of AdamW usually have (arXiv:2502.16982), so that one learning
-    rate and one weight decay serve both.
+    The result is scaled to the usual root mean square of an AdamW update (arXiv:2502.16982), so that one learning rate
+    and one weight decay serve both.
     """
     orthogonalise = optax.stateless(
         lambda updates, params: jax.tree_util.tree_map_with_path(
@@ -125,14 +125,14 @@ def _muon() -> optax.GradientTransformation:
 
 
 def _orthogonal(x: jax.Array, axes: str) -> jax.Array:
-    """Returns the matrices of `x` with all singular values brought near 1, times what gives them an RMS of 0.2.
+    """Return the matrices of `x` with all singular values near 1, scaled to a root mean square of 0.2.
 
-    A polynomial in X Xᵀ does it, so only (D, D) products are needed, and no sharded axis is ever reshaped.
+    Newton-Schulz iterations are polynomials in X Xᵀ. They need only (D, D) products, and reshape no sharded axis.
     """
     stack, others = "".join(axis for axis in axes if axis in "LQ"), axes.replace("D", "E")
     of_matrix = tuple(index for index, axis in enumerate(axes) if axis not in stack)
     a, b, c = _NEWTON_SCHULZ
-    x /= jnp.sqrt(jnp.square(x).sum(of_matrix, keepdims=True)) + 1e-8  # no singular value is above 1 now
+    x /= jnp.sqrt(jnp.square(x).sum(of_matrix, keepdims=True)) + 1e-8  # now no singular value is above 1
 
     def iterate(_, x):
         gram = jnp.einsum(f"{axes},{others}->{stack}DE", x, x)
@@ -148,5 +148,5 @@ def _label(params: Any) -> Any:
 
 
 def _by_path(params: Any, endings: tuple[str, ...]) -> Any:
-    """Returns which parameters are meant: by name, not by rank, for a stacked bias has two dimensions or more."""
+    """Return a tree of bools: whether the path of each parameter has one of the endings."""
     return jax.tree_util.tree_map_with_path(lambda key_path, _: path_of(key_path).endswith(endings), params)

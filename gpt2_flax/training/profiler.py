@@ -12,9 +12,9 @@ _STEPS_BEFORE = 2  # the first compiles, the second fills the pipeline
 
 
 class Profiler(AbstractContextManager):
-    """Traces `n_steps` steps of a run, from the third of this call on, into `folder`/plugins/profile; 0 is none.
+    """Traces `n_steps` steps of a run, from the third step of this process on, into `folder`/plugins/profile.
 
-    Every process writes what its own devices did. When the run ends before, the trace is of the steps there were.
+    Every process writes the trace of its own devices. A run that ends earlier leaves a shorter trace.
     """
 
     def __init__(self, n_steps: int, folder: Path, first_step: int, say: Callable[[str], None]):
@@ -33,7 +33,7 @@ class Profiler(AbstractContextManager):
                 self._say(f"profile written: tensorboard --logdir {self._folder} (package xprof shows it)")
 
     def after(self, step: int, metrics: StepMetrics) -> None:
-        """Begins or ends the trace after a step; only then are the devices waited for."""
+        """Begin or end the trace after a step; wait for the devices only at these two steps."""
         if self._wanted and step in (self._before, self._last):
             jax.block_until_ready(metrics)
             if step == self._before:

@@ -1,21 +1,20 @@
-"""The training step: a pure function of (state, batch), and where its arrays live.
+"""The training step: a pure function of (state, batch), and the layout of its arrays.
 
-Dimension key: B rows, T sequence, A accumulation parts.
+Dimension key: B rows, T sequence, A microbatches.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt2_flax.checkpoint.weights import Weights, model_from_weights
-from gpt2_flax.config import Config
+from gpt2_flax.config import ResolvedConfig
 from gpt2_flax.data.packing import IGNORE, Batch
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.model.loss import LossSums
@@ -25,31 +24,37 @@ from gpt2_flax.training.optimizer import learning_rate, make_optimizer
 
 
 class TrainState(NamedTuple):
-    """All that a step changes. `step` counts batches, int32, and `skipped` those of them that changed nothing."""
+    """All that a step changes."""
 
     model: GPT2
     opt_state: optax.OptState
     step: jax.Array
+    """Batches so far, int32 ()."""
     skipped: jax.Array
+    """Batches so far that changed nothing, int32 ()."""
 
 
-class StepMetrics(NamedTuple):
-    """Scalars of one optimizer step, on the devices: reading one waits for the step."""
+Scalar = TypeVar("Scalar")
 
-    loss: jax.Array
-    accuracy: jax.Array
-    grad_norm: jax.Array
-    learning_rate: jax.Array
-    real: jax.Array
+
+class StepMetrics(NamedTuple, Generic[Scalar]):
+    """Scalars of one optimizer step: on the devices, where reading one waits for the step, or floats on the host."""
+
+    loss: Scalar
+    """Mean nats a target."""
+    accuracy: Scalar
+    grad_norm: Scalar
+    learning_rate: Scalar
+    real: Scalar
     """Share of the positions that are not padding."""
-    targets: jax.Array
+    targets: Scalar
     """Share of the positions that are trained on."""
-    skipped: jax.Array
-    """Steps of the whole run so far that changed nothing, int32."""
+    skipped: Scalar
+    """Steps of the whole run so far that changed nothing."""
 
 
-def state_layout(config: Config, mesh: Mesh) -> TrainState:
-    """Returns the state with a ShapeDtypeStruct, sharding included, for each array."""
+def state_layout(config: ResolvedConfig, mesh: Mesh | AbstractMesh) -> TrainState:
+    """Return the state with a ShapeDtypeStruct, sharding included, in place of each array."""
     tx = make_optimizer(config)
     shapes = jax.eval_shape(lambda: _fresh(GPT2(config.model, rngs=nnx.Rngs(0)), tx))
     return jax.tree.map(
@@ -59,8 +64,11 @@ def state_layout(config: Config, mesh: Mesh) -> TrainState:
     )
 
 
-def initial_state(config: Config, layout: TrainState, weights: Weights | None = None) -> TrainState:
-    """Returns step 0: parameters drawn from the seed, or `weights`; every array is made where it will live."""
+def initial_state(config: ResolvedConfig, layout: TrainState, weights: Weights | None = None) -> TrainState:
+    """Return the state before the first step; every array is created on the devices that keep it.
+
+    The parameters are `weights`, or random numbers of the seed.
+    """
     tx, shardings = make_optimizer(config), jax.tree.map(lambda leaf: leaf.sharding, layout)
     if weights is None:
         seed = jax.random.key(config.training.seed)
@@ -75,30 +83,30 @@ def initial_state(config: Config, layout: TrainState, weights: Weights | None = 
     return jax.jit(lambda model: _fresh(model, tx), out_shardings=shardings)(model)
 
 
-def make_train_step(
-    config: Config, layout: TrainState, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Returns the compiled-on-first-use step; the state it is given is used up (donated).
+def make_train_step(config: ResolvedConfig, layout: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
+    """Return the jitted function (state, batch) -> (state, `StepMetrics`); the state that it is given is donated.
 
-    The loss is the mean over all targets of the global batch, whatever the number of devices or of parts. A step whose
-    loss or gradient is not finite is skipped: it changes neither the parameters nor the optimizer, whose schedule waits
-    with it; only `step` goes on, and with it the data. All that is decided on the devices.
+    The loss is the mean over all targets of the global batch, at any number of devices and of microbatches. A step
+    whose loss or gradient is not finite is skipped: the parameters, the optimizer and its schedule stay as they are,
+    and only `step`, and so the data, advances. The devices decide that without the host.
     """
-    tx, schedule, parts = make_optimizer(config), learning_rate(config), config.training.accumulation_steps
+    tx, schedule, n_microbatches = make_optimizer(config), learning_rate(config), config.training.accumulation_steps
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics[jax.Array]]:
         n_targets = (batch.targets_BT != IGNORE).sum().astype(jnp.float32)
         key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
 
-        def part(grads, batch_and_key):
-            (_, sums), part_grads = jax.value_and_grad(_loss, has_aux=True)(state.model, *batch_and_key, n_targets)
-            return jax.tree.map(jnp.add, grads, part_grads), sums
+        def add_gradients(grads, microbatch_and_key):
+            (_, sums), more = jax.value_and_grad(_loss, has_aux=True)(state.model, *microbatch_and_key, n_targets)
+            return jax.tree.map(jnp.add, grads, more), sums
 
-        if parts == 1:
-            grads, sums = part(jax.tree.map(jnp.zeros_like, state.model), (batch, key))
+        zeros = jax.tree.map(jnp.zeros_like, state.model)
+        if n_microbatches == 1:
+            grads, sums = add_gradients(zeros, (batch, key))
         else:
-            split = (Batch(*(_split_rows(x_BT, parts) for x_BT in batch)), jax.random.split(key, parts))
-            grads, sums_A = jax.lax.scan(part, jax.tree.map(jnp.zeros_like, state.model), split)
+            microbatches = Batch(*(_microbatches(x_BT, n_microbatches) for x_BT in batch))
+            keys = jax.random.split(key, n_microbatches)
+            grads, sums_A = jax.lax.scan(add_gradients, zeros, (microbatches, keys))
             sums = jax.tree.map(jnp.sum, sums_A)
         updates, opt_state = tx.update(grads, state.opt_state, state.model)
         model = jax.tree.map(jnp.add, state.model, updates)
@@ -131,7 +139,7 @@ def make_train_step(
 
 @jax.jit
 def all_finite(state: TrainState) -> jax.Array:
-    """Returns whether every number of the state is finite, bool ()."""
+    """Return whether every number of the state is finite, bool ()."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]).all()
 
 
@@ -144,6 +152,6 @@ def _loss(model: GPT2, batch: Batch, dropout_key: jax.Array, n_targets: jax.Arra
     return sums.nats / n_targets, sums
 
 
-def _split_rows(x_BT: jax.Array, parts: int) -> jax.Array:
-    """Returns x_ABT: every `parts`-th row, so that each device keeps the rows it has."""
-    return jnp.swapaxes(x_BT.reshape(-1, parts, *x_BT.shape[1:]), 0, 1)
+def _microbatches(x_BT: jax.Array, count: int) -> jax.Array:
+    """Return x_ABT, whose microbatch a has rows a, a + count, ..., so that every device keeps the rows it has."""
+    return jnp.swapaxes(x_BT.reshape(-1, count, *x_BT.shape[1:]), 0, 1)

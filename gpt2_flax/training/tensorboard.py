@@ -1,4 +1,4 @@
-"""Event files of TensorBoard, written by the thread that trains: no other thread can fail unseen, or block."""
+"""Event files of TensorBoard, written by the thread that trains, so that no error stays unseen."""
 
 import contextlib
 import time
@@ -10,29 +10,29 @@ _FLUSH_SECONDS = 30.0
 
 
 class TensorBoard:
-    """Adds events to a new file in `folder`, made with the first event.
+    """Appends events to a new file in `folder`, which the first event creates.
 
-    The first error ends the events with a warning through `say`; training continues without events.
+    The first error stops all further events with a warning through `say`; training continues.
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None]):
         self._folder, self._say, self._writer, self._failed, self._flushed = folder, say, None, False, 0.0
 
     def add_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds the values of a step by name."""
-        # Not before the first step: where torch is installed tensorboardX imports it, which takes longer than all else.
+        """Add the values of a step by name."""
+        # Imported late: where torch is installed tensorboardX imports torch, which takes seconds.
         from tensorboardX.summary import scalar
 
         self._add(step, [part for name, value in values.items() for part in scalar(name, value).value])
 
     def add_text(self, step: int, name: str, text: str) -> None:
-        """Adds a text in Markdown."""
+        """Add a text in Markdown."""
         from tensorboardX.summary import text as text_summary
 
         self._add(step, text_summary(name, text).value)
 
     def close(self) -> None:
-        """Writes what is still in memory."""
+        """Write the events that are still in memory."""
         with self._warning():
             if self._writer:
                 self._writer.close()
@@ -59,4 +59,4 @@ class TensorBoard:
             yield
         except OSError as error:
             self._failed, self._writer = True, None
-            self._say(f"warning: no more events for TensorBoard ({error.strerror}): {self._folder}; the run goes on")
+            self._say(f"warning: no more events for TensorBoard ({error.strerror}): {self._folder}; the run continues")

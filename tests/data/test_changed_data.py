@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.configs import changed
+from support.rows import batches_of, rows
 from support.token_datasets import starts_of, write_dataset
 
 from gpt2_flax import __main__ as cli
@@ -22,11 +23,10 @@ from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.data import dataset as dataset_module
 from gpt2_flax.data.dataset import TokenSplit
-from gpt2_flax.data.inspect import batch_lines, dataset_tokenizer, inspection_lines
+from gpt2_flax.data.inspect import batch_lines, inspection_lines
 from gpt2_flax.data.integrity import FirstUse, Watch
-from gpt2_flax.data.loader import Loader
 from gpt2_flax.data.mixture import Mixture
-from gpt2_flax.data.packing import IGNORE
+from gpt2_flax.data.packing import IGNORE, RowLayout
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.training import loop
 
@@ -79,16 +79,16 @@ def use(folder: Path, packing: str, at: str, change) -> None:
     mixture = Mixture({str(folder): 1.0})
     moment("when it is opened")
     for opened in mixture.datasets.values():
-        dataset_tokenizer(opened)
+        opened.tokenizer()
     mixture.verify("first-use")
     moment("when it is verified")
-    loader = mixture.loader(16, 0, packing)
-    held_out = Loader(mixture.datasets[str(folder)].validation, 16, 0, packing)
+    loader = mixture.batches(RowLayout(16, packing), 0)
+    held_out = rows(mixture.datasets[str(folder)].validation, 16, packing)
     loader.batch(0, 8)
     moment("after a batch")
     for number in range(3):
         loader.batch(8 * number, 8 * number + 8)
-    held_out.in_order(0, held_out.n_rows)
+    held_out.batch(np.arange(held_out.n_rows))
     moment("after everything")
     mixture.wait_until_verified(None)
     mixture.check_unchanged()
@@ -179,10 +179,10 @@ def test_rows_are_what_numpy_reads_from_the_files(tmp_path_factory, shards, leng
     stream = np.concatenate([*parts, np.zeros(length + 1, "<u4")])
     bases = np.cumsum([0, *map(len, parts)])[:-1]
     starts = set(np.concatenate([base + of_shard for base, of_shard in zip(bases, offsets, strict=True)]).tolist())
-    loader = Loader(split, length, seed)
-    batch = loader.batch(0, loader.n_rows)
-    for sample in range(loader.n_rows):
-        place = loader.row(sample) * length
+    loader = batches_of(split, length, seed)
+    batch = loader.batch(0, loader.rows[0].n_rows)
+    for sample in range(loader.rows[0].n_rows):
+        place = loader.locate(sample, sample + 1)[1][0] * length
         window, used = stream[place : place + length + 1], split.n_tokens - place
         assert batch.tokens_BT[sample].tolist() == window[:-1].tolist()
         assert batch.targets_BT[sample].tolist() == [
@@ -194,24 +194,26 @@ def test_rows_are_what_numpy_reads_from_the_files(tmp_path_factory, shards, leng
 CUT = """
 import os, sys
 import numpy as np
-from gpt2_flax.data.loader import Loader
+from support.rows import batches_of, rows
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.errors import UserError
 split = TokenDataset(sys.argv[1]).train
 for packing in ("stream", "best_fit"):
-    Loader(split, 16, 0, packing).batch(0, 2)
+    batches_of(split, 16, 0, packing).batch(0, 2)
 for name in ("train/tokens-00000.bin", "train/offsets-00000.bin"):
     os.truncate(os.path.join(sys.argv[1], name), 0)
 for packing in ("stream", "best_fit"):
     try:
-        Loader(split, 16, 0, packing).batch(0, 2)
+        batches_of(split, 16, 0, packing).batch(0, 2)
     except UserError as error:
         print(int(error.exit_code), error)
 """
 
 
 def test_a_file_that_is_cut_while_it_is_read_gives_a_sentence_and_no_signal(dataset):
-    done = subprocess.run([sys.executable, "-c", CUT, str(dataset)], capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # for the support modules of the tests
+    command = [sys.executable, "-c", CUT, str(dataset)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert len(lines) == 2
@@ -357,7 +359,7 @@ def test_damage_that_is_found_in_the_background_is_raised_where_data_is_read_nex
     damage(dataset / "train/tokens-00000.bin", "a bit at the end")
     mixture = Mixture({str(dataset): 1.0})
     mixture.verify("first-use")
-    loader = mixture.loader(16, 0)
+    loader = mixture.batches(RowLayout(16), 0)
     with contextlib.suppress(UserError):
         loader.batch(0, 2)
     with pytest.raises(UserError, match="sha256 differs"):

@@ -57,9 +57,9 @@ def test_what_is_shown_is_what_the_loop_feeds(mixed, monkeypatch, packing):
     config = changed(mixed, data__packing=packing, training__total_steps=3)
     fed, device_batch = [], loop.device_batch
 
-    def recorded(mesh, n_rows, rows):
-        fed.append(rows(0, n_rows))
-        return device_batch(mesh, n_rows, rows)
+    def recorded(mesh, n_rows, read, start):
+        fed.append(read(start, start + n_rows))
+        return device_batch(mesh, n_rows, read, start)
 
     monkeypatch.setattr(loop, "device_batch", recorded)
     loop.train(config)

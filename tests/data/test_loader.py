@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.rows import batches_of
 
+from gpt2_flax.data.batches import permutation
 from gpt2_flax.data.dataset import TokenDataset
-from gpt2_flax.data.loader import Loader, permutation
 from gpt2_flax.data.packing import IGNORE
 
 
@@ -77,16 +78,16 @@ def test_permutation_is_even_over_places():
 
 @pytest.mark.parametrize("seq_length", [1, 7, 16, 1000])
 def test_in_an_epoch_every_token_but_the_first_of_a_document_is_a_target_once(split, seq_length):
-    loader = Loader(split, seq_length, seed=1)
-    rows = loader.batch(0, loader.n_rows)
+    loader = batches_of(split, seq_length, seed=1)
+    rows = loader.batch(0, loader.rows[0].n_rows)
     targets = rows.targets_BT[rows.targets_BT != IGNORE]
     expected = np.concatenate([document[1:] for document in split.documents()])
     assert sorted(targets.tolist()) == sorted(expected.tolist())
 
 
 def test_windows_in_order_are_the_stream(split):
-    loader = Loader(split, 16, seed=1)
-    rows = loader.in_order(0, loader.n_rows + 3)
+    loader = batches_of(split, 16, seed=1)
+    rows = loader.rows[0].batch(np.arange(0, loader.rows[0].n_rows + 3))
     flat = rows.tokens_BT[rows.segments_BT != 0]
     np.testing.assert_array_equal(flat[: split.n_tokens], split.read(0, split.n_tokens)[: len(flat)])
     assert not rows.segments_BT[-3:].any()
@@ -96,7 +97,7 @@ def test_windows_in_order_are_the_stream(split):
 @given(st.integers(0, 500), st.lists(st.integers(1, 9), min_size=1, max_size=6))
 @settings(max_examples=20)
 def test_hosts_that_take_parts_of_a_batch_see_the_whole_batch(split, start, parts):
-    loader = Loader(split, 16, seed=3)
+    loader = batches_of(split, 16, seed=3)
     whole = loader.batch(start, start + sum(parts))
     bounds = np.cumsum([start, *parts])
     pieces = [loader.batch(*pair) for pair in itertools.pairwise(bounds)]
@@ -105,7 +106,7 @@ def test_hosts_that_take_parts_of_a_batch_see_the_whole_batch(split, start, part
 
 
 def test_positions_start_again_with_each_document_and_window(split):
-    rows = Loader(split, 16, seed=0).in_order(0, 5)
+    rows = batches_of(split, 16, seed=0).rows[0].batch(np.arange(0, 5))
     starts = set(split.document_starts(np.array([0]), split.n_tokens)[1].tolist())
     for row in range(5):
         expected = 0

@@ -12,19 +12,22 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.configs import CHARACTERS, changed
+from support.rows import batches_of
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.source import load_source
-from gpt2_flax.config import MeshConfig, ModelConfig
-from gpt2_flax.data.loader import Loader, MixedLoader, deal, shares_of_rest
+from gpt2_flax.config import ModelConfig
+from gpt2_flax.data.batches import Batches, deal, shares_of_rest
 from gpt2_flax.data.mixture import Mixture
+from gpt2_flax.data.packing import RowLayout
 from gpt2_flax.data.prepare import prepare
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export.model_card import CardFacts, model_card
 from gpt2_flax.export.publish import _run_facts
-from gpt2_flax.inference.evaluate import Evaluation, evaluate_source
+from gpt2_flax.inference.evaluate import evaluate_source
+from gpt2_flax.inference.evaluation import Evaluation
 from gpt2_flax.parallel.device_batches import device_batch
-from gpt2_flax.parallel.mesh import make_mesh
+from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 from gpt2_flax.text.documents import DEFAULT_OPTIONS
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 from gpt2_flax.tokenizers.train import train_wordpiece
@@ -58,7 +61,7 @@ def test_the_order_is_the_one_that_runs_were_started_with():
     datasets, numbers = deal(np.arange(10**12, 10**12 + 4), shares_of_rest([1, 2.3, 4]))
     assert datasets.tolist() == [0, 2, 2, 1]
     assert numbers.tolist() == [136986301369, 547945205480, 547945205481, 315068493151]
-    rows = MixedLoader([Counting(5), Counting(8, first=100)], shares_of_rest([1, 2]), 1, seed=7).batch(0, 12)
+    rows = Batches([Counting(5), Counting(8, first=100)], shares_of_rest([1, 2]), RowLayout(1), seed=7).batch(0, 12)
     assert rows.tokens_BT[:, 0].tolist() == [105, 103, 2, 101, 104, 0, 106, 100, 1, 102, 106, 3]
 
 
@@ -111,14 +114,16 @@ class Counting:
 
 def test_a_single_dataset_is_dealt_as_alone():
     split = Counting(100)
-    mixed, alone = MixedLoader([split], shares_of_rest([3.5]), 4, seed=5), Loader(split, 4, seed=5)
+    mixed, alone = Batches([split], shares_of_rest([3.5]), RowLayout(4), seed=5), batches_of(split, 4, seed=5)
     for field, array in mixed.batch(10, 90)._asdict().items():
         np.testing.assert_array_equal(array, getattr(alone.batch(10, 90), field))
         assert array.dtype == np.int32
 
 
 def test_each_dataset_has_epochs_and_an_order_of_its_own():
-    loader = MixedLoader([Counting(11), Counting(11, 1000), Counting(31, 2000)], shares_of_rest([1, 1, 2]), 1, seed=3)
+    loader = Batches(
+        [Counting(11), Counting(11, 1000), Counting(31, 2000)], shares_of_rest([1, 1, 2]), RowLayout(1), seed=3
+    )
     tokens = loader.batch(0, 120).tokens_BT[:, 0]
     epochs = {}
     for first, n_windows in ((0, 10), (1000, 10), (2000, 30)):
@@ -135,7 +140,7 @@ def test_each_dataset_has_epochs_and_an_order_of_its_own():
 @settings(max_examples=50)
 def test_hosts_that_take_parts_of_a_batch_see_the_whole_batch(weights, start, parts):
     splits = [Counting(40 + number, 100 * number) for number in range(len(weights))]
-    loader = MixedLoader(splits, shares_of_rest(weights), 4, seed=2)
+    loader = Batches(splits, shares_of_rest(weights), RowLayout(4), seed=2)
     whole = loader.batch(start, start + sum(parts))
     pieces = [loader.batch(*pair) for pair in itertools.pairwise(np.cumsum([start, *parts]).tolist())]
     for field, array in whole._asdict().items():
@@ -143,15 +148,15 @@ def test_hosts_that_take_parts_of_a_batch_see_the_whole_batch(weights, start, pa
 
 
 def test_any_number_of_devices_gets_the_same_rows():
-    loader = MixedLoader([Counting(41), Counting(99, 1000)], shares_of_rest([2, 1]), 4, seed=2)
+    loader = Batches([Counting(41), Counting(99, 1000)], shares_of_rest([2, 1]), RowLayout(4), seed=2)
     for count in (1, 2, 8):
-        placed = device_batch(make_mesh(MeshConfig(), jax.devices()[:count]), 16, loader.batch)
+        placed = device_batch(make_mesh(MeshSizes(), jax.devices()[:count]), 16, loader.batch)
         np.testing.assert_array_equal(placed.tokens_BT, loader.batch(0, 16).tokens_BT)
 
 
 def test_a_thousand_million_windows_start_at_once():
     before = time.perf_counter()
-    loader = MixedLoader([Counting(10**9 + 1), Counting(10**9 + 1)], shares_of_rest([3, 1]), 1, seed=0)
+    loader = Batches([Counting(10**9 + 1), Counting(10**9 + 1)], shares_of_rest([3, 1]), RowLayout(1), seed=0)
     loader.batch(3 * 10**9, 3 * 10**9 + 1000)
     assert time.perf_counter() - before < 1
 

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import shutil
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 from unittest import mock
 
@@ -16,19 +17,20 @@ from flax import nnx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.configs import changed
+from support.rows import batches_of, rows
 from support.token_datasets import write_dataset
 
 from gpt2_flax.checkpoint.source import load_source
 from gpt2_flax.checkpoint.weights import model_from_weights
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.data import flat_files, row_index
+from gpt2_flax.data.batches import Batches
 from gpt2_flax.data.best_fit import best_fit_decreasing
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.dataset_info import shard_paths
 from gpt2_flax.data.flat_files import KEPT_BYTES
-from gpt2_flax.data.loader import Loader, MixedLoader
 from gpt2_flax.data.mixture import Mixture
-from gpt2_flax.data.packing import IGNORE, rows_of
+from gpt2_flax.data.packing import IGNORE, RowLayout, rows_of
 from gpt2_flax.data.prepare import prepare_text
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.inference.evaluate import evaluate_source
@@ -57,9 +59,9 @@ def split_of(folder, shards):
     return write_dataset(folder, VOCAB_SIZE, numbered(shards)).train
 
 
-def whole_epoch(split, packing, seq_length=T):
-    loader = Loader(split, seq_length, 0, packing)
-    return loader.in_order(0, loader.n_rows)
+def whole_epoch(split, packing, seq_length=T, across=False):
+    all_rows = rows(split, seq_length, packing, across)
+    return all_rows.batch(np.arange(all_rows.n_rows))
 
 
 def segments_of(batch):
@@ -119,13 +121,13 @@ def test_segments_are_parts_of_one_document_numbered_in_the_row_with_positions_f
 )
 def test_hosts_read_all_rows_of_an_epoch_each_once(tmp_path_factory, shards, packing, n_hosts, rows_a_host, epoch):
     split = split_of(tmp_path_factory.mktemp("dataset"), shards)
-    loader = Loader(split, T, 5, packing)
-    in_order = Counter(map(bytes, loader.in_order(0, loader.n_rows).tokens_BT))
+    loader = batches_of(split, T, 5, packing)
+    in_order = Counter(map(bytes, loader.rows[0].batch(np.arange(0, loader.rows[0].n_rows)).tokens_BT))
     seen = Counter()
-    steps = -(-loader.n_rows // (n_hosts * rows_a_host))
+    steps = -(-loader.rows[0].n_rows // (n_hosts * rows_a_host))
     for step, host in itertools.product(range(steps), range(n_hosts)):
-        first = epoch * loader.n_rows + (step * n_hosts + host) * rows_a_host
-        last = min(first + rows_a_host, (epoch + 1) * loader.n_rows)
+        first = epoch * loader.rows[0].n_rows + (step * n_hosts + host) * rows_a_host
+        last = min(first + rows_a_host, (epoch + 1) * loader.rows[0].n_rows)
         if first < last:
             seen.update(map(bytes, loader.batch(first, last).tokens_BT))
     assert seen == in_order
@@ -134,19 +136,24 @@ def test_hosts_read_all_rows_of_an_epoch_each_once(tmp_path_factory, shards, pac
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_rows_past_an_epoch_and_those_of_nothing_are_padding(tmp_path, packing):
     for number, shards in enumerate(([[5, 20, 3]], [[]], [])):
-        loader = Loader(split_of(tmp_path / str(number), shards), T, 0, packing)
-        batch = loader.in_order(loader.n_rows if shards and shards[0] else 0, loader.n_rows + 3)
+        loader = batches_of(split_of(tmp_path / str(number), shards), T, 0, packing)
+        batch = loader.rows[0].batch(
+            np.arange(loader.rows[0].n_rows if shards and shards[0] else 0, loader.rows[0].n_rows + 3)
+        )
         assert not batch.segments_BT.any()
         assert not batch.tokens_BT.any()
         assert (batch.targets_BT == IGNORE).all()
-        assert loader.batch(7, 7).tokens_BT.shape == loader.in_order(4, 4).targets_BT.shape == (0, T)
+        assert loader.batch(7, 7).tokens_BT.shape == loader.rows[0].batch(np.arange(4, 4)).targets_BT.shape == (0, T)
         assert len(loader.batch(0, 5).tokens_BT) == 5
 
 
 @pytest.mark.parametrize("n_tokens", [50, 30000])
 def test_orders_of_epochs_do_not_depend_on_where_a_batch_begins(tmp_path, n_tokens):
-    loader, fresh = (Loader(split_of(tmp_path, [[n_tokens]]), 1, 3) for _ in range(2))
-    epochs = [loader.batch(n * loader.n_rows, (n + 1) * loader.n_rows).tokens_BT[:, 0].tolist() for n in range(3)]
+    loader, fresh = (batches_of(split_of(tmp_path, [[n_tokens]]), 1, 3) for _ in range(2))
+    epochs = [
+        loader.batch(n * loader.rows[0].n_rows, (n + 1) * loader.rows[0].n_rows).tokens_BT[:, 0].tolist()
+        for n in range(3)
+    ]
     assert all(sorted(epoch) == [*range(1, n_tokens)] for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 3
     whole = [*itertools.chain(*epochs)]
@@ -160,7 +167,7 @@ def test_an_id_outside_the_vocabulary_is_refused(tmp_path, packing):
     dataset = write_dataset(tmp_path, 100, [[[2, 5, 3]]])
     (tmp_path / "train" / "tokens-00000.bin").write_bytes(np.array([2, 100, 3], "<u2").tobytes())
     with pytest.raises(UserError, match="token id 100 outside the vocabulary of 100"):
-        Loader(dataset.train, T, 0, packing).in_order(0, 1)
+        batches_of(dataset.train, T, 0, packing).rows[0].batch(np.arange(0, 1))
 
 
 # best_fit
@@ -307,7 +314,7 @@ def test_a_damaged_plan_is_found_and_made_again(split, monkeypatch, capsys, kept
 
 def test_a_plan_that_changes_while_it_is_in_use_is_refused_or_makes_no_difference(split, monkeypatch):
     monkeypatch.setattr(flat_files, "KEPT_BYTES", 0)
-    rows = rows_of(split, T, "best_fit")
+    rows = rows_of(split, RowLayout(T, "best_fit"))
     expected = rows.batch(np.arange(rows.n_rows)).tokens_BT
     for path in files(split)[:2]:
         content = path.read_bytes()
@@ -408,7 +415,7 @@ def nats(model, batch):
 
 def losses(model, loader):
     """The loss of each target."""
-    batch = loader.in_order(0, loader.n_rows)
+    batch = loader.rows[0].batch(np.arange(0, loader.rows[0].n_rows))
     found = np.asarray(nats(model, batch))
     trained = batch.targets_BT != IGNORE
     return dict(zip(batch.targets_BT[trained].tolist(), found[trained].tolist(), strict=True))
@@ -417,7 +424,7 @@ def losses(model, loader):
 def test_the_losses_of_a_document_that_fits_in_a_row_are_the_same_however_it_is_packed(model, tmp_path):
     lengths = [5, 17, 1, 9, 33, 2, 30, 16, 40, 3, 100, 12, 32, 31, 6]
     split = split_of(tmp_path, [lengths[:7], lengths[7:]])
-    by_packing = [losses(model, Loader(split, 32, 0, packing)) for packing in PACKINGS]
+    by_packing = [losses(model, batches_of(split, 32, 0, packing)) for packing in PACKINGS]
     whole = 0
     stream_targets = 0
     for document in itertools.chain(*numbered([lengths[:7], lengths[7:]])):
@@ -437,8 +444,8 @@ def test_the_losses_of_a_document_that_fits_in_a_row_are_the_same_however_it_is_
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_across_documents_attention_and_positions_run_through_the_row_and_targets_stay(model, tmp_path, packing):
     split = split_of(tmp_path, [[5, 17, 1, 9, 33, 2, 30, 16]])
-    apart, across = (Loader(split, 32, 0, packing, attend_across_documents=flag) for flag in (False, True))
-    one, other = (loader.in_order(0, loader.n_rows + 1) for loader in (apart, across))
+    apart, across = (batches_of(split, 32, 0, packing, flag) for flag in (False, True))
+    one, other = (loader.rows[0].batch(np.arange(0, loader.rows[0].n_rows + 1)) for loader in (apart, across))
     np.testing.assert_array_equal(one.tokens_BT, other.tokens_BT)
     np.testing.assert_array_equal(one.targets_BT, other.targets_BT)
     np.testing.assert_array_equal(other.segments_BT, one.segments_BT > 0)
@@ -460,10 +467,10 @@ def test_across_documents_attention_and_positions_run_through_the_row_and_target
 
 def test_a_mixture_of_one_dataset_is_packed_as_the_dataset_alone(split):
     for packing, across in itertools.product(PACKINGS, (False, True)):
-        alone = Loader(split, T, 4, packing, across).batch(3, 20)
+        alone = batches_of(split, T, 4, packing, across).batch(3, 20)
         for mixed in (
-            MixedLoader([split], [1], T, 4, packing, across).batch(3, 20),
-            Mixture({str(split.folder): 1.0}).loader(T, 4, packing, across).batch(3, 20),
+            Batches([split], [Fraction(1)], RowLayout(T, packing, across), 4).batch(3, 20),
+            Mixture({str(split.folder): 1.0}).batches(RowLayout(T, packing, across), 4).batch(3, 20),
         ):
             for field, other in zip(alone, mixed, strict=True):
                 np.testing.assert_array_equal(field, other)
@@ -480,12 +487,12 @@ def test_a_run_keeps_its_packing_and_its_evaluation_uses_it(config, tmp_path):
     source = load_source(Path(config.output))
     found = evaluate_source(source, None, None, n_rows=16, n_batches=0, options=DEFAULT_OPTIONS)
     model = model_from_weights(source.model, source.weights)
-    loader = Loader(TokenDataset(config.data.dataset).validation, 16, 0, "best_fit", True)
-    batch = loader.in_order(0, loader.n_rows)
+    validation = TokenDataset(config.data.dataset).validation
+    batch = whole_epoch(validation, "best_fit", 16, across=True)
     expected = np.asarray(nats(model, batch))[batch.targets_BT != IGNORE]
     assert found.tokens == len(expected)
     assert found.loss == pytest.approx(expected.mean(), rel=1e-5)
-    apart = Loader(TokenDataset(config.data.dataset).validation, 16, 0, "best_fit").in_order(0, loader.n_rows)
+    apart = whole_epoch(validation, "best_fit", 16)
     assert abs(np.asarray(nats(model, apart))[batch.targets_BT != IGNORE].mean() - expected.mean()) > 1e-4
 
 

@@ -160,7 +160,7 @@ def test_a_run_goes_on_without_tensorboard_after_one_warning(config, capsys, mon
     out = capsys.readouterr().out
     folder = RunFolder(config.output).tensorboard
     assert out.count("warning: ") == 1
-    assert f"warning: no more events for TensorBoard (No space left on device): {folder}; the run goes on\n" in out
+    assert f"warning: no more events for TensorBoard (No space left on device): {folder}; the run continues\n" in out
     steps = [json.loads(line)["step"] for line in RunFolder(config.output).metrics.read_text().splitlines()]
     assert set(steps) == {1, 2, 3, 4, 5, 6}
 

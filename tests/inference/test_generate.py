@@ -9,20 +9,20 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from support.rows import rows
 
 from gpt2_flax.checkpoint.weights import weights_of
-from gpt2_flax.config import MeshConfig, ModelConfig
+from gpt2_flax.config import ModelConfig
 from gpt2_flax.data.dataset import TokenDataset
-from gpt2_flax.data.loader import Loader
 from gpt2_flax.data.shard_job import in_validation
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export.transformers_folder import export_folder
 from gpt2_flax.inference.decode import generate, generate_one
-from gpt2_flax.inference.evaluate import Evaluation, evaluate
+from gpt2_flax.inference.evaluation import Evaluation, evaluate
 from gpt2_flax.inference.sampling import Sampling
 from gpt2_flax.model.decoding import decoder_of
 from gpt2_flax.model.gpt2 import GPT2
-from gpt2_flax.parallel.mesh import make_mesh
+from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 
 GREEDY = Sampling(temperature=0.0)
@@ -125,7 +125,7 @@ def test_text_ends_with_the_last_position_and_a_longer_prompt_is_refused(model, 
 
 @pytest.fixture(scope="module")
 def mesh():
-    return make_mesh(MeshConfig())
+    return make_mesh(MeshSizes())
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def validation(dataset_folder):
 def evaluated(model, split, mesh, seq_length, n_rows, n_batches=0) -> Evaluation:
     with jax.set_mesh(mesh):
         placed = jax.device_put(model, NamedSharding(mesh, P()))
-        return evaluate(placed, Loader(split, seq_length, seed=0), mesh, n_rows, n_batches)
+        return evaluate(placed, rows(split, seq_length), mesh, n_rows, n_batches)
 
 
 @pytest.mark.parametrize(("seq_length", "n_rows"), [(16, 8), (32, 16)])

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gpt2_flax.config import MeshConfig, ModelConfig
+from gpt2_flax.config import ModelConfig
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.model import embedding
 from gpt2_flax.model.embedding import copies, look_up, look_up_whole, sum_by_id
 from gpt2_flax.model.gpt2 import GPT2
-from gpt2_flax.parallel.mesh import make_mesh
+from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 from gpt2_flax.plan.topology import devices_for
 
 VOCABULARY, WIDTH = 400, 24
@@ -92,7 +92,7 @@ def test_gradients_on_gpus_are_the_sums_of_all_rows_of_all_devices(table, sizes,
 
 def mesh_of(sizes):
     sizes = (1, 1, 1) if sizes is None else sizes
-    config = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    config = MeshSizes(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
     return make_mesh(config, jax.devices()[: math.prod(sizes)])
 
 
@@ -133,7 +133,7 @@ def test_a_gradient_for_cpus_scatters_as_it_is_quickest_there():
 def test_a_program_compiled_for_a_gpu_scatters_nothing():
     pytest.importorskip("jax_plugins.xla_cuda12")
     gradient, arguments = gradient_of_loss()
-    with jax.set_mesh(make_mesh(MeshConfig(), devices_for("h200:1"))):
+    with jax.set_mesh(make_mesh(MeshSizes(), devices_for("h200:1"))):
         program = jax.jit(gradient).lower(*arguments).compile().as_text()
     assert " scatter(" not in program
     assert {int(n) for n in re.findall(r"= \(?s32\[(\d+)\]\S* (?:s32\S* )?sort\(", program)} <= {256}

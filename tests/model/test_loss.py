@@ -13,19 +13,18 @@ from hypothesis import strategies as st
 from support.configs import changed
 from support.one_device import step_and_state
 
-from gpt2_flax.config import MeshConfig
 from gpt2_flax.data.packing import IGNORE
 from gpt2_flax.model import loss
 from gpt2_flax.model.embedding import copies, look_up
 from gpt2_flax.model.loss import cross_entropy
-from gpt2_flax.parallel.mesh import make_mesh
+from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 
 MESHES = {"1x1x1": (1, 1, 1), "8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "2x2x2": (2, 2, 2)}
 
 
 def on_mesh(shape):
     sizes = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
-    return jax.set_mesh(make_mesh(MeshConfig(**sizes), jax.devices()[: math.prod(shape)]))
+    return jax.set_mesh(make_mesh(MeshSizes(**sizes), jax.devices()[: math.prod(shape)]))
 
 
 def example(n_rows, length, width, vocab_size, padded, ignored=0.3, seed=0):

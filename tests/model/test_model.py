@@ -5,12 +5,12 @@ import pytest
 from flax import nnx
 
 from gpt2_flax.checkpoint.weights import model_from_weights, weights_of
-from gpt2_flax.config import MeshConfig, ModelConfig
+from gpt2_flax.config import ModelConfig
 from gpt2_flax.data.packing import IGNORE
 from gpt2_flax.model.decoding import Cache, decoder_of
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.model.loss import cross_entropy
-from gpt2_flax.parallel.mesh import make_mesh
+from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 
 CFG = ModelConfig(vocab_size=64, n_positions=16, n_layer=2, n_head=2, n_embd=16, dtype="float32")
 TOKENS_BT = np.random.default_rng(0).integers(0, 64, (4, 16)).astype(np.int32)
@@ -121,7 +121,7 @@ def test_decoding_with_a_cache_gives_the_logits_of_the_whole_sequence(model, lay
     """Rows read prompts of 6 and 1 tokens, padded, then two steps of 3, of which the second row takes back one."""
     decoder = decoder_of(model)
     if layers == "as they lie":
-        with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        with jax.set_mesh(make_mesh(MeshSizes(), jax.devices()[:1])):
             decoder = decoder_of(model)
     decode = jax.jit(lambda tokens_BT, first_B, cache: decoder(tokens_BT, first_B, cache))
     whole_BTV = run(model, TOKENS_BT[:2])

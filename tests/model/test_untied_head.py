@@ -10,29 +10,29 @@ import numpy as np
 import pytest
 from flax import nnx
 from support.configs import changed
+from support.rows import batches_of, rows
 from support.weight_folders import random_weights
 
 from gpt2_flax.checkpoint.huggingface import read_folder, to_state_dict
 from gpt2_flax.checkpoint.source import Source, load_source, save_as_run
 from gpt2_flax.checkpoint.uer import from_uer, read_uer, to_uer, to_uer_config
 from gpt2_flax.checkpoint.weights import logits_of, model_from_weights, weights_of
-from gpt2_flax.config import MeshConfig, ModelConfig
+from gpt2_flax.config import ModelConfig
 from gpt2_flax.data.dataset import TokenDataset
-from gpt2_flax.data.loader import Loader
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export.transformers_folder import export_folder
 from gpt2_flax.export.uer_file import write_uer
 from gpt2_flax.inference.decode import generate
-from gpt2_flax.inference.evaluate import evaluate
+from gpt2_flax.inference.evaluation import evaluate
 from gpt2_flax.inference.per_document import evaluate_documents
 from gpt2_flax.inference.sampling import Sampling
 from gpt2_flax.model.decoding import decoder_of
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.parallel.device_batches import device_batch
-from gpt2_flax.parallel.mesh import make_mesh
+from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
+from gpt2_flax.training.open_stage import check_fits
 from gpt2_flax.training.optimizer import make_optimizer
-from gpt2_flax.training.start import check_fits
 from gpt2_flax.training.step import initial_state, make_train_step, state_layout
 
 HEAD = "lm_head/embedding"
@@ -55,16 +55,16 @@ def source(tokenizer_folder):
 
 def trained(config, shape, steps=2):
     """Losses, and weights at the start and the end, of training on a mesh of this shape."""
-    sizes = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), shape, strict=True)))
+    sizes = MeshSizes(**dict(zip(("data", "fsdp", "tensor"), shape, strict=True)))
     mesh = make_mesh(sizes, jax.devices()[: math.prod(shape)])
-    loader = Loader(TokenDataset(config.data.dataset).train, config.data.seq_length, seed=0)
+    loader = batches_of(TokenDataset(config.data.dataset).train, config.data.seq_length, seed=0)
     n_rows, losses = config.data.global_batch_size, []
     with jax.set_mesh(mesh):
         layout = state_layout(config, mesh)
         state, step = initial_state(config, layout), make_train_step(config, layout, mesh)
         start = weights_of(state.model)
         for number in range(steps):
-            batch = device_batch(mesh, n_rows, lambda a, b, k=number: loader.batch(k * n_rows + a, k * n_rows + b))
+            batch = device_batch(mesh, n_rows, loader.batch, number * n_rows)
             state, metrics = step(state, batch)
             losses.append(float(metrics.loss))
     assert not np.asarray(state.model.lm_head.embedding[...])[config.model.vocab_size :].any()
@@ -111,11 +111,11 @@ def test_the_optimizer_treats_the_head_as_an_embedding(untied, name, decayed):
 
 
 def test_documents_are_evaluated_with_it(source, dataset_folder):
-    model, mesh = model_from_weights(source.model, source.weights), make_mesh(MeshConfig(), jax.devices()[:1])
+    model, mesh = model_from_weights(source.model, source.weights), make_mesh(MeshSizes(), jax.devices()[:1])
     split = TokenDataset(dataset_folder).validation
     with jax.set_mesh(mesh):
         each = evaluate_documents(model, split, 16, "stream", mesh, 8, None)
-        whole = evaluate(model, Loader(split, 16, seed=0), mesh, 8)
+        whole = evaluate(model, rows(split, 16), mesh, 8)
     assert sum(found.nats for found in each) == pytest.approx(whole.nats, rel=1e-5)
 
 

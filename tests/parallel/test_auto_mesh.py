@@ -6,10 +6,10 @@ import jax
 import pytest
 from support.configs import changed
 
-from gpt2_flax.config import MeshConfig, parse_config
+from gpt2_flax.config import parse_config
 from gpt2_flax.parallel.auto_mesh import choose_mesh
 from gpt2_flax.parallel.devices import memory_bytes
-from gpt2_flax.parallel.mesh import platform
+from gpt2_flax.parallel.mesh import MeshSizes, platform
 
 BASE = {"vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
 XLARGE = {"vocab_size": 50257, "n_layer": 48, "n_head": 25, "n_embd": 1600}
@@ -21,7 +21,8 @@ def devices(count, kind="NVIDIA H200", stats=None):
 
 def config_of(model, rows=64, **mesh):
     values = {"output": "run", "model": model, "data": {"dataset": "d", "global_batch_size": rows}}
-    return parse_config(values | {"training": {"total_steps": 1}, "mesh": mesh}, "test")
+    config = parse_config(values | {"training": {"total_steps": 1}, "mesh": mesh}, "test")
+    return config.with_vocab_size(model["vocab_size"])
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_a_model_that_fits_nowhere_is_shared_by_all():
 
 def test_what_does_not_go_together_is_left_to_be_refused():
     chosen, _ = choose_mesh(config_of(BASE, rows=7), devices(8))
-    assert chosen == MeshConfig(data=-1, fsdp=1, tensor=1)
+    assert chosen == MeshSizes(data=-1, fsdp=1, tensor=1)
 
 
 def test_every_mesh_that_is_chosen_can_be_trained_on(config):

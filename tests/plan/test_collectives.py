@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gpt2_flax.config import MeshConfig, parse_config
+from gpt2_flax.config import parse_config
 from gpt2_flax.data.packing import Batch
-from gpt2_flax.parallel.mesh import make_mesh
+from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 from gpt2_flax.parallel.rules import batch_sharding, path_of
 from gpt2_flax.plan.collectives import Collective, collectives
 from gpt2_flax.plan.topology import devices_for
@@ -23,7 +23,7 @@ from gpt2_flax.training.step import make_train_step, state_layout
 
 def mesh_of(shape):
     sizes = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
-    return make_mesh(MeshConfig(**sizes), jax.devices()[: math.prod(shape)])
+    return make_mesh(MeshSizes(**sizes), jax.devices()[: math.prod(shape)])
 
 
 def sent_by(function, in_specs, out_specs, *shapes, mesh=(2, 4, 1)):
@@ -198,7 +198,7 @@ def _compile(mesh, rows, **model):
         "data": {"dataset": "dataset", "seq_length": LENGTH, "global_batch_size": rows},
         "training": {"total_steps": 100},
     }
-    config = parse_config(values, "test")
+    config = parse_config(values, "test").with_vocab_size(values["model"]["vocab_size"])
     with jax.set_mesh(mesh):
         layout = state_layout(config, mesh)
         batch = jax.ShapeDtypeStruct((rows, LENGTH), jnp.int32, sharding=batch_sharding(mesh))
@@ -271,7 +271,7 @@ def test_work_of_a_device_does_not_grow_with_devices(step):
 def compiled_for_gpus(**sizes):
     """Returns what eight GPUs send in a step in bfloat16, the text of the program, and the sizes of parameters."""
     pytest.importorskip("jax_plugins.xla_cuda12")
-    mesh = make_mesh(MeshConfig(**sizes), devices_for("h200:8"))
+    mesh = make_mesh(MeshSizes(**sizes), devices_for("h200:8"))
     program, sizes = _compile(mesh, ROWS, dtype="bfloat16", attention="xla")
     return sent(program), program.as_text(), sizes
 

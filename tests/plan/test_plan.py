@@ -16,13 +16,13 @@ import tomli_w
 from support.configs import changed
 
 from gpt2_flax import __main__ as cli
-from gpt2_flax.config import MeshConfig, parse_config
+from gpt2_flax.config import parse_config
 from gpt2_flax.config_file import load_config
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.model import loss
 from gpt2_flax.parallel.devices import memory_bytes, peak_flops
-from gpt2_flax.parallel.mesh import make_mesh
+from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 from gpt2_flax.plan import ahead_of_time, topology
 from gpt2_flax.plan.ahead_of_time import compile_step, memory_fraction, smallest_change
 from gpt2_flax.plan.estimate import checkpoint_bytes, figures, memory, read_datasets
@@ -32,11 +32,13 @@ from gpt2_flax.training.step import initial_state, state_layout
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "configs/cluecorpussmall.toml"
-ONE = MeshConfig(data=1, fsdp=1, tensor=1)
+ONE = MeshSizes(data=1, fsdp=1, tensor=1)
 
 
 def published(stage, *overrides):
-    return load_config(PUBLISHED, ["model.vocab_size=21128", *overrides], stage)
+    config = load_config(PUBLISHED, ["model.vocab_size=21128", *overrides], stage)
+    assert config.model.vocab_size
+    return config.with_vocab_size(config.model.vocab_size)
 
 
 def no_note(doing):
@@ -114,7 +116,7 @@ def test_epochs_of_a_mixture_count_by_weight(config, dataset_folder, tmp_path):
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_state_on_a_device_is_what_is_really_there(config, sizes):
     config, _ = read_datasets(config)
-    sizes = MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
+    sizes = MeshSizes(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
     mesh = make_mesh(sizes, jax.devices())
     state = initial_state(config, state_layout(config, mesh))
 
@@ -142,12 +144,12 @@ def test_logits_are_counted_in_the_chunks_and_the_dtype_of_the_platform(platform
 
 
 def test_devices_that_share_products_keep_less_each():
-    whole, shared = (memory(published(2), MeshConfig(data=1, fsdp=1, tensor=tensor)) for tensor in (1, 2))
+    whole, shared = (memory(published(2), MeshSizes(data=1, fsdp=1, tensor=tensor)) for tensor in (1, 2))
     assert whole.activations / 2 < shared.activations < whole.activations
 
 
 def test_a_mesh_that_cannot_share_the_rows_is_refused():
-    refused(ExitCode.CONFIG, "cannot be shared by 3", memory, published(1), MeshConfig(data=3, fsdp=1, tensor=1))
+    refused(ExitCode.CONFIG, "cannot be shared by 3", memory, published(1), MeshSizes(data=3, fsdp=1, tensor=1))
 
 
 # Datasets that are not there
@@ -231,7 +233,7 @@ def small():
         "data": {"dataset": "none", "seq_length": 64, "global_batch_size": 128},
         "training": {"total_steps": 10},
     }
-    return parse_config(values, "test")
+    return parse_config(values, "test").with_vocab_size(values["model"]["vocab_size"])
 
 
 @pytest.fixture(scope="module")
@@ -240,11 +242,11 @@ def compiled(small):
 
 
 def test_the_compiled_step_has_the_state_and_the_batch(small, compiled):
-    layout = state_layout(small, make_mesh(MeshConfig(data=2, fsdp=1, tensor=1), devices_for("cpu:2")))
+    layout = state_layout(small, make_mesh(MeshSizes(data=2, fsdp=1, tensor=1), devices_for("cpu:2")))
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layout))
     assert compiled.arguments == state + 4 * 64 * 64 * 4  # tokens, targets, segments, positions of 64 rows
     assert compiled.temporaries > 0
-    assert compiled.mesh == MeshConfig(data=2, fsdp=1, tensor=1)
+    assert compiled.mesh == MeshSizes(data=2, fsdp=1, tensor=1)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(layout.model))
     # On a ring of two each sends as much as it has; a few gradients go in bfloat16.
     assert 1 <= compiled.collectives["all-reduce"].bytes_sent / parameters <= 6
@@ -292,7 +294,7 @@ def test_a_state_that_is_too_large_is_shared_at_once(monkeypatch, small):
     change = smallest_change(large, devices, False, note)
     assert tried == ["trying mesh.fsdp=2"]
     assert change.keys == ("mesh.fsdp=2",)
-    assert change.compiled.mesh == MeshConfig(data=1, fsdp=2, tensor=1)
+    assert change.compiled.mesh == MeshSizes(data=1, fsdp=2, tensor=1)
 
 
 def test_nothing_fits_into_nothing(monkeypatch, small):

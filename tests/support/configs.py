@@ -14,4 +14,6 @@ def changed(config, **keys):
         for section in sections:
             place = place[section]
         place[last] = value
-    return parse_config(values, "test")
+    changed_config = parse_config(values, "test")
+    size = changed_config.model.vocab_size
+    return changed_config if size is None else changed_config.with_vocab_size(size)

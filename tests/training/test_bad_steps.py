@@ -14,10 +14,16 @@ from support.configs import changed
 from support.one_device import step_and_state
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
+from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.parallel.device_batches import prefetch
+from gpt2_flax.processes.watchdog import Watchdog
 from gpt2_flax.training import loop
 from gpt2_flax.training import step as step_module
+from gpt2_flax.training.open_stage import open_stage
+from gpt2_flax.training.saving import Saver
+from gpt2_flax.training.signals import StopRequest
+from gpt2_flax.training.start import Progress
 from gpt2_flax.training.step import all_finite
 
 BAD = 1000  # added to the segment numbers of a batch whose loss or gradient shall not be finite
@@ -53,10 +59,10 @@ def spoil(monkeypatch, steps, first=1):
     """Spoils the batches of these steps of the next run, whose first step is `first`."""
     numbers, real = itertools.count(first), loop.device_batch
 
-    def place(mesh, n_rows, rows):
+    def place(mesh, n_rows, read, start):
         if next(numbers) not in steps:
-            return real(mesh, n_rows, rows)
-        return real(mesh, n_rows, lambda a, b: spoilt(rows(a, b)))
+            return real(mesh, n_rows, read, start)
+        return real(mesh, n_rows, lambda a, b: spoilt(read(a, b)), start)
 
     monkeypatch.setattr(loop, "device_batch", place)
 
@@ -104,7 +110,9 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on_as_though_it_had_not_be
 
 
 def test_a_state_with_one_number_that_is_not_finite_is_not_saved(config):
-    state = step_and_state(config, 0)[1]()
+    state, watchdog = step_and_state(config, 0)[1](), Watchdog()
+    stage = open_stage(changed(config, output="run"), Mixture(config.data.datasets), [])
+    saver = Saver(stage, None, None, watchdog.phases, StopRequest(watchdog))
     assert bool(all_finite(state))
     for bad in (jnp.nan, -jnp.inf):
         spoilt_state = jax.tree.map(lambda leaf: leaf, state)
@@ -112,7 +120,7 @@ def test_a_state_with_one_number_that_is_not_finite_is_not_saved(config):
         scale[...] = scale[...].at[-1].set(bad)
         assert not bool(all_finite(spoilt_state))
         with pytest.raises(UserError, match="parameters are not finite after step 6: run; lower") as error:
-            loop._save(None, None, spoilt_state, {"step": 6}, "run")
+            saver.save(spoilt_state, Progress(step=6), skipped=0, figures={}, last=False, stopping=False)
         assert error.value.exit_code == ExitCode.DIVERGED
 
 
@@ -195,7 +203,7 @@ def test_a_killed_run_says_how_many_steps_are_repeated_and_ends_the_line_it_was_
 
 def test_a_disk_too_small_for_the_checkpoints_is_refused_before_training(config, monkeypatch):
     loop.train(changed(config, training__total_steps=1))  # leaves one checkpoint
-    monkeypatch.setattr(loop, "_run", lambda *arguments: None)
+    monkeypatch.setattr(loop, "run_steps", lambda *arguments: None)
     more = changed(config, training__keep_checkpoints=2, training__keep_best=0)
     size = sum(array.nbytes for array in leaves(step_and_state(config, 0)[1]()))
     usage = namedtuple("usage", "total used free")

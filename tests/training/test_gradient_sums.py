@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 
 from gpt2_flax.checkpoint.weights import model_from_weights, weights_of
-from gpt2_flax.config import MeshConfig, ModelConfig
+from gpt2_flax.config import ModelConfig
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.model.block import Attention, Mlp, make_norm, normed
 from gpt2_flax.model.gpt2 import GPT2
-from gpt2_flax.parallel.mesh import make_mesh
+from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 from gpt2_flax.parallel.rules import batch_sharding, path_of, tree_shardings
 
 N_TOKENS = 2**16
@@ -122,5 +122,5 @@ def test_no_gradient_of_a_parameter_is_ever_rounded_to_bfloat16(batch, sizes):
 
 
 def mesh_of(sizes):
-    config = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    config = MeshSizes(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
     return make_mesh(config, jax.devices()[: math.prod(sizes)])

@@ -14,20 +14,20 @@ from tensorboardX.proto.event_pb2 import Event
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.source import load_source
-from gpt2_flax.config import MeshConfig, ModelConfig
+from gpt2_flax.config import ModelConfig
 from gpt2_flax.data.mixture import Mixture
-from gpt2_flax.data.packing import IGNORE, Batch
+from gpt2_flax.data.packing import IGNORE, Batch, RowLayout
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.inference.generate import Generator, Sampling
 from gpt2_flax.model.flops import flops_per_token
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.parallel import devices as parallel_devices
 from gpt2_flax.parallel.devices import peak_flops, peak_memory
-from gpt2_flax.parallel.mesh import make_mesh
+from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 from gpt2_flax.parallel.rules import tree_shardings
 from gpt2_flax.training import loop, throughput
 from gpt2_flax.training.metrics import MetricsLog
-from gpt2_flax.training.samples import Samples
+from gpt2_flax.training.samples import sampler
 from gpt2_flax.training.step import make_train_step
 
 PROMPTS = ["这是很久", "", "大鸟飞过山河"]
@@ -180,16 +180,16 @@ def test_prompts_are_continued_at_each_evaluation(trained):
 
 
 @pytest.mark.parametrize("keys", [{"data": 1}, {"data": 8}, {"fsdp": 4, "tensor": 2}])
-def test_samples_are_the_same_on_every_mesh(config, dataset_folder, keys):
+def test_samples_are_the_same_on_every_mesh(config, keys):
     vocab_size = Mixture(config.data.datasets).vocab_size
     config = changed(config, training__prompts=PROMPTS, training__sample_tokens=9, model__vocab_size=vocab_size)
-    mesh = make_mesh(MeshConfig(**keys), jax.devices()[: math.prod(keys.values())])
+    mesh = make_mesh(MeshSizes(**keys), jax.devices()[: math.prod(keys.values())])
     model = GPT2(config.model, rngs=nnx.Rngs(0))
-    samples = Samples(config, dataset_folder / "tokenizer")
-    expected = samples.texts(model)
+    texts = sampler(config, Mixture(config.data.datasets))
+    expected = texts(model)
     with jax.set_mesh(mesh):
         sharded = jax.device_put(model, tree_shardings(model, mesh))
-        assert samples.texts(sharded) == expected
+        assert texts(sharded) == expected
     assert len(set(expected)) == 3
 
 
@@ -216,10 +216,13 @@ def test_epochs_and_characters_of_a_mixture(config, dataset_folder, tmp_path):
     folders = {str(dataset_folder): 3, str(link): 1.0}
     config = changed(config, data__dataset=folders, model__vocab_size=100)
     mixture = Mixture(config.data.datasets)
-    found = throughput.throughput(config, make_mesh(MeshConfig()), mixture, mixture.loader(16, 0))
+    found = throughput.throughput(config, make_mesh(MeshSizes()), mixture, mixture.batches(RowLayout(16), 0))
     alone = Mixture({str(dataset_folder): 1.0})
     one = throughput.throughput(
-        changed(config, data__dataset=str(dataset_folder)), make_mesh(MeshConfig()), alone, alone.loader(16, 0)
+        changed(config, data__dataset=str(dataset_folder)),
+        make_mesh(MeshSizes()),
+        alone,
+        alone.batches(RowLayout(16), 0),
     )
     windows = one.samples_per_epoch[str(dataset_folder)]
     assert found.samples_per_epoch == {str(dataset_folder): pytest.approx(windows * 4 / 3), str(link): windows * 4}

@@ -13,11 +13,11 @@ from support.configs import changed
 from gpt2_flax.checkpoint.huggingface import to_state_dict
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.checkpoint.weights import weights_of
-from gpt2_flax.config import MeshConfig, dump_config, parse_config
+from gpt2_flax.config import dump_config, parse_config
 from gpt2_flax.config_file import load_config
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.parallel import rules
-from gpt2_flax.parallel.mesh import make_mesh
+from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 from gpt2_flax.training.optimizer import learning_rate, make_optimizer
 from gpt2_flax.training.step import initial_state, make_train_step, state_layout
 
@@ -34,7 +34,7 @@ def run_config(total_steps=30, **optimizer):
         "optimizer": {"learning_rate": 1e-3} | optimizer,
         "training": {"total_steps": total_steps},
     }
-    return parse_config(values, "test")
+    return parse_config(values, "test").with_vocab_size(values["model"]["vocab_size"])
 
 
 def batches(config):
@@ -63,7 +63,7 @@ class Run(NamedTuple):
 def trained(config, steps=None, shape=(1, 1, 1)):
     """Trains on a mesh of `shape`; `first` are the weights after the first step."""
     mesh = make_mesh(
-        MeshConfig(**dict(zip(("data", "fsdp", "tensor"), shape, strict=True))), jax.devices()[: math.prod(shape)]
+        MeshSizes(**dict(zip(("data", "fsdp", "tensor"), shape, strict=True))), jax.devices()[: math.prod(shape)]
     )
     with jax.set_mesh(mesh):
         layout = state_layout(config, mesh)
@@ -79,7 +79,7 @@ def trained(config, steps=None, shape=(1, 1, 1)):
 
 
 def start_weights(config):
-    return weights_of(initial_state(config, state_layout(config, make_mesh(MeshConfig(), jax.devices()[:1]))).model)
+    return weights_of(initial_state(config, state_layout(config, make_mesh(MeshSizes(), jax.devices()[:1]))).model)
 
 
 # Schedules
@@ -214,12 +214,12 @@ def test_thirty_steps_of_uer_equal_pytorch():
 
 def test_the_state_of_adamw_keeps_the_paths_that_checkpoints_have():
     config = run_config()
-    layout = state_layout(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    layout = state_layout(config, make_mesh(MeshSizes(), jax.devices()[:1]))
     paths = {rules.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(layout.opt_state)}
     of_model = {rules.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(layout.model)}
     assert paths == {"1/0/count", "1/2/count"} | {f"1/0/{name}/{path}" for name in ("mu", "nu") for path in of_model}
     for other in (run_config(decay_embeddings=True), run_config(schedule="wsd"), run_config(max_grad_norm=0.0)):
-        found = state_layout(other, make_mesh(MeshConfig(), jax.devices()[:1])).opt_state
+        found = state_layout(other, make_mesh(MeshSizes(), jax.devices()[:1])).opt_state
         assert {rules.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(found)} == paths
 
 
@@ -247,7 +247,7 @@ def matrices(path, kernel):
 
 
 def random_model(config, seed):
-    layout = state_layout(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    layout = state_layout(config, make_mesh(MeshSizes(), jax.devices()[:1]))
     draw = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: jnp.asarray(draw.normal(size=leaf.shape), jnp.float32), layout.model)
 
@@ -282,7 +282,7 @@ def test_muon_orthogonalises_each_matrix_of_each_layer():
 
 def test_muon_takes_kernels_and_only_them_and_keeps_one_moment_of_each():
     config = run_config(name="muon")
-    layout = state_layout(config, make_mesh(MeshConfig(data=1, fsdp=2, tensor=4)))
+    layout = state_layout(config, make_mesh(MeshSizes(data=1, fsdp=2, tensor=4)))
     kernels = {rules.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(layout.model)}
     assert sorted(path for path in kernels if path.endswith("kernel")) == KERNELS
     specs = {
@@ -310,7 +310,7 @@ def test_a_muon_run_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path):
     half = trained(config, 3, (2, 2, 2)).state
     with CheckpointStore(tmp_path / "checkpoints", keep=1) as store:
         store.save(3, half.model, half.opt_state, {})
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = make_mesh(MeshSizes(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh), CheckpointStore(tmp_path / "checkpoints") as store:
         layout = state_layout(config, mesh)
         state = half._replace(**store.restore(3, model=layout.model, opt_state=layout.opt_state))

@@ -10,19 +10,18 @@ import optax
 import pytest
 from flax import nnx
 from support.configs import changed
+from support.rows import batches_of
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
-from gpt2_flax.config import MeshConfig
 from gpt2_flax.data.dataset import TokenDataset
-from gpt2_flax.data.loader import Loader
 from gpt2_flax.data.prepare import prepare
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.parallel import rules
 from gpt2_flax.parallel.device_batches import device_batch, prefetch
-from gpt2_flax.parallel.mesh import make_mesh
+from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
-from gpt2_flax.training import loop
+from gpt2_flax.training import loop, validation
 from gpt2_flax.training.optimizer import learning_rate, make_optimizer
 from gpt2_flax.training.step import initial_state, make_train_step, state_layout
 
@@ -37,15 +36,15 @@ def losses(config, shape, steps=20):
     """Losses of `steps` training steps on a mesh of the given shape."""
     config = with_vocab(config)
     mesh = make_mesh(
-        MeshConfig(**dict(zip(("data", "fsdp", "tensor"), shape, strict=True))), jax.devices()[: math.prod(shape)]
+        MeshSizes(**dict(zip(("data", "fsdp", "tensor"), shape, strict=True))), jax.devices()[: math.prod(shape)]
     )
-    loader = Loader(TokenDataset(config.data.dataset).train, config.data.seq_length, seed=0)
+    loader = batches_of(TokenDataset(config.data.dataset).train, config.data.seq_length, seed=0)
     n_rows, found = config.data.global_batch_size, []
     with jax.set_mesh(mesh):
         layout = state_layout(config, mesh)
         state, step = initial_state(config, layout), make_train_step(config, layout, mesh)
         for number in range(steps):
-            batch = device_batch(mesh, n_rows, lambda a, b, k=number: loader.batch(k * n_rows + a, k * n_rows + b))
+            batch = device_batch(mesh, n_rows, loader.batch, number * n_rows)
             state, metrics = step(state, batch)
             found.append(float(metrics.loss))
         assert step._cache_size() == 1
@@ -76,7 +75,7 @@ def test_accumulation_changes_no_loss(config):
 def test_every_parameter_has_one_rule_and_every_rule_a_parameter(config):
     model = jax.eval_shape(lambda: GPT2(with_vocab(config).model, rngs=nnx.Rngs(0)))
     paths = {rules.path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = make_mesh(MeshSizes(data=2, fsdp=2, tensor=2))
     for path, shape in paths.items():
         spec = rules.spec_of(path, shape, mesh)
         assert len(spec) == len(shape)
@@ -89,7 +88,7 @@ def test_every_parameter_has_one_rule_and_every_rule_a_parameter(config):
 
 
 def test_optimizer_moments_lie_as_their_parameters(config):
-    layout = state_layout(with_vocab(config), make_mesh(MeshConfig(data=1, fsdp=4, tensor=2)))
+    layout = state_layout(with_vocab(config), make_mesh(MeshSizes(data=1, fsdp=4, tensor=2)))
     specs = {
         rules.path_of(path): leaf.sharding.spec for path, leaf in jax.tree_util.tree_leaves_with_path(layout.model)
     }
@@ -170,24 +169,22 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(config, tmp_path, mon
 def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(config, tmp_path, monkeypatch):
     config = changed(config, training__evaluation_batches=0)
     loop.train(config)
-    parts, evaluate, asked = changed(config, output=str(tmp_path / "parts")), loop.evaluate, []
+    parts, asked = changed(config, output=str(tmp_path / "parts")), []
+    sums_of_batches, evaluation_of = validation.sums_of_batches, validation.evaluation_of
 
     def signalled(*arguments):
-        *others, done = arguments
-
-        def after_batch(tokens):
-            asked.append(tokens)
+        for sums in sums_of_batches(*arguments):
+            asked.append(sums)
             signal.raise_signal(signal.SIGTERM)
-            done(tokens)
+            yield sums
 
-        return evaluate(*others, after_batch)
-
-    monkeypatch.setattr(loop, "evaluate", signalled)
+    monkeypatch.setattr(validation, "sums_of_batches", signalled)
     with pytest.raises(UserError, match="stopped at step 3, saved"):
         loop.train(parts)
     assert len(asked) == 1
     asked.clear()
-    monkeypatch.setattr(loop, "evaluate", lambda *others: asked.append(evaluate(*others)) or asked[-1])
+    monkeypatch.setattr(validation, "sums_of_batches", sums_of_batches)
+    monkeypatch.setattr(validation, "evaluation_of", lambda *others: asked.append(evaluation_of(*others)) or asked[-1])
     loop.train(parts)
     at_three, at_six = asked  # the evaluation that was left is made up for before step 4
     assert at_three.tokens == at_six.tokens > 2 * parts.data.global_batch_size * parts.data.seq_length
