@@ -204,7 +204,7 @@ def inspect(
 
 def _batch_lines(dataset: Path | None, step: int, path: Path, stage: int | None, samples: int) -> Iterator[str]:
     from gpt2_flax.config_file import load_config
-    from gpt2_flax.data.inspect_batch import batch_lines
+    from gpt2_flax.data.inspect import batch_lines
     from gpt2_flax.data.mixture import Mixture
 
     config = load_config(path, stage=stage)
@@ -232,7 +232,7 @@ def import_tokens(
     eos: Eos = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a dataset of files that hold tokens already; they are read where they lie, not copied, if that can be."""
+    """Copy token files of other programs into a dataset."""
     from gpt2_flax.data.import_tokens import import_tokens as import_files
     from gpt2_flax.data.inspect import summary_lines
     from gpt2_flax.tokenizers.tokenizer import load_tokenizer

@@ -27,11 +27,11 @@ from gpt2_flax.data import flat_files, row_index
 from gpt2_flax.data.batches import Batches
 from gpt2_flax.data.best_fit import best_fit_decreasing
 from gpt2_flax.data.dataset import TokenDataset
+from gpt2_flax.data.dataset_info import shard_paths
 from gpt2_flax.data.flat_files import KEPT_BYTES
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import IGNORE, RowLayout, rows_of
 from gpt2_flax.data.prepare import prepare_text
-from gpt2_flax.data.shards import shard_paths
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.inference.evaluate import evaluate_source
 from gpt2_flax.model.gpt2 import GPT2

@@ -1,4 +1,4 @@
-"""Preparing a corpus on a Ray cluster; here one of two workers on this machine."""
+"""A corpus is prepared on a Ray cluster, here of two workers on this machine."""
 
 import functools
 import os
@@ -65,7 +65,7 @@ def test_a_url_is_taken_up_where_it_was(cluster, corpus, tokenizer, tmp_path, ca
     assert not (tmp_path / "ray/dataset.json").exists()
     skip = CorpusOptions(on_error="skip")
     prepare([corpus], tokenizer, output, engine="ray", options=skip, **options)
-    assert "going on: " in capfd.readouterr().err
+    assert "resuming: " in capfd.readouterr().err
     prepare([corpus], tokenizer, tmp_path / "local", options=skip, **options)
     assert files_of(tmp_path / "local") == files_of(tmp_path / "ray")
     with pytest.raises(UserError) as error:
