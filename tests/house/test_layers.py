@@ -135,7 +135,7 @@ def test_text_is_utf8_whatever_the_locale(path):
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
-    "module", ["gpt2_flax.cli", "gpt2_flax.data.prepare", "gpt2_flax.data.loader", "gpt2_flax.checkpoint.huggingface"]
+    "module", ["gpt2_flax.cli", "gpt2_flax.data.prepare", "gpt2_flax.data.batches", "gpt2_flax.checkpoint.huggingface"]
 )
 def test_what_needs_no_jax_does_not_import_it(module):
     code = f"import {module}, sys; sys.exit(bool({{'jax', 'torch', 'transformers'}} & set(sys.modules)))"
