@@ -79,7 +79,7 @@ MUTANTS = (
         "samples forgotten",
         "training/start.py",
         'progress = Progress(step, meta["samples_seen"],',
-        "return Start(state, 0,",
+        "progress = Progress(step, 0,",
         "training/test_training.py::test_a_run_that_was_stopped_goes_on_with_the_same_bits",
     ),
     Mutant(

@@ -181,7 +181,7 @@ def run_steps(
             if evaluation_due and (ended or not stopping):
                 finished.catch_up()
                 progress = evaluate(None if ended else stop)
-                stopping |= not progress.evaluated
+                stopping = stopping or not progress.evaluated
                 ended |= progress.best.ends(training.patience)
             last = ended or stopping
             if save_due or last:
