@@ -252,6 +252,7 @@ def paths(**sizes):
     return st.text(**sizes).filter(lambda text: not text.startswith("~") and "://" not in text and "\0" not in text)
 
 
+@pytest.mark.slow
 @given(
     st.builds(
         dict,

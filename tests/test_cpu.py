@@ -90,6 +90,7 @@ print(sum("= f32[64,64,64]" in line and " fusion(" in line for line in entry.spl
 """
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_adamw_is_one_pass():
     command = [sys.executable, "-c", ADAMW]

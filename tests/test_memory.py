@@ -94,6 +94,7 @@ def test_the_memory_of_the_machine_is_at_most_what_the_system_has():
     assert 0 < memory.host_bytes() <= int(total.split()[1]) * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -173,6 +174,7 @@ def test_a_worker_of_prepare_says_it_through_its_parent(corpus, tokenizer_folder
     assert err.endswith("): gpt2-flax prepare; lower --workers\n")
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_a_real_limit_is_met_and_named(dataset_folder, config, tmp_path):

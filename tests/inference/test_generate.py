@@ -25,6 +25,8 @@ from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 GREEDY = Sampling(temperature=0.0)
 NO_END = -1  # an id that never comes: every continuation gets its full length
 

@@ -20,6 +20,8 @@ from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 from gpt2_flax.tokenizers.train import train_sentencepiece
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["这是很久之前的事情了", "", "我们在北京", "好"]
 ENGLISH = "The quick brown fox jumps over the lazy dog. 今天天气很好, we walk to the river.\n"
 

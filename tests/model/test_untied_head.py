@@ -71,6 +71,7 @@ def trained(config, shape, steps=2):
     return losses, start, weights_of(state.model)
 
 
+@pytest.mark.slow
 def test_losses_are_the_same_on_eight_devices_and_the_head_goes_its_own_way(untied, capfd):
     untied = changed(untied, optimizer__warmup=0)
     expected, start, end = trained(untied, (1, 1, 1))
@@ -83,6 +84,7 @@ def test_losses_are_the_same_on_eight_devices_and_the_head_goes_its_own_way(unti
     assert not np.array_equal(start[HEAD], start["wte/embedding"])
 
 
+@pytest.mark.slow
 def test_all_else_is_drawn_as_in_a_model_whose_head_is_tied(untied):
     tied = untied.model.model_copy(update={"tie_word_embeddings": True})
     ours, theirs = (weights_of(GPT2(model, rngs=nnx.Rngs(3))) for model in (untied.model, tied))
@@ -93,6 +95,7 @@ def test_all_else_is_drawn_as_in_a_model_whose_head_is_tied(untied):
     assert sum(array.size for array in ours.values()) == untied.model.parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("decayed", [False, True])
 def test_the_optimizer_treats_the_head_as_an_embedding(untied, name, decayed):
@@ -119,6 +122,7 @@ def test_documents_are_evaluated_with_it(source, dataset_folder):
     assert sum(found.nats for found in each) == pytest.approx(whole.nats, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_of_one_is_saved_and_loaded_exactly(source, tmp_path):
     save_as_run(source, tmp_path / "run")
     again = load_source(tmp_path / "run")
@@ -145,6 +149,7 @@ def test_a_run_does_not_start_from_a_model_whose_head_is_of_the_other_kind(untie
 # transformers
 
 
+@pytest.mark.slow
 def test_a_folder_of_transformers_comes_back_bit_for_bit_and_goes_on_as_there(source, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     sizes = {name: getattr(source.model, name) for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")}
@@ -192,6 +197,7 @@ def test_other_formats_hold_it_too(source, tmp_path, format):
 # UER-py
 
 
+@pytest.mark.slow
 def test_a_model_of_uer_is_read_and_goes_back(tmp_path):
     torch = pytest.importorskip("torch")
     from support.uer_model import trained

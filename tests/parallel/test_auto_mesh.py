@@ -59,6 +59,7 @@ def test_what_does_not_go_together_is_left_to_be_refused():
     assert chosen == MeshSizes(data=-1, fsdp=1, tensor=1)
 
 
+@pytest.mark.slow
 def test_every_mesh_that_is_chosen_can_be_trained_on(config):
     from gpt2_flax.training.loop import train
 

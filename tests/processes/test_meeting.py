@@ -23,7 +23,10 @@ from gpt2_flax.processes import answers, joining, meeting, messages
 from gpt2_flax.processes.place import Place
 from gpt2_flax.processes.watchdog import Watchdog, announced
 
-pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning"),
+]
 DOGS = []
 SECRET = "correct horse battery staple"
 HELLO = {"kind": "hello", "number": 1, "n_processes": 2, "host": "far", "pid": 7, "facts": {}, "nonce": "n"}

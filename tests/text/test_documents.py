@@ -132,6 +132,7 @@ def expected(content: bytes, encoding: str, separator: str, on_error: str) -> li
     return ["\n".join(lines) for lines in paragraphs if lines and None not in lines]
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(
     data=st.data(),
@@ -241,6 +242,7 @@ def test_members_and_padding_of_compressed_files(write, suffix):
         assert read_texts(path) == ["one", "two and", "three", "four"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", PACK)
 @pytest.mark.parametrize("cut", [0, 1, 5, 0.25, 0.5, 0.9, -9, -4, -1])
 def test_truncated_streams_are_never_taken_for_whole(write, suffix, cut):

@@ -271,6 +271,7 @@ def test_a_run_folder_of_each_host_ends_all(config, tmp_path):
     assert not place.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_processes_that_would_start_from_different_weights_or_steps_end(config, tmp_path):
     mixture, run = Mixture(config.data.datasets), RunFolder(config.output)

@@ -16,6 +16,8 @@ from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 from gpt2_flax.parallel.rules import batch_sharding, path_of, tree_shardings
 
+pytestmark = pytest.mark.slow
+
 N_TOKENS = 2**16
 CFG = ModelConfig(vocab_size=512, n_positions=128, n_layer=2, n_head=2, n_embd=64, dtype="bfloat16")
 SMALL = CFG.model_copy(update={"n_embd": 4, "n_head": 2, "n_layer": 1, "n_positions": 4})

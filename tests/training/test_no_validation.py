@@ -20,6 +20,8 @@ from gpt2_flax.text.documents import CorpusOptions
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 from gpt2_flax.training import loop
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def without(corpus, tokenizer_folder, tmp_path) -> Path:
