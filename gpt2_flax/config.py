@@ -28,44 +28,44 @@ Rows = Annotated[int, Field(gt=0, le=MOST_ROWS)]
 Width = Annotated[int, Field(gt=0, le=2**17)]
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+class Section(BaseModel, frozen=True):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class ModelOptions(Section):
+class ModelOptions(Section, frozen=True):
     """The architecture as a user asks for it, with the names of `transformers.GPT2Config`, and how to compute it."""
 
     vocab_size: int | None = Field(
-        None, gt=0, le=MOST_TOKENS, description="rows of the token embedding; the dataset's when left out"
+        default=None, gt=0, le=MOST_TOKENS, description="rows of the token embedding; the dataset's when left out"
     )
-    n_positions: Positions = Field(1024, description="longest sequence the model can see, in tokens")
-    n_layer: int = Field(12, gt=0, le=512, description="number of blocks")
-    n_head: Width = Field(12, description="attention heads a block")
-    n_embd: Width = Field(768, description="width of the residual stream; a multiple of n_head")
-    embd_pdrop: float = Field(0.1, ge=0, lt=1, description="dropout on the summed embeddings")
-    attn_pdrop: float = Field(0.1, ge=0, lt=1, description="dropout on the attention probabilities")
-    resid_pdrop: float = Field(0.1, ge=0, lt=1, description="dropout on what each half of a block adds")
-    layer_norm_epsilon: float = Field(1e-5, gt=0, description="added to the variance in layer norms")
-    initializer_range: float = Field(0.02, gt=0, description="standard deviation of fresh weights")
+    n_positions: Positions = Field(default=1024, description="longest sequence the model can see, in tokens")
+    n_layer: int = Field(default=12, gt=0, le=512, description="number of blocks")
+    n_head: Width = Field(default=12, description="attention heads a block")
+    n_embd: Width = Field(default=768, description="width of the residual stream; a multiple of n_head")
+    embd_pdrop: float = Field(default=0.1, ge=0, lt=1, description="dropout on the summed embeddings")
+    attn_pdrop: float = Field(default=0.1, ge=0, lt=1, description="dropout on the attention probabilities")
+    resid_pdrop: float = Field(default=0.1, ge=0, lt=1, description="dropout on what each half of a block adds")
+    layer_norm_epsilon: float = Field(default=1e-5, gt=0, description="added to the variance in layer norms")
+    initializer_range: float = Field(default=0.02, gt=0, description="standard deviation of fresh weights")
     initializer: Literal["gpt2", "uer"] = Field(
-        "gpt2", description="gpt2: residual projections / sqrt(2 n_layer), zero biases; uer: one deviation for all"
+        default="gpt2", description="gpt2: residual projections / sqrt(2 n_layer), biases 0; uer: all alike"
     )
     tie_word_embeddings: bool = Field(
-        True, description="share the token embedding with the head; false: the head has its own parameters"
+        default=True, description="share the token embedding with the head; false: the head has its own parameters"
     )
     dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="type of activations; parameters, softmax and loss stay float32"
+        default="bfloat16", description="type of activations; parameters, softmax and loss stay float32"
     )
-    attend_across_documents: bool = Field(False, description="let attention cross document boundaries in a row")
+    attend_across_documents: bool = Field(default=False, description="let attention cross document boundaries in a row")
     attention: Literal["auto", "xla", "flash", "cudnn", "splash"] = Field(
-        "auto",
+        default="auto",
         description="kernel: flash (GPU), cudnn (GPU, no dropout), splash (TPU, no dropout), xla; auto: the fastest",
     )
     layers: Literal["auto", "scanned", "unrolled"] = Field(
-        "auto", description="scanned: compiled once; unrolled: all in line, faster on CPU; auto: by the device"
+        default="auto", description="scanned: compiled once; unrolled: in line, faster on CPU; auto: by device"
     )
     remat: Literal["none", "selected", "full"] = Field(
-        "none", description="activations to compute again in the backward pass: none, all but two a layer, or all"
+        default="none", description="activations to recompute in the backward pass: none, all but two a layer, all"
     )
 
     @model_validator(mode="after")
@@ -79,7 +79,7 @@ class ModelOptions(Section):
         return ModelConfig.model_validate(self.model_dump() | {"vocab_size": vocab_size})
 
 
-class ModelConfig(ModelOptions):
+class ModelConfig(ModelOptions, frozen=True):
     """The architecture of a model whose vocabulary is known."""
 
     vocab_size: int = Field(gt=0, le=MOST_TOKENS)
@@ -110,20 +110,20 @@ class ModelConfig(ModelOptions):
         return -(-self.vocab_size // 128) * 128
 
 
-class DataConfig(Section):
+class DataConfig(Section, frozen=True):
     """The datasets, and the rows that are cut from them."""
 
     dataset: str | dict[str, float] = Field(
         description='folder made by `gpt2-flax prepare`, or several and their weights: {"data/zh" = 3, "data/en" = 1}'
     )
-    seq_length: Positions = Field(128, description="tokens a row; at most model.n_positions")
+    seq_length: Positions = Field(default=128, description="tokens a row; at most model.n_positions")
     packing: Packing = Field(
-        "stream",
+        default="stream",
         description="stream: cut every seq_length tokens; best_fit: combine documents; document: one a row",
     )
-    global_batch_size: Rows = Field(64, description="rows an optimizer step, over all devices")
+    global_batch_size: Rows = Field(default=64, description="rows an optimizer step, over all devices")
     verify: Verify = Field(
-        "first-use", description="sha256 of shards: check each at its first use, all before the first step, or none"
+        default="first-use", description="sha256 of shards: check each at its first use, all at the start, or none"
     )
 
     @field_validator("dataset", mode="before")
@@ -164,32 +164,34 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class OptimizerConfig(Section):
+class OptimizerConfig(Section, frozen=True):
     """The optimizer, AdamW (arXiv:1711.05101) or Muon (arXiv:2502.16982), and its learning rate schedule."""
 
     preset: Literal["default", "uer"] = Field(
-        "default", description="defaults of the keys below; uer: the defaults of UER-py and TencentPretrain"
+        default="default", description="defaults of the keys below; uer: the defaults of UER-py and TencentPretrain"
     )
     name: Literal["adamw", "adamw_uer", "muon"] = Field(
-        "adamw", description="adamw_uer: no bias correction, decay after the step; muon: Muon for matrices, AdamW else"
+        default="adamw", description="adamw_uer: no bias correction, decay after the step; muon: for matrices"
     )
-    learning_rate: float = Field(1e-4, gt=0, description="highest learning rate, reached when warm-up ends")
+    learning_rate: float = Field(default=1e-4, gt=0, description="highest learning rate, reached when warm-up ends")
     schedule: Literal["linear", "cosine", "constant", "wsd", "inverse_sqrt"] = Field(
-        "cosine", description="decay after warm-up; wsd: constant, then linear at the end"
+        default="cosine", description="decay after warm-up; wsd: constant, then linear at the end"
     )
     warmup: int | float = Field(
-        0.1, ge=0, le=MOST_STEPS, description="warm-up from 0: steps, or a fraction of total_steps"
+        default=0.1, ge=0, le=MOST_STEPS, description="warm-up from 0: steps, or a fraction of total_steps"
     )
     decay: int | float = Field(
-        0.2, gt=0, le=MOST_STEPS, description="decay of schedule wsd: steps, or a fraction of total_steps"
+        default=0.2, gt=0, le=MOST_STEPS, description="decay of schedule wsd: steps, or a fraction of total_steps"
     )
-    min_learning_rate_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate divided by the highest")
-    b1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
-    b2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
-    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices; none of biases and norms")
-    decay_embeddings: bool = Field(False, description="also decay embeddings and an untied head")
-    max_grad_norm: float = Field(1.0, ge=0, description="clip gradients to this global norm; 0: no clipping")
+    min_learning_rate_ratio: float = Field(
+        default=0.0, ge=0, le=1, description="lowest divided by highest learning rate"
+    )
+    b1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
+    b2: float = Field(default=0.95, ge=0, lt=1, description="decay of the second moment")
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(default=0.1, ge=0, description="decoupled decay of matrices; none of biases and norms")
+    decay_embeddings: bool = Field(default=False, description="also decay embeddings and an untied head")
+    max_grad_norm: float = Field(default=1.0, ge=0, description="clip gradients to this global norm; 0: no clipping")
 
     @model_validator(mode="before")
     @classmethod
@@ -210,25 +212,28 @@ class OptimizerConfig(Section):
         return self
 
 
-class TrainingConfig(Section):
+class TrainingConfig(Section, frozen=True):
     """How long to train, how often to evaluate and save, and the seed."""
 
     total_steps: Steps = Field(description="optimizer steps of the whole run")
-    accumulation_steps: Rows = Field(1, description="microbatches of a batch, computed one after another")
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of initial weights, data order and dropout")
+    accumulation_steps: Rows = Field(default=1, description="microbatches of a batch, computed one after another")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of initial weights, data order and dropout")
     deterministic: bool = Field(
-        False, description="use only GPU kernels that give the same bits each time; slower, see README.md"
+        default=False, description="use only GPU kernels that give the same bits each time; slower, see README.md"
     )
-    log_every: Steps = Field(10, description="steps between lines of metrics")
-    evaluate_every: Steps = Field(1000, description="steps between evaluations on validation splits")
+    log_every: Steps = Field(default=10, description="steps between lines of metrics")
+    evaluate_every: Steps = Field(default=1000, description="steps between evaluations on validation splits")
     evaluation_batches: int = Field(
-        0, ge=0, le=MOST_STEPS, description="global batches of each dataset that an evaluation reads; 0: whole splits"
+        default=0, ge=0, le=MOST_STEPS, description="global batches an evaluation reads of each dataset; 0: all"
     )
-    save_every: Steps = Field(1000, description="steps between checkpoints")
-    keep_checkpoints: Steps = Field(3, description="newest checkpoints kept; older ones are deleted")
-    keep_best: int = Field(1, ge=0, le=MOST_STEPS, description="also keep this many with the lowest validation loss")
+    save_every: Steps = Field(default=1000, description="steps between checkpoints")
+    keep_checkpoints: Steps = Field(default=3, description="newest checkpoints kept; older ones are deleted")
+    keep_best: int = Field(default=1, ge=0, le=MOST_STEPS, description="also keep the best by validation loss")
     keep_every: int = Field(
-        0, ge=0, le=MOST_STEPS, description="also keep every checkpoint whose step is a multiple of this; 0: none"
+        default=0,
+        ge=0,
+        le=MOST_STEPS,
+        description="also keep every checkpoint whose step is a multiple of this; 0: none",
     )
     patience: int = Field(
         0,
@@ -237,46 +242,49 @@ class TrainingConfig(Section):
         description="end the run after this many evaluations without a lower validation loss; 0: never",
     )
     max_skipped_steps: Steps = Field(
-        5, description="end the run after this many steps in a row whose loss or gradient is not finite"
+        default=5, description="end the run after this many steps in a row whose loss or gradient is not finite"
     )
-    prompts: list[str] = Field([], description="prompts that each evaluation continues; the texts go to samples.txt")
-    sample_tokens: Positions = Field(64, description="most tokens to generate for each prompt")
+    prompts: list[str] = Field(default=[], description="prompts that each evaluation continues, in samples.txt")
+    sample_tokens: Positions = Field(default=64, description="most tokens to generate for each prompt")
 
 
-class MeshConfig(Section):
+class MeshConfig(Section, frozen=True):
     """The device mesh as a user asks for it; the product of its sizes is the number of devices.
 
     Training chooses the sizes that are left out.
     """
 
     data: int = Field(
-        -1, ge=-1, le=MOST_ROWS, description="replicas of the model, each with its own rows; -1: all remaining devices"
+        default=-1,
+        ge=-1,
+        le=MOST_ROWS,
+        description="replicas of the model, each with its own rows; -1: the remaining devices",
     )
     fsdp: int | Literal["auto"] = Field(
-        "auto", description="devices that share parameters and optimizer state, each with its own rows"
+        default="auto", description="devices that share parameters and optimizer state, each with its own rows"
     )
-    tensor: int | Literal["auto"] = Field("auto", description="devices that share each matrix product")
+    tensor: int | Literal["auto"] = Field(default="auto", description="devices that share each matrix product")
 
     @model_validator(mode="after")
     def _sizes_are_above_zero(self) -> "MeshConfig":
         if self.data == 0:
             raise ValueError("mesh.data must be -1 (what is left) or at least 1")
         for name, size in (("fsdp", self.fsdp), ("tensor", self.tensor)):
-            if size != "auto" and not 1 <= size <= MOST_ROWS:
+            if isinstance(size, int) and not 1 <= size <= MOST_ROWS:
                 raise ValueError(f'mesh.{name} must be "auto", or from 1 to {MOST_ROWS}')
         return self
 
 
-class Config(Section):
+class Config(Section, frozen=True):
     """One training run."""
 
     output: LocalPath = Field(description="run folder: checkpoints, metrics, resolved config")
-    init_from: LocalPath | None = Field(None, description="run, checkpoint or transformers folder with initial weights")
-    model: ModelOptions = Field(default_factory=ModelOptions)
+    init_from: LocalPath | None = Field(default=None, description="run, checkpoint or folder with initial weights")
+    model: ModelOptions = ModelOptions()
     data: DataConfig
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig
-    mesh: MeshConfig = Field(default_factory=MeshConfig)
+    mesh: MeshConfig = MeshConfig()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Config":
@@ -322,10 +330,10 @@ class Config(Section):
         return steps_or_share if isinstance(steps_or_share, int) else round(steps_or_share * self.training.total_steps)
 
 
-class ResolvedConfig(Config):
+class ResolvedConfig(Config, frozen=True):
     """A training run whose vocabulary is known."""
 
-    model: ModelConfig
+    model: ModelConfig  # pyright: ignore[reportGeneralTypeIssues] - `with_vocab_size` gives it
 
 
 def config_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
@@ -365,7 +373,7 @@ def parse_model(values: Mapping[str, Any], where: object, fix: str) -> ModelConf
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))
-        reason = first["ctx"]["error"] if first["type"] == "value_error" else first["msg"]
+        reason = first["ctx"]["error"] if "ctx" in first and first["type"] == "value_error" else first["msg"]
         what = f"bad value of {field}: {reason}, not {quote(first['input'])}" if field else f"bad model: {reason}"
         raise UserError(ExitCode.DATA, what, where, fix) from None
 

@@ -152,6 +152,7 @@ def test_every_command_ends_with_71_and_one_line(capsys, monkeypatch, corpus, tm
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.multiprocess
 def test_a_worker_of_prepare_says_it_through_its_parent(corpus, tokenizer_folder, tmp_path):
     (tmp_path / "greedy.py").write_text(
         "import numpy as np\n"
@@ -172,6 +173,7 @@ def test_a_worker_of_prepare_says_it_through_its_parent(corpus, tokenizer_folder
     assert err.endswith("): gpt2-flax prepare; lower --workers\n")
 
 
+@pytest.mark.multiprocess
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_a_real_limit_is_met_and_named(dataset_folder, config, tmp_path):
     """A batch for whose activations the process may not have the memory."""

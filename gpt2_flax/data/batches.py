@@ -9,6 +9,7 @@ Dimension key: B rows, T sequence.
 
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -140,7 +141,7 @@ def permutation(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarr
     return values.astype(np.int64).reshape(np.shape(index))
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def _mix(x: Any) -> Any:
     """The finalizer of SplitMix64 (Steele et al., 2014), modulo 2**64 on purpose."""
     with np.errstate(over="ignore"):
         x = np.asarray(x, np.uint64) + np.uint64(0x9E3779B97F4A7C15)

@@ -13,7 +13,7 @@ Dimension key: B rows, T seq_length, R segments of all rows (the padding of a ro
 """
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,21 +21,23 @@ from gpt2_flax.config import Config, Packing
 from gpt2_flax.data.dataset import TokenSplit
 from gpt2_flax.data.row_index import read_or_make_plan
 
+Array = TypeVar("Array")
+
 IGNORE = -1
 """The target of a position that is not trained on, such as padding."""
 
 
-class Batch(NamedTuple):
-    """Rows for the model; four int32 arrays of shape (B, T).
+class Batch(NamedTuple, Generic[Array]):
+    """Rows for the model: four int32 arrays of shape (B, T), of numpy on the host or of JAX on devices.
 
     A target is the next token, or IGNORE. Attention stays inside a segment; segments are numbered from 1, and 0 is
     padding. Positions count from 0 in each segment.
     """
 
-    tokens_BT: np.ndarray
-    targets_BT: np.ndarray
-    segments_BT: np.ndarray
-    positions_BT: np.ndarray
+    tokens_BT: Array
+    targets_BT: Array
+    segments_BT: Array
+    positions_BT: Array
 
 
 class RowLayout(NamedTuple):

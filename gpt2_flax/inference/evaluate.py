@@ -57,7 +57,8 @@ def evaluate_source(
         UserError: USAGE when there is no data or `split_name` is given with a corpus; CANT_CREATE when `per_document`
             exists; CONFIG when tokenizers differ or `seq_length` is too long.
     """
-    if data is None and source.config is None:
+    datasets = {data: 1.0} if data is not None else source.config.data.datasets if source.config else None
+    if datasets is None:
         raise UserError(ExitCode.USAGE, "no data", source.origin, "add --data DATASET or --data FILE.txt")
     if per_document is not None and n_batches:
         raise UserError(ExitCode.USAGE, "--per-document reads everything", "--batches", "leave one of them out")
@@ -67,22 +68,23 @@ def evaluate_source(
     if seq_length > source.model.n_positions:
         what = f"--seq-length {seq_length} is above the model's n_positions {source.model.n_positions}"
         raise UserError(ExitCode.CONFIG, what, source.origin, "lower it")
+    corpus = data if data is not None and not (Path(data) / MARKER).is_file() else None
     mesh = make_mesh()
     n_rows = -(-n_rows // row_shards(mesh)) * row_shards(mesh)
     packing = source.config.data.packing if source.config else "stream"
     with scratch_folder() as folder, jax.set_mesh(mesh):
         tokenizer = source.tokenizer()
-        mixture = None
-        if _is_corpus(data):
-            splits = {data: _prepared(data, split_name, tokenizer, folder, options)}
+        mixture, characters_M = None, None
+        if corpus is not None:
+            splits = {corpus: _prepared(corpus, split_name, tokenizer, folder, options)}
+            if per_document is not None and corpus != "-":  # a pipe cannot be read twice
+                characters_M = document_characters(corpus, options, tokenizer, splits[corpus])
         else:
-            mixture = Mixture(source.config.data.datasets if data is None else {data: 1.0})
+            mixture = Mixture(datasets)
             splits = _splits(mixture, source, split_name or "validation", tokenizer)
             mixture.verify("first-use")
         model = jax.device_put(model_from_weights(source.model, source.weights), NamedSharding(mesh, P()))
         if per_document is not None:
-            known = _is_corpus(data) and data != "-"  # a pipe cannot be read twice
-            characters_M = document_characters(data, options, tokenizer, splits[data]) if known else None
             lines, total = _each_document(model, splits, seq_length, packing, mesh, n_rows, characters_M)
             _check_data(mixture)
             write_whole(per_document, "".join(f"{line}\n" for line in lines).encode())
@@ -94,10 +96,6 @@ def evaluate_source(
             evaluations = [evaluate(model, rows, mesh, n_rows, n_batches, advance) for rows in rows_of_splits]
         _check_data(mixture)
     return sum(evaluations, Evaluation())
-
-
-def _is_corpus(data: str | None) -> bool:
-    return data is not None and not (Path(data) / MARKER).is_file()
 
 
 def _prepared(
@@ -136,8 +134,9 @@ def _each_document(
             documents = evaluate_documents(model, split, seq_length, packing, mesh, n_rows, characters_M, advance)
             lines += document_lines(name, documents)
             total = sum(documents, total)
-    if total.characters is None and all(split.n_characters is not None for split in splits.values()):
-        total = replace(total, characters=sum(split.n_characters for split in splits.values()))
+    known = [split.n_characters for split in splits.values() if split.n_characters is not None]
+    if total.characters is None and len(known) == len(splits):
+        total = replace(total, characters=sum(known))
     return lines, total
 
 

@@ -28,8 +28,9 @@ class Evaluation:
     """Characters of the text that the tokens stand for; None when the dataset does not know."""
 
     def __add__(self, other: "Evaluation") -> "Evaluation":
-        unknown = self.characters is None or other.characters is None
-        characters = None if unknown else self.characters + other.characters
+        characters = None
+        if self.characters is not None and other.characters is not None:
+            characters = self.characters + other.characters
         return Evaluation(self.nats + other.nats, self.correct + other.correct, self.tokens + other.tokens, characters)
 
     def __str__(self) -> str:

@@ -2,17 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 
-import jax
-
 from gpt2_flax.config import ResolvedConfig
-from gpt2_flax.parallel.devices import memory_bytes
+from gpt2_flax.parallel.devices import Device, memory_bytes
 from gpt2_flax.parallel.mesh import MeshSizes
 
 BYTES_PER_PARAMETER = 16  # float32 parameter, gradient, and two moments
 _SHARE_FOR_STATE = 0.5  # of a device's memory; activations need the rest
 
 
-def choose_mesh(config: ResolvedConfig, devices: Sequence[jax.Device]) -> tuple[MeshSizes, str]:
+def choose_mesh(config: ResolvedConfig, devices: Sequence[Device]) -> tuple[MeshSizes, str]:
     """Return the mesh sizes for a config, and the reason for the choice.
 
     Replicas of the whole model (`data`) communicate least. So parameters are sharded (`fsdp`) only as far as memory

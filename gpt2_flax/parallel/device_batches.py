@@ -1,7 +1,7 @@
 """Place numpy batches on the devices of a mesh, ahead of need."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -30,7 +30,8 @@ def device_batch(mesh: Mesh, n_rows: int, read: Callable[[int, int], Batch], sta
         start: first sample of the batch.
     """
     sharding = batch_sharding(mesh)
-    bounds = [index[0].indices(n_rows)[:2] for index in sharding.addressable_devices_indices_map((n_rows,)).values()]
+    slices = sharding.addressable_devices_indices_map((n_rows,)).values()
+    bounds = [index[0].indices(n_rows)[:2] for index in slices if index is not None]
     first, last = min(begin for begin, _ in bounds), max(end for _, end in bounds)
 
     def place(local):
@@ -43,7 +44,7 @@ def device_batch(mesh: Mesh, n_rows: int, read: Callable[[int, int], Batch], sta
     return Batch(*map(place, read(start + first, start + last)))
 
 
-def prefetch(make: Callable[[int], T], items: Iterable[int], depth: int = 2) -> Iterator[T]:
+def prefetch(make: Callable[[int], T], items: Iterable[int], depth: int = 2) -> Generator[T]:
     """Yield `make(item)` for each item in order; a thread computes up to `depth` items ahead.
 
     An exception of `make` is raised here, in its turn.

@@ -1,10 +1,18 @@
-"""What is known of accelerators by their names in JAX."""
+"""Facts about accelerators, by their names in JAX."""
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-import jax
+
+class Device(Protocol):
+    """What this program reads of a `jax.Device`; a device may be absent from this machine."""
+
+    platform: str
+    device_kind: str
+
+    def memory_stats(self) -> Any:
+        """Return a dict with keys such as "bytes_limit", or None."""
 
 
 class Kind(NamedTuple):
@@ -14,7 +22,7 @@ class Kind(NamedTuple):
     unless told otherwise. Memory is in 10^9 bytes, its bandwidth in 10^9 bytes a second.
     """
 
-    name: str  # regular expression over `jax.Device.device_kind`
+    name: str  # regular expression over `Device.device_kind`
     tflops_bfloat16: float
     tflops_float32: float
     memory: float
@@ -54,7 +62,7 @@ def bandwidth(device_kind: str) -> float | None:
     return kind and 1e9 * kind.bandwidth
 
 
-def memory_bytes(device: jax.Device) -> float | None:
+def memory_bytes(device: Device) -> float | None:
     """Returns what a program may use of a device's memory: as the device says, else by the table, else None."""
     try:
         stats = device.memory_stats()
@@ -66,7 +74,7 @@ def memory_bytes(device: jax.Device) -> float | None:
     return kind and kind.memory * 1e9
 
 
-def peak_memory(devices: Sequence[jax.Device]) -> int | None:
+def peak_memory(devices: Sequence[Device]) -> int | None:
     """Returns the most bytes that any of these devices had in use at once, None where the backend does not say."""
     stats = [device.memory_stats() or {} for device in devices]
     return max((found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found), default=None)

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.parallel.devices import Device
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -21,7 +22,7 @@ class MeshSizes(NamedTuple):
     tensor: int = 1
 
 
-def make_mesh(sizes: MeshSizes = MeshSizes(), devices: Sequence[jax.Device] | None = None) -> Mesh:  # noqa: B008
+def make_mesh(sizes: MeshSizes = MeshSizes(), devices: Sequence[Device] | None = None) -> Mesh:  # noqa: B008
     """Return the mesh over `devices`, by default over all devices.
 
     Raises:

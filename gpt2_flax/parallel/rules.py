@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt2_flax.errors import ExitCode, UserError
@@ -34,7 +34,7 @@ def path_of(key_path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(key_path, simple=True, separator="/").removesuffix("/value")
 
 
-def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """Returns the layout of one array; scalars are replicated.
 
     Raises `UserError` (CONFIG) when a dimension cannot be split as the table says, ValueError when no rule matches.
@@ -56,7 +56,7 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     return spec
 
 
-def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Returns `tree` with a NamedSharding for each array (or ShapeDtypeStruct)."""
     return jax.tree_util.tree_map_with_path(
         lambda key_path, leaf: NamedSharding(mesh, spec_of(path_of(key_path), leaf.shape, mesh)), tree

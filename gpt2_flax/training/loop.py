@@ -14,6 +14,7 @@ from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import row_layout
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.parallel.device_batches import device_batch, prefetch
+from gpt2_flax.parallel.devices import Device
 from gpt2_flax.processes.phases import Kind
 from gpt2_flax.processes.watchdog import Watchdog
 from gpt2_flax.training.agreement import agree_on_start, check_shared
@@ -35,7 +36,7 @@ def train(
     *stages: Config,
     allow_change: Sequence[str] = (),
     profile_steps: int = 0,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Device] | None = None,
     watchdog: Watchdog | None = None,
     deadline: float = math.inf,
 ) -> None:
@@ -171,8 +172,12 @@ def run_steps(
             phases.step(step)
             store.poll()
             save_due |= step % training.save_every == 0
-            ahead: list[Kind] = ["evaluation"] * (evaluation_due or step + 1 == total) + ["save"] * save_due
-            stopping, ended = stop("step", *ahead), step == total
+            ahead: list[Kind] = ["step"]
+            if evaluation_due or step + 1 == total:
+                ahead.append("evaluation")
+            if save_due:
+                ahead.append("save")
+            stopping, ended = stop(*ahead), step == total
             if evaluation_due and (ended or not stopping):
                 finished.catch_up()
                 progress = evaluate(None if ended else stop)

@@ -13,6 +13,7 @@ from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.parallel.auto_mesh import choose_mesh
 from gpt2_flax.parallel.device_batches import row_shards
+from gpt2_flax.parallel.devices import Device
 from gpt2_flax.parallel.mesh import make_mesh
 from gpt2_flax.training.choices import choices
 from gpt2_flax.training.samples import check_prompts
@@ -60,7 +61,7 @@ class Stage(NamedTuple):
 
 
 def open_stage(
-    config: Config, mixture: Mixture, earlier: Sequence[ResolvedConfig], devices: Sequence[jax.Device] | None = None
+    config: Config, mixture: Mixture, earlier: Sequence[ResolvedConfig], devices: Sequence[Device] | None = None
 ) -> Stage:
     """Check all that can be known of a stage before earlier stages are trained and before its run folder is read.
 
@@ -130,8 +131,8 @@ def check_same_run(config: Config, run: RunFolder, allow_change: Sequence[str]) 
     for key in allow_change:
         if key not in config_keys():
             raise UserError(ExitCode.USAGE, f"unknown key {key}", "--allow-change", "give a key of the config")
-    if run.last_checkpoint() is not None and run.has_config():
-        check_same_config(run.read_config(), config, run, allow_change)
+    if run.last_checkpoint() is not None and run.has_config() and (before := run.read_config()):
+        check_same_config(before, config, run, allow_change)
 
 
 def check_same_config(before: Config, config: Config, run: RunFolder, allow_change: Sequence[str]) -> None:

@@ -87,8 +87,8 @@ def _adam(optimizer: OptimizerConfig, max_grad_norm: float = 0.0) -> optax.Gradi
     """
     b1, b2, eps = optimizer.b1, optimizer.b2, optimizer.eps
 
-    def update(grads, state, params=None):
-        clipping, count = _clipping(grads, max_grad_norm), state.count + 1
+    def update(updates, state, params=None):
+        grads, clipping, count = updates, _clipping(updates, max_grad_norm), state.count + 1
         corrections = [1.0 if optimizer.name == "adamw_uer" else 1 / (1 - b**count) for b in (b1, b2)]
 
         def moment(correction):

@@ -3,7 +3,7 @@
 Dimension key: B rows, T sequence, A microbatches.
 """
 
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,7 @@ def make_train_step(config: ResolvedConfig, layout: TrainState, mesh: Mesh) -> j
     """
     tx, schedule, n_microbatches = make_optimizer(config), learning_rate(config), config.training.accumulation_steps
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics[jax.Array]]:
+    def train_step(state: TrainState, batch: Batch[jax.Array]) -> tuple[TrainState, StepMetrics]:
         n_targets = (batch.targets_BT != IGNORE).sum().astype(jnp.float32)
         key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
 
@@ -108,7 +108,8 @@ def make_train_step(config: ResolvedConfig, layout: TrainState, mesh: Mesh) -> j
             keys = jax.random.split(key, n_microbatches)
             grads, sums_A = jax.lax.scan(add_gradients, zeros, (microbatches, keys))
             sums = jax.tree.map(jnp.sum, sums_A)
-        updates, opt_state = tx.update(grads, state.opt_state, state.model)
+        params: Any = state.model  # a pytree of a kind that the types of optax do not know
+        updates, opt_state = tx.update(grads, state.opt_state, params)
         model = jax.tree.map(jnp.add, state.model, updates)
         loss, norm = sums.nats / n_targets, optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -143,7 +144,7 @@ def all_finite(state: TrainState) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]).all()
 
 
-def _fresh(model: GPT2, tx: optax.GradientTransformation) -> TrainState:
+def _fresh(model: Any, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(model, tx.init(model), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 

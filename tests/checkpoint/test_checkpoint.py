@@ -63,6 +63,7 @@ def newest(store, config=CFG):
     return found and found[0]
 
 
+@pytest.mark.slow
 def test_the_newest_are_kept_and_restored_exactly(folder, models):
     with CheckpointStore(folder) as store:
         assert store.steps() == [2, 3, 4]
@@ -245,6 +246,7 @@ def test_a_missing_optimizer_state_is_named(folder):
         store.restore(4, opt_state=layout(CFG))
 
 
+@pytest.mark.slow
 def test_a_model_saved_as_a_run_is_loaded_exactly(tmp_path, tokenizer_folder, folder, models):
     (folder.parent / "tokenizer").symlink_to(tokenizer_folder)
     source = load_source(folder.parent)

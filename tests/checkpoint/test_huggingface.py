@@ -95,6 +95,7 @@ def test_all_misfits_are_counted_and_the_first_five_named_with_shapes():
 # What transformers says of the same weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_loss_and_gradients_equal_those_of_transformers(tied):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

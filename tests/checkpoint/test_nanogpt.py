@@ -167,6 +167,7 @@ def characters(tmp_path):
     return tmp_path / "characters.json"
 
 
+@pytest.mark.slow
 def test_import_and_convert_say_how_exact_they_are(characters, tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
     models = {gelu: Model(bias=False, gelu=gelu) for gelu in ("tanh", "none")}

@@ -56,6 +56,7 @@ def difference(model, config, weights):
     return float(np.abs(theirs - jax.jit(lambda model: model(tokens))(ours)).max())
 
 
+@pytest.mark.slow
 def test_logits_are_theirs_and_renaming_alone_is_not_enough(model, state_dict):
     config, weights = from_uer(state_dict, HEADS)
     exact = difference(model, config, weights)
@@ -210,6 +211,7 @@ def run(*arguments):
     return ended.value.code
 
 
+@pytest.mark.slow
 def test_import_says_how_exact_it_is_and_makes_a_run(file, vocabulary, tmp_path, capsys):
     options = ("--tokenizer", vocabulary, "--uer-config", uer_config(tmp_path))
     assert run("import", file, tmp_path / "run", *options) == 0
@@ -231,6 +233,7 @@ def test_a_file_needs_a_vocabulary_and_a_folder_no_uer_config(file, tmp_path, ca
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_convert_there_and_back(model, file, vocabulary, tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
     options = ("--tokenizer", vocabulary, "--uer-config", uer_config(tmp_path))
@@ -252,6 +255,7 @@ def test_convert_there_and_back(model, file, vocabulary, tmp_path, capsys):
     assert run("convert", tmp_path / "run", tmp_path / "back", "--format", "uer") == ExitCode.CANT_CREATE
 
 
+@pytest.mark.slow
 def test_a_run_of_another_epsilon_goes_to_uer_with_a_word_about_it(config, tokenizer_folder, tmp_path, capsys):
     small = config.model.model_copy(update={"vocab_size": load_tokenizer(tokenizer_folder).vocab_size})
     source = Source("here", small, random_weights(small), tokenizer_folder)

@@ -425,6 +425,7 @@ def test_a_sentencepiece_model_without_sense_is_refused(good, capsys, content, s
 # Datasets.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_offsets_that_make_no_sense_are_named_by_every_reader(good, config, capsys, split):
     dataset = good["tmp"] / "d"

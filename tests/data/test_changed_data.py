@@ -210,6 +210,7 @@ for packing in ("stream", "best_fit"):
 """
 
 
+@pytest.mark.multiprocess
 def test_a_file_that_is_cut_while_it_is_read_gives_a_sentence_and_no_signal(dataset):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # for the support modules of the tests
     command = [sys.executable, "-c", CUT, str(dataset)]
@@ -267,6 +268,7 @@ def losses(output: str) -> dict[int, float]:
     return {step: run.metrics_at(step).get("train/loss") for step in range(1, 7)}
 
 
+@pytest.mark.slow
 def test_a_run_whose_data_changes_ends_before_it_saves_and_resumes_to_the_same_numbers(tiny, dataset, monkeypatch):
     whole = changed(tiny, output=tiny.output + "-whole")
     loop.train(whole)
@@ -286,6 +288,7 @@ def test_a_run_whose_data_changes_ends_before_it_saves_and_resumes_to_the_same_n
     assert losses(tiny.output) == losses(whole.output)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_when_its_data_is_synchronized_again(tiny, dataset, monkeypatch):
     def synchronize() -> None:
         for name in FILES:
@@ -297,6 +300,7 @@ def test_a_run_goes_on_when_its_data_is_synchronized_again(tiny, dataset, monkey
     assert RunFolder(tiny.output).last_checkpoint() == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["first-use", "full", "off"])
 def test_what_is_verified_is_what_the_config_says(tiny, dataset, how, monkeypatch):
     path = dataset / "train/tokens-00000.bin"
@@ -372,6 +376,7 @@ def test_damage_that_is_found_in_the_background_is_raised_where_data_is_read_nex
 # Other commands
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_data_that_is_damaged_or_changes_gives_no_figures(tiny, dataset, capsys):
     config = changed(tiny, training__total_steps=1)
     loop.train(config)

@@ -37,6 +37,7 @@ def dataset(tmp_path) -> TokenDataset:
     return write_dataset(tmp_path, 100, [[[2, 5, 3], [2, 6, 7, 3]], [], [[2, 99, 3], [2, 4, 8, 3]]])
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(corpus=corpora(), chunk=st.sampled_from([1, 2, 3, 2**20]), data=st.data())
 def test_any_part_of_the_stream_is_read_as_it_was_written(tmp_path_factory, corpus, chunk, data):
@@ -60,6 +61,7 @@ def test_any_part_of_the_stream_is_read_as_it_was_written(tmp_path_factory, corp
     assert split.read(start, stop).tolist() == stream[start:stop]
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(corpus=corpora(), length=st.integers(1, 12), stride=st.sampled_from([1, 2, 3, 32]), data=st.data())
 def test_parts_of_the_stream_are_gathered_with_the_places_where_documents_start(
@@ -173,6 +175,7 @@ print(dataset.train.n_documents, len(found[0]))
 """
 
 
+@pytest.mark.multiprocess
 def test_thousands_of_shards_are_read_with_few_open_files(tmp_path):
     records = {}
     for split, count in (("train", 3000), ("validation", 100)):
@@ -282,6 +285,7 @@ def test_an_id_that_no_int32_holds_is_found_when_read(tmp_path):
         dataset.train.read(0, 3)
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(
     starts=st.lists(st.one_of(st.integers(0, 10), st.integers(2**62, 2**64 - 1)), min_size=1, max_size=6),

@@ -153,6 +153,7 @@ def test_a_dataset_with_another_tokenizer_is_refused(dataset):
     assert error.value.where == str(dataset.tokenizer_folder)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the sample of CLUECorpusSmall")
 def test_figures_of_a_real_corpus(tmp_path):
     texts = (SHARED / "CLUECorpusSmall_sampled.txt").read_text(encoding="utf-8").split("\n")
@@ -167,6 +168,7 @@ def test_figures_of_a_real_corpus(tmp_path):
     assert (short.packed_rows, long.packed_rows) == (5180, 648)
 
 
+@pytest.mark.multiprocess
 def test_the_program_in_the_readme_reads_what_we_read(tmp_path, dataset):
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "data" / "README.md").read_text(encoding="utf-8"), re.S)
     assert len(program.splitlines()) <= 22

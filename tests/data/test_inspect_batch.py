@@ -52,6 +52,7 @@ def mixed(config, corpus, tokenizer_folder, tmp_path):
     return changed(config, data__dataset={config.data.dataset: 1.0, str(tmp_path / "other"): 1.0})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["stream", "best_fit", "document"])
 def test_what_is_shown_is_what_the_loop_feeds(mixed, monkeypatch, packing):
     config = changed(mixed, data__packing=packing, training__total_steps=3)

@@ -187,6 +187,7 @@ def metrics_of(config):
     return found
 
 
+@pytest.mark.slow
 def test_a_run_on_two_datasets_learns_and_goes_on_with_the_same_bits(config, weights, tmp_path):
     config = changed(config, data__dataset=weights, optimizer__schedule="constant", model__resid_pdrop=0.1)
     train = functools.partial(loop.train, devices=jax.devices()[:2])

@@ -98,6 +98,7 @@ def test_every_document_stands_framed_in_the_split_of_its_hash(corpus, tokenizer
     assert {path.split("/")[0] for path in files_of(tmp_path / "dataset")} == {"dataset.json", "tokenizer", *SPLITS}
 
 
+@pytest.mark.multiprocess
 def test_the_bytes_do_not_depend_on_the_number_of_workers(corpus, tokenizer, tmp_path):
     for workers in (1, 2):
         prepare([str(corpus)], tokenizer, tmp_path / str(workers), workers=workers, unit_bytes=4000, deduplicate=True)
@@ -183,6 +184,8 @@ def test_duplicates_are_found_in_portions_of_any_size(tmp_path_factory, hashes):
         assert [found.tolist() for found in find_duplicates(paths, portion)] == expected
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_what_cannot_be_read_is_counted_and_the_first_places_are_named(tokenizer, tmp_path):
     lines = [text.encode() for text in DOCUMENTS]
     bad = [number for number in range(400) if number % 3 == 0]
@@ -226,6 +229,8 @@ def expected_tail(documents: list[list[int]], fraction: float) -> list[list[list
     return [train, held]
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", [0.01, 0.5])
 @pytest.mark.parametrize("side", SPLITS)
 @pytest.mark.parametrize("count", [1, 3])
@@ -298,6 +303,7 @@ def test_what_is_no_share_is_an_error_of_usage(corpus, tokenizer, tmp_path, frac
     assert (error.exit_code, error.where) == (ExitCode.USAGE, "--validation-fraction")
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("encoding", ["gb18030", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
 def test_the_same_text_in_any_encoding_gives_the_same_tokens(corpus, tokenizer, tmp_path, encoding, capsys):
     texts = [text for text in SIMPLIFIED for _ in range(20)]
@@ -316,6 +322,8 @@ def test_the_same_text_in_any_encoding_gives_the_same_tokens(corpus, tokenizer, 
     assert (f"read 1 file as {shown}".lower() in capsys.readouterr().out.lower()) == bool(shown)
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_a_vocabulary_that_does_not_fit_stops_before_the_work_begins(corpus, tmp_path, monkeypatch, capsys):
     other = train_wordpiece(["天地玄黄" * 3, "一二三四" * 3], 50)
     texts = DOCUMENTS * 5
@@ -424,6 +432,7 @@ def test_a_corpus_of_blank_lines_is_empty(tokenizer, tmp_path):
     assert (error.exit_code, error.what) == (ExitCode.DATA, "no text in the corpus")
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_damaged_line_is_reported_whatever_process_finds_it(corpus, tokenizer, tmp_path, workers):
     with open(corpus, "ab") as file:
@@ -494,6 +503,7 @@ def test_a_full_disk_is_one_sentence_and_what_is_finished_is_kept(corpus, tokeni
     assert files_of(tmp_path / "dataset") == files_of(tmp_path / "fresh")
 
 
+@pytest.mark.multiprocess
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tokenizer, tmp_path):
     texts = ["".join(DRAW.choices(DOCUMENTS, k=20)) for _ in range(4000)]
     (tmp_path / "corpus.txt").write_text("\n".join(texts))
@@ -529,6 +539,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tokenizer, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.multiprocess
 def test_the_death_of_a_worker_is_an_error_and_not_a_hang(corpus, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "corpus_units", lambda *options: [Unit(functools.partial(die, os.getpid()))] * 2)
     error = refused(corpus, tokenizer, tmp_path / "dataset", workers=2)

@@ -66,6 +66,7 @@ def test_without_any_text_the_vocabulary_says_which_language(tokenizer):
     assert example_prompt([], [], train_sentencepiece([CHINESE] * 5, 280, "bpe"), 1024) == CHINESE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [None, "", "  "])
 @pytest.mark.parametrize("dataset", [True, False])
 def test_every_card_has_a_widget_and_the_same_prompt_in_its_examples(

@@ -212,6 +212,7 @@ def test_gguf_of_a_unigram_finds_line_ends_and_says_what_it_does_not_find(tmp_pa
 AS_IT_IS = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "model"),
     [
@@ -267,6 +268,7 @@ def byte_level_tokenizer(folder):
     return folder / "tokenizer.json"
 
 
+@pytest.mark.slow
 def test_gguf_of_byte_level_bpe_has_its_merges(tmp_path):
     pytest.importorskip("gguf")
     file = byte_level_tokenizer(tmp_path)
@@ -318,6 +320,7 @@ def test_without_the_package_gguf_is_refused_before_anything_is_done(tmp_path, w
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.multiprocess
 def test_gguf_and_safetensors_are_written_without_torch():
     code = """
 import sys

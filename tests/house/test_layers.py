@@ -97,6 +97,13 @@ def test_torch_and_transformers_are_imported_inside_functions_only(path):
             raise AssertionError(f"{path.name}:{node.lineno} imports {module}")
 
 
+def test_contributing_lists_the_package_in_the_order_of_the_layers():
+    tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```")[1]
+    names = re.findall(r"^  (\w+)(?:/|\.py) +\S", tree, re.MULTILINE)
+    assert names == LAYERS[::-1]
+    assert set(names) == {layer(path) for path in FILES} - {"__init__"}
+
+
 def test_files_are_short():
     lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
     assert max(lengths.values()) <= 350
@@ -126,8 +133,9 @@ def test_text_is_utf8_whatever_the_locale(path):
         assert is_bytes or says or is_system, f"{path.name}:{call.lineno}"
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(
-    "module", ["gpt2_flax.cli", "gpt2_flax.data.prepare", "gpt2_flax.data.loader", "gpt2_flax.checkpoint.huggingface"]
+    "module", ["gpt2_flax.cli", "gpt2_flax.data.prepare", "gpt2_flax.data.batches", "gpt2_flax.checkpoint.huggingface"]
 )
 def test_what_needs_no_jax_does_not_import_it(module):
     code = f"import {module}, sys; sys.exit(bool({{'jax', 'torch', 'transformers'}} & set(sys.modules)))"

@@ -53,6 +53,7 @@ def assert_adds_up(lines, whole):
     assert nats == pytest.approx(whole.nats, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("across", [False, True])
 def test_documents_of_a_text_add_up_to_it(tokenizer_folder, corpus, tmp_path, across):
     source = make_source(tokenizer_folder, attend_across_documents=across)

@@ -323,6 +323,7 @@ def test_a_tpu_is_compiled_for(small):
     assert compiled.collectives["all-reduce"].bytes_sent > 0
 
 
+@pytest.mark.multiprocess
 def test_several_programs_can_compile_for_tpus_at_once(monkeypatch):
     pytest.importorskip("libtpu")
     devices_for("v5e:2x4")  # this one has loaded libtpu now

@@ -601,6 +601,7 @@ def test_one_process_has_nobody_to_let_know():
 # Real processes
 
 
+@pytest.mark.multiprocess
 def test_a_broken_installation_of_one_host_ends_all(config, tmp_path):
     broken = "import sys; sys.modules['optax'] = None"
     codes, _, errors = ended(start(config, tmp_path, before=("", broken)))
@@ -610,6 +611,7 @@ def test_a_broken_installation_of_one_host_ends_all(config, tmp_path):
     assert "optax" in errors[0]
 
 
+@pytest.mark.multiprocess
 def test_a_signal_while_they_meet_ends_all(config, tmp_path):
     killed = """
 import os, threading

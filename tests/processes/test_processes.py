@@ -16,6 +16,8 @@ from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.errors import ExitCode
 from gpt2_flax.training import loop
 
+pytestmark = pytest.mark.multiprocess
+
 
 def wait_until(true, processes):
     """Waits for something that both processes do while they train."""

@@ -19,6 +19,8 @@ from gpt2_flax.errors import ExitCode
 torch = pytest.importorskip("torch")
 from support.uer_model import trained  # noqa: E402 -- needs torch
 
+pytestmark = pytest.mark.multiprocess
+
 ROOT = Path(__file__).parents[2]
 
 TINY = {  # as UER-py's models/gpt2/config.json

@@ -494,6 +494,7 @@ def test_too_little_memory_is_an_answer_and_the_server_goes_on(generator, monkey
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_streams_turns_away_and_ends_with_0(run_folder, generator, number):
     with served(run_folder, "--max-concurrent", "1") as (process, port):
@@ -513,6 +514,7 @@ def test_the_command_streams_turns_away_and_ends_with_0(run_folder, generator, n
         assert (process.returncode, out, err) == (0, "ended\n", "")
 
 
+@pytest.mark.multiprocess
 def test_a_second_signal_cuts_off_what_is_under_way(run_folder):
     with served(run_folder, "--max-tokens", "31") as (process, port):
         with asking(port, prompt=["这是"] * 16, max_tokens=31, stream=True, top_k=1) as client:
@@ -524,6 +526,7 @@ def test_a_second_signal_cuts_off_what_is_under_way(run_folder):
         assert (process.returncode, out, err) == (0, "ended\n", "")
 
 
+@pytest.mark.multiprocess
 def test_beyond_this_machine_there_is_a_warning_and_any_host_name(run_folder):
     with served(run_folder, "--host", "0.0.0.0") as (process, port):
         assert call(port, "GET", "/healthz", Host="box.example")[0] == 200
@@ -572,6 +575,7 @@ def test_what_is_wrong_with_stop_strings_is_said(port, stop, said):
     assert call(port, "POST", POST, {"prompt": "好", "stop": stop})[2]["error"]["message"] == said
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("name", ["NOSUCH", "NOSUCH/checkpoints/3", "empty"])
 @pytest.mark.parametrize(
     "command",

@@ -313,6 +313,7 @@ MEASURE = textwrap.dedent(
 )
 
 
+@pytest.mark.multiprocess
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 @pytest.mark.parametrize(
     ("name", "separator"),
