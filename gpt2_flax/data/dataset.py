@@ -305,11 +305,12 @@ class TokenDataset:
 
 
 def _most_open_files() -> int:
+    """Return half of the descriptors that this process may have."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return (8192 if limit == resource.RLIM_INFINITY else min(limit, 8192)) // 2
 
 
 @functools.lru_cache(maxsize=_most_open_files())
 def _open(file: FlatFile) -> OpenFile:
-    """Keep the files that were read last open, at most half of the descriptors of this process."""
+    """Return the open file; the most recently used files of all datasets stay open."""
     return file.opened()

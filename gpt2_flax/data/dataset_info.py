@@ -1,4 +1,4 @@
-"""The file dataset.json: the schema, reading and writing of what a dataset records about itself."""
+"""The file dataset.json: its schema, and how it is read and written."""
 
 import hashlib
 import json

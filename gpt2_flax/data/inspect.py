@@ -1,4 +1,4 @@
-"""What a dataset holds and what a model sees of it, as text for people.
+"""Text for people about the content of a dataset, and about the rows that a training step gets from it.
 
 Dimension key: B documents, N different lengths, T tokens.
 """
@@ -76,8 +76,8 @@ def split_figures(split: TokenSplit, lengths: Sequence[int] = (128, 1024)) -> Sp
 def inspection_lines(dataset: TokenDataset, samples: int = 3, lengths: Sequence[int] = (128, 1024)) -> Iterator[str]:
     """Yield a description of a dataset, with the beginnings of up to `samples` documents of each split.
 
-    Raises `UserError` (DATA) if document starts are damaged, if the tokenizer is missing or is not that of the dataset,
-    and at the end if a file changed meanwhile.
+    Raises `UserError` (DATA) if document starts or the tokenizer are damaged, and at the end if a file changed
+    meanwhile.
     """
     info, splits, tokenizer = dataset.info, (dataset.train, dataset.validation), dataset.tokenizer()
     special = {"begin": info.bos_id, "end": info.eos_id, "unknown": info.unk_id}

@@ -26,7 +26,7 @@ class Watch:
         Args:
             path: The file.
             check: Reads the file and raises `UserError` (DATA) if its content has changed.
-            descriptor: An open file to watch in place of whatever file `path` names later.
+            descriptor: An open file to watch, even if `path` names another file later.
         """
         with _in_use(path):
             self._watched.append(_Watched(path, check, path if descriptor is None else descriptor))

@@ -30,7 +30,7 @@ DROPPED = len(SPLITS)  # stands for no split where documents have the number of 
 
 
 class ShardRecord(Record):
-    """The result of a task, written as a file after its shards; `fingerprint` is that of the task."""
+    """The result of a task, written as a file after its shards; `fingerprint` identifies the task."""
 
     fingerprint: str
     on_error: str
