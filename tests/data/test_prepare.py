@@ -119,7 +119,7 @@ def test_a_long_document_that_comes_in_parts_gives_the_tokens_of_the_whole(token
     texts = ["".join(DOCUMENTS[:40]), *DOCUMENTS[40:100], "".join(DOCUMENTS[100:])]
     (tmp_path / "corpus.txt").write_text("\n".join(texts))
     prepare([str(tmp_path / "corpus.txt")], tokenizer, tmp_path / "whole", validation_fraction=0.2)
-    monkeypatch.setattr(documents, "PART_CHARACTERS", 64)
+    monkeypatch.setattr(documents, "SLICE_CHARACTERS", 64)
     unit, *_ = corpus_units([str(tmp_path / "corpus.txt")])
     assert sum(batch.unfinished for batch in unit.batches(None)) > 20
     for deduplicate in (False, True):

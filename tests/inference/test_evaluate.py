@@ -113,7 +113,7 @@ def test_documents_are_found_in_rows_of_any_packing(config, dataset_folder, sour
 
 
 def test_long_documents_and_those_without_tokens_are_counted_as_they_were_prepared(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "PART_CHARACTERS", 20)
+    monkeypatch.setattr(documents, "SLICE_CHARACTERS", 20)
     monkeypatch.setattr(documents, "BATCH_CHARACTERS", 30)
     texts = ["这是很久之前的事情了" * 9, "\u0001", "好", "我们" * 40, "\u0001\u0002"]
     (tmp_path / "all.txt").write_text("\n".join(texts), encoding="utf-8")
