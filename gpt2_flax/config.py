@@ -58,7 +58,7 @@ class ModelOptions(Section, frozen=True):
     )
     attend_across_documents: bool = Field(default=False, description="let attention cross document boundaries in a row")
     attention: Literal["auto", "xla", "flash", "cudnn", "splash"] = Field(
-        "auto",
+        default="auto",
         description="kernel: flash (GPU), cudnn (GPU, no dropout), splash (TPU, no dropout), xla; auto: the fastest",
     )
     layers: Literal["auto", "scanned", "unrolled"] = Field(
