@@ -54,15 +54,16 @@ def _danger(folders: Sequence[Path]) -> str | None:
         if status.st_mode & _OTHERS_WRITE:
             if folder == folders[-1]:
                 return f"{folder} may be written by other users"
-            folder.chmod(status.st_mode & 0o755)  # now nobody can put another folder in the place of the next
-    was_private = not status.st_mode & 0o077
-    for file in os.scandir(folder):
+            folder.chmod(status.st_mode & 0o755)  # now no other user can replace the next folder
+    last = folders[-1]
+    was_private = not last.stat().st_mode & 0o077
+    for file in os.scandir(last):
         found = file.stat(follow_symlinks=False)
         if found.st_uid != os.getuid():
             return f"{file.path} belongs to another user"
         if not was_private and found.st_mode & _OTHERS_WRITE and not file.is_symlink():
             return f"{file.path} may be written by other users"
-    folder.chmod(0o700)
+    last.chmod(0o700)
     return None
 
 

@@ -76,19 +76,18 @@ class CrashLog(AbstractContextManager):
 
 
 def _open(folder: Path | None, number: int) -> tuple[Path, IO[str]]:
-    how = {"encoding": "utf-8", "errors": "backslashreplace"}
     if folder is not None:
         path = folder.absolute() / f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{number}.log"
         with contextlib.suppress(OSError):
             _remove_empty(folder)
             opening = path.with_suffix(".opening")  # another process takes an empty log without a lock for a dead one's
-            file = open(opening, "w", **how)  # noqa: SIM115 - fatal signals need it open
+            file = open(opening, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - stays open
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             opening.rename(path)
             return path, file
     file = tempfile.NamedTemporaryFile(  # noqa: SIM115
-        "w", prefix="gpt2-flax-crash-", suffix=".log", delete=False, **how
+        "w", encoding="utf-8", errors="backslashreplace", prefix="gpt2-flax-crash-", suffix=".log", delete=False
     )
     return Path(file.name), file
 

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,8 @@ _WINDOWS_PROGRAM = "/usr/lib/wsl/lib/nvidia-smi"  # not on every PATH
 _PATIENCE = 20.0  # seconds; a driver without persistence mode takes some
 
 
-class Gpu(NamedTuple):
+@dataclass(frozen=True)
+class Gpu:
     """A GPU as its driver describes it; memory is in bytes."""
 
     index: int

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import gpt2_flax
@@ -47,7 +48,7 @@ def machine(report: Report) -> None:
         report.line("driver", driver)
     for gpu in found:
         memory = f"{_gib(gpu.used)} of {_gib(gpu.total)} in use"
-        report.line(f"gpu {gpu.index}", f"{gpu.name}, {memory}", gpu=gpu._asdict())
+        report.line(f"gpu {gpu.index}", f"{gpu.name}, {memory}", gpu=asdict(gpu))
     for tpu, count in tpus().items():
         report.line("tpu", f"{count} x {tpu}")
     for name, value in sorted(os.environ.items()):

@@ -7,9 +7,9 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from math import prod
-from typing import NamedTuple
 
 from gpt2_flax.plan.hlo import bytes_of, callees, computations, elements
 
@@ -19,7 +19,8 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 
 
-class Collective(NamedTuple):
+@dataclass(frozen=True)
+class Collective:
     """How often a device takes part in one kind of collective, and what it sends in all of them on a ring."""
 
     count: int
@@ -50,8 +51,9 @@ def collectives(hlo: str, overlapped: bool = False) -> dict[str, Collective]:
                 fused = found[2] == "all-reduce" and name.startswith("all-reduce-scatter")
                 parts.append((1, {"reduce-scatter" if fused else found[2]: Collective(1, sent // (2 if fused else 1))}))
             for times, part in parts:
-                for kind, (count, sent) in part.items():
-                    total[kind] = Collective(total[kind].count + times * count, total[kind].bytes_sent + times * sent)
+                for kind, one in part.items():
+                    count, bytes_sent = total[kind].count + times * one.count, total[kind].bytes_sent + times * one.bytes_sent
+                    total[kind] = Collective(count, bytes_sent)
         return dict(total)
 
     @cache

@@ -1,4 +1,4 @@
-"""How a process of a run comes to the hub in process 0, and shows that it belongs to the run."""
+"""A process of a run connects to the hub in process 0 and shows that it belongs to the run."""
 
 import contextlib
 import ipaddress
@@ -12,33 +12,48 @@ from typing import Any, NamedTuple
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.interruption import cleaned_up
 from gpt2_flax.processes import meeting, peers
-from gpt2_flax.processes.answers import Answer, answer_of, unresolved
-from gpt2_flax.processes.messages import SECRET, proof, proves, receive, send, shared_secret
+from gpt2_flax.processes.messages import (
+    SECRET,
+    Answer,
+    answer_of,
+    error_of,
+    proof,
+    proves,
+    receive,
+    send,
+    shared_secret,
+    unresolved,
+)
 from gpt2_flax.processes.peers import Hub
 from gpt2_flax.processes.place import Place
 
-_REACH = 10.0  # seconds in which a port answers, or a firewall is in the way
+_REACH = 10.0  # seconds in which a port answers unless a firewall is in the way
 
 
 class Joined(NamedTuple):
     connection: socket.socket
     hub: str
-    """What to call process 0."""
+    """The name of process 0 in errors."""
     token: str
-    """Which all processes of this start know, and no other start has."""
+    """A random text that only the processes of this start know."""
 
 
 def join(place: Place, facts: Mapping[str, str]) -> Joined:
-    """Waits until all processes have come; process 0 brings the peers.
+    """Wait until all processes have come; process 0 starts the hub.
 
-    Raises `UserError`: TRY_AGAIN when a process does not come or belongs to another start, USAGE when numbers or
-    secrets do not fit or a port is taken or not reached, CONFIG when `facts` differ; or what another has failed with.
+    Args:
+        place: the place of this process in the run.
+        facts: texts by name that must be equal in all processes, such as versions.
+
+    Raises:
+        UserError: TRY_AGAIN when a process does not come or belongs to another start; USAGE when numbers or secrets do
+            not match, or a port is taken or cannot be reached; CONFIG when `facts` differ; or another process's error.
     """
     if place.number == 0:
-        own = Hub(place)
-        return _meet(place, own.own, None, facts, start=own.start)
-    shared_secret()  # a bad one does not wait for process 0
-    connection, greeting = _arrive(place, meeting.START)
+        hub = Hub(place)
+        return _meet(place, hub.own, None, facts, start=hub.start)
+    shared_secret()  # check it before waiting for process 0
+    connection, greeting = _connect(place, meeting.START)
     if failure := _second_port(place, greeting):
         send(connection, **_hello(place, greeting, {}, failure.exit_code, str(failure)))
         raise failure
@@ -46,18 +61,18 @@ def join(place: Place, facts: Mapping[str, str]) -> Joined:
 
 
 def say_goodbye(place: Place, code: int, sentence: str) -> None:
-    """Lets the others know what this process has failed with before it came, so that they do not wait for it."""
+    """Report the failure of this process before it has joined, so that the other processes do not wait for it."""
     print("letting the other processes know that this one ends", flush=True)
-    with contextlib.suppress(UserError):  # which answers it
+    with contextlib.suppress(UserError):  # the verdict that answers the report
         if place.number == 0:
-            own = Hub(place)
-            _meet(place, own.own, None, {}, code, sentence, own.start)
+            hub = Hub(place)
+            _meet(place, hub.own, None, {}, code, sentence, hub.start)
         else:
-            _meet(place, *_arrive(place, meeting.LINGER), {}, code, sentence)
+            _meet(place, *_connect(place, meeting.LINGER), {}, code, sentence)
 
 
-def _arrive(place: Place, patience: float) -> tuple[socket.socket, Mapping[str, Any]]:
-    """Returns a connection to the peers, for which it waits, and the hub's greeting."""
+def _connect(place: Place, patience: float) -> tuple[socket.socket, Mapping[str, Any]]:
+    """Wait at most `patience` seconds for the hub; return a connection to it and its greeting."""
     begun, told, where = time.monotonic(), False, f"{place.host}:{place.port}"
     while True:
         try:
@@ -66,9 +81,9 @@ def _arrive(place: Place, patience: float) -> tuple[socket.socket, Mapping[str, 
             code = ExitCode.TRY_AGAIN if error.errno == socket.EAI_AGAIN else unresolved()
             what = f"the host name of process 0 does not resolve ({error.strerror})"
             failure = UserError(code, what, where, "check the name, and the name service of this host")
-        except OSError as error:  # nobody listens yet: process 0 may be started later
+        except OSError as error:  # nothing listens yet: process 0 may start later
             what = f"process 0 cannot be reached within {patience:.0f} s ({error.strerror or error})"
-            fix = f"check that it runs, its address{_own(place.host)}, and that the hosts let each other in"
+            fix = f"check that it runs, its address{_loopback_hint(place.host)}, and that the hosts let each other in"
             failure = UserError(ExitCode.TRY_AGAIN, what, where, fix)
         else:
             answer = answer_of(connection)
@@ -77,7 +92,7 @@ def _arrive(place: Place, patience: float) -> tuple[socket.socket, Mapping[str, 
                 return connection, greeting
             with connection:
                 failure = _not_ours(place, answer)
-                if greeting:  # so that it names this process
+                if greeting:  # the other hub then names this process in its log
                     send(connection, **_hello(place, greeting, {}))
                 elif not (answer.is_passing or answer.is_silent):
                     raise failure
@@ -90,7 +105,7 @@ def _arrive(place: Place, patience: float) -> tuple[socket.socket, Mapping[str, 
 
 
 def _not_ours(place: Place, answer: Answer) -> UserError:
-    """Returns what to say of one that answers in place of the hub of this start."""
+    """Return the error when another program answers at the address of the hub."""
     where, code = f"{place.host}:{place.port}", ExitCode.USAGE
     what, fix = f"{answer.who} has the port of process 0", "choose another port for the coordinator, or its right host"
     if answer.is_passing or answer.is_silent:
@@ -102,7 +117,7 @@ def _not_ours(place: Place, answer: Answer) -> UserError:
 
 
 def _second_port(place: Place, greeting: Mapping[str, Any]) -> UserError | None:
-    """Returns what to say when the hub does not answer on the port that JAX's coordinator takes later."""
+    """Return an error if the hub does not answer on the port that JAX's coordinator will use."""
     port = place.port + 1
     try:
         with socket.create_connection((place.host, port), timeout=_REACH) as connection:
@@ -122,8 +137,8 @@ def _hello(
     place: Place, greeting: Mapping[str, Any] | None, facts: Mapping[str, str], code: int = 0, sentence: str = ""
 ) -> dict[str, Any]:
     me = {"number": place.number, "n_processes": place.n_processes, "host": socket.gethostname(), "pid": os.getpid()}
-    said = {"nonce": secrets.token_hex(16), "attempt": place.attempt, "code": int(code), "sentence": sentence[:2000]}
-    hello = {"kind": "hello", **me, "facts": dict(facts), **said}
+    rest = {"nonce": secrets.token_hex(16), "attempt": place.attempt, "code": int(code), "sentence": sentence[:2000]}
+    hello = {"kind": "hello", **me, "facts": dict(facts), **rest}
     return hello if greeting is None else hello | {"proof": proof(shared_secret(), greeting["nonce"], hello)}
 
 
@@ -136,7 +151,7 @@ def _meet(
     sentence: str = "",
     start: Callable[[], None] = lambda: None,
 ) -> Joined:
-    """Says hello, calls `start`, and waits until all have come."""
+    """Say hello to the hub, call `start`, and wait until all processes have come."""
     where, hello = f"{place.host}:{place.port}", _hello(place, greeting, facts, code, sentence)
     connection.settimeout(min(0.5, peers.BEAT))
     send(connection, **hello)
@@ -164,13 +179,8 @@ def _meet(
     raise UserError(ExitCode.TRY_AGAIN, "process 0 has ended before all had come", where, "start all again")
 
 
-def error_of(verdict: Mapping[str, Any], where: str) -> UserError:
-    """Returns what the hub lets all processes end with; `where` stands in for a place that it does not name."""
-    return UserError(ExitCode(verdict["code"]), verdict["what"], verdict["where"] or where, verdict["fix"])
-
-
-def _own(host: str) -> str:
-    """Returns a hint where a name is another host's on each host."""
+def _loopback_hint(host: str) -> str:
+    """Return a hint if `host` is a name by which each host means itself."""
     with contextlib.suppress(OSError, ValueError):
         if ipaddress.ip_address(socket.gethostbyname(host)).is_loopback:
             return f" ({host} is the own host of each process)"

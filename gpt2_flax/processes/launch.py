@@ -1,4 +1,4 @@
-"""How the processes of a run, on one host or many, become one JAX program."""
+"""Join this process to its run: first to the hub, then to JAX."""
 
 import contextlib
 import importlib.metadata
@@ -12,7 +12,7 @@ from gpt2_flax.processes.place import Place
 from gpt2_flax.processes.watchdog import Watchdog
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-_BACKENDS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")  # where one is missing JAX would use the CPU
+_BACKENDS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")  # JAX falls back to the CPU without them
 _SETTINGS = (
     "jax_enable_x64",
     "jax_default_matmul_precision",
@@ -22,22 +22,24 @@ _SETTINGS = (
 
 
 def start_processes(place: Place | None) -> Watchdog:
-    """Joins the processes of a run into one JAX program; does nothing for a run of one process.
+    """Join this process to its run and return the watchdog; train within its context.
 
-    Must come before anything asks for devices. Train within the context of what it returns. Raises `UserError` (USAGE,
-    TRY_AGAIN when a process does not come, CONFIG when one has other versions), see `joining.join`.
+    Call this before anything asks JAX for devices. In a run of one process, where `place` is None, nothing is joined.
+
+    Raises:
+        UserError: TRY_AGAIN when a process does not come, CONFIG when versions differ, USAGE; see `joining.join`.
     """
     if place is None:
         return Watchdog()
     watchdog = Watchdog.join(place, _versions())
     address = f"{place.coordinator.rsplit(':', 1)[0]}:{place.port + 1}"
-    # An empty list is all devices of the host; left out, JAX would take one a process under SLURM and Open MPI.
+    # An empty list means all devices of the host. With None, JAX takes one device a process under SLURM and Open MPI.
     devices = [] if place.device is None else [place.device]
     if "JAX_LOCAL_DEVICE_IDS" in os.environ:
         devices = None
-    # Its handler of SIGTERM would replace ours, and `Watchdog.stops` does its work.
+    # JAX's handler of SIGTERM would replace ours; `Watchdog.stops` does its work.
     jax.config.update("jax_enable_preemption_service", False)
-    # JAX's own heartbeat (100 s) is slower than the watchdog's, as it ends processes without a word that helps.
+    # JAX's own heartbeat (100 s) is slower than the hub's on purpose: it ends processes without a helpful message.
     try:
         jax.distributed.initialize(
             address, place.n_processes, place.number, local_device_ids=devices, shutdown_timeout_seconds=60
@@ -49,7 +51,7 @@ def start_processes(place: Place | None) -> Watchdog:
 
 
 def _versions() -> dict[str, str]:
-    """What the program of a process depends on beside config and data, by name."""
+    """Return the versions and JAX settings that must be equal in all processes, by name."""
     versions = {"gpt2_flax": gpt2_flax.__version__, "python": platform.python_version()}
     for package in _PACKAGES + _BACKENDS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -1,8 +1,8 @@
-"""How the hub in process 0 gathers the processes of a run.
+"""The hub in process 0 gathers the processes of a run.
 
-It listens on two ports until all have come: PORT, its own, and PORT + 1, which JAX's coordinator takes afterwards. A
-process shows that it reaches both. Strangers can do little: they are dropped and named, nobody is let in after the
-start, and where there is a shared secret nobody without it.
+It listens on two ports until all processes have come: PORT, its own, and PORT + 1, which JAX's coordinator uses
+afterwards. Each process shows that it reaches both ports. Strangers are dropped and named in the log. After the start
+nobody is admitted. With a shared secret, no process without it is admitted.
 """
 
 import errno
@@ -15,50 +15,59 @@ import time
 from typing import Any
 
 from gpt2_flax.errors import ExitCode, UserError, printable
-from gpt2_flax.processes.answers import Answer, answer_of, unresolved
 from gpt2_flax.processes.messages import (
     SECRET,
+    Answer,
     Connections,
     Peer,
+    answer_of,
     proof,
     proves,
     quoted_beginning,
     send,
     shared_secret,
+    unresolved,
+    verdict_of,
 )
 from gpt2_flax.processes.place import Place
 
 START = 300.0  # seconds in which all processes must come
-LINGER = 20.0  # seconds in which those who come after one has failed hear of it
-HELLO = 15.0  # seconds that a stranger has to say who it is
+LINGER = 20.0  # seconds in which late processes still hear of the failure of another process
+HELLO = 15.0  # seconds that a stranger has to say hello
 _MOST_STRANGERS = 256  # connected at once
-_LINES, _EVERY = 5, 60.0  # about strangers: so many in so many seconds
+_LINES, _EVERY = 5, 60.0  # at most this many lines about strangers in this many seconds
 
 
 class Meeting:
-    """Listens on both ports from its creation on. Raises `UserError` when one is taken, see `_listen`."""
+    """Listens on both ports from its creation on; raises `UserError` if a port is taken, see `_listener`."""
 
     def __init__(self, place: Place):
         self._place, self._secret = place, shared_secret()
-        self._listeners = [_listen(place.port, "its own"), _listen(place.port + 1, "that of JAX's coordinator")]
+        names = {place.port: "its own", place.port + 1: "that of JAX's coordinator"}
+        self._listeners = [_listener(port, name) for port, name in names.items()]
         self._id, self._log = secrets.token_hex(16), _StrangersLog()
-        self._refused: dict[int, UserError] = {}  # by the number that they said
+        self._refused: dict[int, UserError] = {}  # by the number in the refused process's hello
         self._failure: UserError | None = None
-        self._told: set[int] = set()
+        self._told: set[int] = set()  # numbers of the processes that know of the failure
         self.members: dict[int, Peer] = {}
         self.connections = Connections()
         for listener in self._listeners:
             self.connections.listen(listener)
         self.own, connection = socket.socketpair()
-        """What process 0 itself speaks to the hub by; it says hello before the thread starts."""
+        """The connection of process 0 to the hub; process 0 says hello before the thread starts."""
         self.connections.add(connection)
 
     def gather(self) -> None:
-        """Wait for all processes. Raises `UserError` that ends all: TRY_AGAIN, USAGE, or one member's error."""
+        """Wait for all processes.
+
+        Raises:
+            UserError: the error that ends all processes. TRY_AGAIN when a process does not come, USAGE when numbers or
+                secrets do not match, or the error of a process that failed.
+        """
         begun, told, misplaced = time.monotonic(), False, []
         try:
             while not self._failure and len(self.members) < self._place.n_processes:
-                self._listen(min(0.5, START / 10))
+                self._hear(min(0.5, START / 10))
                 missing = [number for number in range(self._place.n_processes) if number not in self.members]
                 waited = time.monotonic() - begun
                 if missing and waited > min(10.0, START / 2) and not told:
@@ -71,7 +80,7 @@ class Meeting:
             if self._failure:
                 begun = time.monotonic()
                 while set(range(self._place.n_processes)) - self._told and time.monotonic() - begun < LINGER:
-                    self._listen(min(0.5, LINGER / 10))
+                    self._hear(min(0.5, LINGER / 10))
                 raise self._failure
         finally:
             for listener in self._listeners:
@@ -80,7 +89,7 @@ class Meeting:
                 self.connections.drop(stranger)
             self._log.close()
 
-    def _listen(self, seconds: float) -> None:
+    def _hear(self, seconds: float) -> None:
         for peer, message in self.connections.hear(seconds):
             known = peer.number in self.members or not peer.address
             match message["kind"]:
@@ -95,7 +104,7 @@ class Meeting:
                 case kind if kind != "gone" and not known and not peer.name:
                     peer.nonsense = f"'{kind}'"
                     self._drop(peer)
-        # It has not begun: another may come in the place of one that is gone.
+        # The run has not started, so another process may come in place of one that is gone.
         self.members = {number: peer for number, peer in self.members.items() if not peer.gone}
         strangers = [peer for peer in self.connections.peers() if peer.address and peer.number not in self.members]
         for peer in strangers:
@@ -107,17 +116,18 @@ class Meeting:
     def _greet(self, peer: Peer) -> None:
         peer.nonce = secrets.token_hex(16)
         name = f"process 0 (host {socket.gethostname()}, pid {os.getpid()})"
-        said = {"id": self._id, "nonce": peer.nonce, "secret": bool(self._secret), "attempt": self._place.attempt}
-        send(peer.connection, "greeting", **said, name=name)
+        values = {"id": self._id, "nonce": peer.nonce, "secret": bool(self._secret), "attempt": self._place.attempt}
+        send(peer.connection, "greeting", **values, name=name)
 
     def _drop(self, peer: Peer) -> None:
         if not peer.gone:
             self.connections.drop(peer)
         if not peer.name:
             said = peer.nonsense or (peer.rest and quoted_beginning(peer.rest)) or "nothing"
-            self._log.say(f"a stranger at {peer.address}, no process of this run, was dropped; it said {said}")
+            self._log.add(f"a stranger at {peer.address}, no process of this run, was dropped; it said {said}")
 
     def _welcome(self, peer: Peer, hello: dict[str, Any]) -> None:
+        """Admit a process that said hello, refuse it, or end the run because of it."""
         number, n_processes, own = hello["number"], hello["n_processes"], self._place.n_processes
         peer.name = f"process {number} (host {printable(hello['host'])[:80]}, pid {hello['pid']})"
         shown = hello.pop("proof")
@@ -134,10 +144,10 @@ class Meeting:
         send(peer.connection, "welcome", proof=proof(self._secret, hello["nonce"], peer.nonce))
         peer.facts = hello["facts"]
         if self._failure:
-            self._tell(peer, number)
+            self._tell(peer, number, self._failure)
         elif hello["code"]:
             self._fail(peer, number, hello)
-        elif n_processes != self._place.n_processes:
+        elif n_processes != own:
             what = f"{peer.name} belongs to a run of {n_processes} processes, process 0 to one of {own}"
             self._end(UserError(ExitCode.USAGE, what, "", "start all with the same number of processes"), peer, number)
         elif not 0 <= number < own or (peer.address and number == 0):
@@ -152,11 +162,11 @@ class Meeting:
         return None
 
     def _refuse(self, peer: Peer, number: int, error: UserError) -> None:
-        """Lets a process go that may be anybody's; the run waits for the right one."""
+        """Send a process away that may not belong to this run; the run waits for the right process."""
         if 0 < number < self._place.n_processes:
             self._refused[number] = error
-        self._log.say(f"refused, at {peer.address}: {error.what}")
-        send(peer.connection, "verdict", **verdict(error))
+        self._log.add(f"refused, at {peer.address}: {error.what}")
+        send(peer.connection, "verdict", **verdict_of(error))
         self.connections.drop(peer)
 
     def _fail(self, peer: Peer, number: int, message: dict[str, Any]) -> None:
@@ -164,18 +174,18 @@ class Meeting:
         self._end(UserError(ExitCode(message["code"]), f"{peer.name} of the run has failed", "", fix), peer, number)
 
     def _end(self, error: UserError, peer: Peer, number: int) -> None:
-        """Tells all that have come, as it will tell those who come."""
+        """End all processes that have come; processes that come later get the same verdict."""
         self._failure = error
         for known, member in [*self.members.items(), (number, peer)]:
-            self._tell(member, known)
+            self._tell(member, known, error)
 
-    def _tell(self, peer: Peer, number: int) -> None:
+    def _tell(self, peer: Peer, number: int, error: UserError) -> None:
         self._told.add(number)
-        if peer.address:  # process 0 hears of it last
-            send(peer.connection, "verdict", **verdict(self._failure))
+        if peer.address:  # process 0 gets the verdict last, see `Hub`
+            send(peer.connection, "verdict", **verdict_of(error))
 
     def _incomplete(self, missing: list[int], misplaced: list[str]) -> UserError:
-        """Returns what to end with when processes have not come. Starting again helps where they may come then."""
+        """Return the error when processes have not come: TRY_AGAIN if they may come after another start."""
         what = f"process {_listed(missing)} of {self._place.n_processes} has not come within {START:.0f} s"
         refused = next((self._refused[number] for number in missing if number in self._refused), None)
         if refused:
@@ -186,14 +196,14 @@ class Meeting:
         return UserError(ExitCode.TRY_AGAIN, what, "", "see why it has not started, then start all again")
 
     def _misplaced(self) -> list[str]:
-        """Returns why the others cannot find process 0 at the address that was given, if so. A thread."""
+        """Return why other processes cannot find process 0 at its address, or nothing. Runs in a thread."""
         host = self._place.host
         try:
-            # The port of JAX's coordinator, as a connection that only looks is no stranger there.
+            # On the second port a connection that only looks is not logged as a stranger.
             with socket.create_connection((host, self._place.port + 1), timeout=10) as connection:
                 at, answer = connection.getpeername()[0], answer_of(connection)
         except TimeoutError:
-            return []  # a gateway may let in only what comes from outside
+            return []  # a gateway may admit connections from outside only
         except OSError as error:
             found = f"its address {host} does not lead there ({error.strerror or error})"
         else:
@@ -205,44 +215,41 @@ class Meeting:
 
 
 class _StrangersLog:
-    """Lines on stderr, few enough that a port scan does not flood it."""
+    """Prints warnings on stderr, few enough that a port scan does not flood it."""
 
     def __init__(self) -> None:
-        self._said: list[float] = []
-        self._known, self._unsaid = set(), 0
+        self._times: list[float] = []  # when the latest lines were printed
+        self._lines: set[str] = set()
+        self._left_out = 0
 
-    def say(self, line: str) -> None:
+    def add(self, line: str) -> None:
         now = time.monotonic()
-        self._said = [when for when in self._said if now - when < _EVERY]
-        if line in self._known or len(self._said) >= _LINES:
-            self._unsaid += 1
+        self._times = [when for when in self._times if now - when < _EVERY]
+        if line in self._lines or len(self._times) >= _LINES:
+            self._left_out += 1
             return
-        self._said.append(now)
-        self._known.add(line)
+        self._times.append(now)
+        self._lines.add(line)
         print(f"warning: {line}{self._more()}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        if self._unsaid:
+        if self._left_out:
             print(f"warning: strangers were dropped{self._more()}", file=sys.stderr, flush=True)
 
     def _more(self) -> str:
-        more, self._unsaid = self._unsaid, 0
+        more, self._left_out = self._left_out, 0
         return f" ({more} more since the last such line)" if more else ""
-
-
-def verdict(error: UserError, number: int = -1) -> dict[str, Any]:
-    """Returns the fields of the message that lets a process end with `error`; `number` is to blame."""
-    return {"number": number, "code": int(error.exit_code), "what": error.what, "where": error.where, "fix": error.fix}
 
 
 def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
 
 
-def _listen(port: int, name: str) -> socket.socket:
-    """Returns a listener on all addresses.
+def _listener(port: int, name: str) -> socket.socket:
+    """Return a listening socket for all addresses of this host.
 
-    Raises `UserError`: TRY_AGAIN when an earlier start still has the port, USAGE when something else has it.
+    Raises:
+        UserError: TRY_AGAIN when a process of an earlier start has the port, USAGE when another program has it.
     """
     both = socket.has_dualstack_ipv6()
     try:

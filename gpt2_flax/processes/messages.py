@@ -1,22 +1,24 @@
-"""What the processes of a run say to each other: each of them, 0 too, has one TCP connection to the hub in process 0.
+"""Messages between the processes of a run and the hub. Each process, also process 0, has one TCP connection to the hub.
 
-Messages are JSON objects, one a line, named by `kind`:
+A message is a JSON object on one line. Its field `kind` is one of these:
 
-greeting from the hub, the first one: its id, a nonce, whether it has a secret, its attempt, what to call process 0
-hello    to the hub, the first one: number, n_processes, host, pid, facts, nonce, attempt, proof of the secret; code and
-         sentence of a process that has failed already
-welcome  from the hub: proof that it knows the secret too
-facts    to the hub: facts by name, which must be the same in all processes, and how many seconds these may be apart
-beat     both ways, every BEAT seconds; to the hub: phase, marks, waited and limit of its `Phases`
-stop     both ways; to the hub: this process was asked to stop; from the hub: say how often you have asked
-asked    to the hub: times, how often `Watchdog.stops` was called, where the process waits until it hears
-stops    from the hub, when all have said so: at, the call at which all stop
-failed   to the hub: code, sentence; an exception is on its way out of the run
-out      to the hub: this process is done and waits for the others
-started  from the hub, when all have come: what to call process 0, token of this start
-agreed   from the hub, when all have sent the same facts
-verdict  from the hub: number of the process that is to blame, code, what, where, fix, stacks: keep them?
-over     from the hub: all are out
+greeting hub to process, the first message: id of the hub, a nonce, whether the hub has a secret, its attempt, and the
+         name of process 0
+hello    process to hub, the first message: number, n_processes, host, pid, facts, nonce, attempt, proof of the secret;
+         code and sentence if the process has failed already
+welcome  hub to process: proof that the hub knows the secret too
+facts    process to hub: facts by name, which must be equal in all processes; patience, the most seconds between the
+         facts of two processes
+beat     both ways, every BEAT seconds; to the hub: phase, marks, waited and limit of the process's `Phases`
+stop     process to hub: this process was asked to stop; hub to process: report your number of `Watchdog.stops` calls
+asked    process to hub: times, the number of calls; from here on a call waits until `stops` arrives
+stops    hub to process, when all processes have reported: at, the call at which all processes stop
+failed   process to hub: code and sentence of an exception that will end the process
+out      process to hub: this process is done and waits for the others
+started  hub to process, when all processes have come: the name of process 0, and a token of this start
+agreed   hub to process, when all processes have sent equal facts
+verdict  hub to process, end now: number of the process at fault, code, what, where, fix; whether to log stacks
+over     hub to process, when all processes are out
 """
 
 import contextlib
@@ -29,15 +31,18 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpt2_flax.errors import ExitCode, UserError, quote
 
-SECRET = "GPT2_FLAX_SECRET"  # in the environment
-_SHORTEST_SECRET = 16  # characters: who listens in could try all that are shorter
+SECRET = "GPT2_FLAX_SECRET"  # environment variable
+QUIET = 5.0  # seconds to wait for the first bytes of an unknown server; a hub greets at once
+_SHORTEST_SECRET = 16  # characters; an eavesdropper could find a shorter secret by trying all of them
 _LONGEST_LINE = 2**16
+_LARGEST = 2**63
+_HTTP2_SETTINGS = 4  # type of the first HTTP/2 frame of a gRPC server, such as JAX's coordinator
 
-# The fields of each kind of message: a type, or the default of a field that may be missing.
+# The fields of each kind of message: a type, or the default of an optional field.
 _FIELDS: Mapping[str, Mapping[str, Any]] = {
     "greeting": {"id": str, "nonce": str, "secret": bool, "attempt": str, "name": str},
     "hello": {
@@ -57,17 +62,28 @@ _FIELDS: Mapping[str, Mapping[str, Any]] = {
     "verdict": {"number": int, "code": int, "what": str, "where": "", "fix": str, "stacks": False},
     "over": {},
 }
-_LARGEST = 2**63
 
 
 class Nonsense(EOFError):
-    """What came is no message; the text is its beginning, quoted."""
+    """The other side sent something that is no message; the text quotes its beginning."""
+
+
+def send(connection: socket.socket, kind: str, **values: Any) -> None:
+    """Send a message. A connection that the other side closed is found by `receive`, not here."""
+    with contextlib.suppress(OSError):
+        connection.sendall(json.dumps({"kind": kind, **values}).encode() + b"\n")
 
 
 def receive(connection: socket.socket, rest: bytearray) -> list[dict[str, Any]]:
-    """Returns the messages that have come, all fields there and of their types; `rest` keeps what is no whole line yet.
+    """Return the messages that have arrived, each with all fields of its kind.
 
-    Raises EOFError when the other side is gone, `Nonsense` when it does not speak as it should.
+    Args:
+        connection: blocks at most as long as its timeout.
+        rest: the bytes of an incomplete line, kept between calls.
+
+    Raises:
+        EOFError: when the other side has closed the connection.
+        Nonsense: when it sent something that is no message.
     """
     try:
         data = connection.recv(_LONGEST_LINE)
@@ -108,21 +124,13 @@ def _is(value: Any, kind: type) -> bool:
     return isinstance(value, kind)
 
 
-def quoted_beginning(said: bytes | bytearray) -> str:
-    """Returns how something begins that is no message, printable."""
-    return quote(bytes(said[:60]).split(b"\n")[0].rstrip(b"\r").decode("utf-8", "backslashreplace"))
-
-
-def send(connection: socket.socket, kind: str, **values: Any) -> None:
-    """Sends a message; that the other side is gone is found out by `receive`."""
-    try:
-        connection.sendall(json.dumps({"kind": kind, **values}).encode() + b"\n")
-    except OSError:
-        return
+def quoted_beginning(data: bytes | bytearray) -> str:
+    """Return the first line of `data`, shortened, quoted and printable."""
+    return quote(bytes(data[:60]).split(b"\n")[0].rstrip(b"\r").decode("utf-8", "backslashreplace"))
 
 
 def shared_secret() -> bytes:
-    """Returns the secret of the environment, empty where there is none. Raises `UserError` (USAGE) for a short one."""
+    """Return the secret in the environment, or nothing; raise `UserError` (USAGE) if the secret is too short."""
     secret = os.environb.get(SECRET.encode(), b"")
     if secret and len(secret) < _SHORTEST_SECRET:
         fix = "set it to a long random text in all processes, such as what `openssl rand -hex 32` prints"
@@ -131,14 +139,65 @@ def shared_secret() -> bytes:
     return secret
 
 
-def proof(secret: bytes, *said: Any) -> str:
-    """Returns what only one who knows the secret can say; empty when there is none. `said` holds the other's nonce."""
-    return hmac.digest(secret, json.dumps(said, sort_keys=True).encode(), "sha256").hex() if secret else ""
+def proof(secret: bytes, *values: Any) -> str:
+    """Return an HMAC of `values`, which include the nonce of the other side; empty without a secret."""
+    return hmac.digest(secret, json.dumps(values, sort_keys=True).encode(), "sha256").hex() if secret else ""
 
 
-def proves(shown: str, secret: bytes, *said: Any) -> bool:
-    """Whether `shown` is the proof of the same secret; of none, when there is none here."""
-    return hmac.compare_digest(shown.encode("utf-8", "backslashreplace"), proof(secret, *said).encode())
+def proves(shown: str, secret: bytes, *values: Any) -> bool:
+    """Return whether `shown` is the proof of the same secret, or empty when this process has no secret."""
+    return hmac.compare_digest(shown.encode("utf-8", "backslashreplace"), proof(secret, *values).encode())
+
+
+class Answer(NamedTuple):
+    """The program that listens at an address where the hub of a run should be."""
+
+    who: str
+    """Its name in an error."""
+    is_passing: bool = False
+    """Whether it may be gone at the next start."""
+    greeting: Mapping[str, Any] | None = None
+    """The greeting, if the program is a hub."""
+    is_silent: bool = False
+
+
+def answer_of(connection: socket.socket) -> Answer:
+    """Identify the program on the other side of a new connection; ask it as a web client if it says nothing."""
+    said = bytearray()
+    for question in (b"", b"GET / HTTP/1.0\r\n\r\n"):
+        patience = time.monotonic() + QUIET
+        try:
+            connection.settimeout(min(0.5, QUIET / 5))
+            connection.sendall(question)
+            while time.monotonic() < patience:
+                messages = receive(connection, said)
+                if messages and messages[0]["kind"] == "greeting":
+                    return Answer(f"{messages[0]['name']} of another start", is_passing=True, greeting=messages[0])
+                if said and not said.startswith(b"{"):
+                    raise Nonsense(quoted_beginning(said))
+        except Nonsense as error:
+            if len(said) > 3 and said[3] == _HTTP2_SETTINGS:
+                return Answer("the coordinator of another JAX program", is_passing=True)
+            kind = "a web server" if "HTTP/" in str(error) else "another program"
+            return Answer(f"{kind} (it says {error})")
+        except (EOFError, OSError):
+            break
+    return Answer("another program (it says nothing)", is_silent=True)
+
+
+def unresolved() -> ExitCode:
+    """Return the exit code for a host name that does not resolve; Kubernetes may create the name later."""
+    return ExitCode.TRY_AGAIN if "KUBERNETES_SERVICE_HOST" in os.environ else ExitCode.USAGE
+
+
+def verdict_of(error: UserError, number: int = -1) -> dict[str, Any]:
+    """Return the fields of the message that ends a process with `error`; process `number` is at fault."""
+    return {"number": number, "code": int(error.exit_code), "what": error.what, "where": error.where, "fix": error.fix}
+
+
+def error_of(verdict: Mapping[str, Any], where: str) -> UserError:
+    """Return the error of a verdict; `where` replaces an empty place."""
+    return UserError(ExitCode(verdict["code"]), verdict["what"], verdict["where"] or where, verdict["fix"])
 
 
 @dataclass(eq=False)
@@ -147,25 +206,25 @@ class Peer:
 
     connection: socket.socket
     address: str = ""  # empty for process 0 itself
-    port: int = 0  # of the hub, that it came to
+    port: int = 0  # port of the hub that it connected to
     rest: bytearray = field(default_factory=bytearray)
-    heard: float = field(default_factory=time.monotonic)
-    nonce: str = ""  # that it was greeted with
-    nonsense: str | None = None  # that it has said
+    heard: float = field(default_factory=time.monotonic)  # when its last message arrived
+    nonce: str = ""  # in its greeting
+    nonsense: str | None = None  # what it sent, if that was no message
     number: int = -1
     name: str = ""
     phase: str = "nothing"
     marks: int = 0
     waited: float = 0.0
     limit: float = math.inf
-    failed: float | None = None  # since when
+    failed: float = math.inf  # when it failed
     code: int = ExitCode.OK
     sentence: str = ""
     out: bool = False
-    asked_times: int | None = None  # about stopping, when one was asked to
-    facts: Mapping[str, Any] | None = None  # while it waits until all have sent theirs
-    patience: float = math.inf  # so long, since
-    asked: float = 0.0
+    asked_times: int | None = None  # calls of `Watchdog.stops`, once a process was asked to stop
+    facts: Mapping[str, Any] | None = None  # set while the process waits for the facts of the others
+    patience: float = math.inf  # seconds that the process waits
+    asked: float = 0.0  # when it sent the facts
 
     @property
     def gone(self) -> bool:
@@ -173,35 +232,39 @@ class Peer:
 
 
 class Connections:
-    """The open connections of the hub, and those that come while it listens."""
+    """The open connections of the hub; new connections are accepted while it listens."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
 
     def listen(self, listener: socket.socket) -> None:
-        listener.setblocking(False)  # who has come may be gone again
-        self._selector.register(listener, selectors.EVENT_READ)
+        listener.setblocking(False)  # a client may be gone before `accept`
+        self._selector.register(listener, selectors.EVENT_READ, listener)
 
     def stop_listening(self, listener: socket.socket) -> None:
         self._selector.unregister(listener)
         listener.close()
 
-    def add(self, connection: socket.socket, address: str = "", port: int = 0) -> None:
-        self._selector.register(connection, selectors.EVENT_READ, Peer(connection, address, port))
+    def add(self, connection: socket.socket, address: str = "", port: int = 0) -> Peer:
+        peer = Peer(connection, address, port)
+        self._selector.register(connection, selectors.EVENT_READ, peer)
+        return peer
 
     def hear(self, seconds: float) -> Iterator[tuple[Peer, dict[str, Any]]]:
-        """Waits `seconds` at most for messages; takes in new connections and lets go of closed ones.
+        """Wait at most `seconds` for messages; yield each message with its sender.
 
-        These two are yielded too, as the kinds `new` and `gone`, which no process can send.
+        Yields also the kinds `new` and `gone` for connections that were opened and closed. No process can send these.
         """
         for key, _ in self._selector.select(seconds):
             peer = key.data
-            if peer is None:
+            if isinstance(peer, socket.socket):
                 with contextlib.suppress(OSError):
-                    connection, address = key.fileobj.accept()
+                    connection, address = peer.accept()
                     connection.settimeout(5.0)
-                    self.add(connection, address[0].removeprefix("::ffff:"), key.fileobj.getsockname()[1])
-                    yield self._selector.get_key(connection).data, {"kind": "new"}
+                    yield (
+                        self.add(connection, address[0].removeprefix("::ffff:"), peer.getsockname()[1]),
+                        {"kind": "new"},
+                    )
                 continue
             if peer.gone:
                 continue
@@ -221,7 +284,7 @@ class Connections:
         peer.connection.close()
 
     def peers(self) -> list[Peer]:
-        return [key.data for key in list(self._selector.get_map().values()) if key.data is not None]
+        return [key.data for key in list(self._selector.get_map().values()) if isinstance(key.data, Peer)]
 
     def tell_all(self, kind: str, **values: Any) -> None:
         for peer in self.peers():

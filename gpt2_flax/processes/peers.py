@@ -1,33 +1,40 @@
-"""Process 0's half of the watchdog: hears all processes of a run, and tells them when the run must end and why.
-
-The module `messages` describes the messages; `meeting` describes how the processes come together.
-"""
+"""The hub in process 0 hears all processes of a run; it decides when the run must end, and tells all of them why."""
 
 import itertools
+import math
 import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.processes.meeting import Meeting, verdict
-from gpt2_flax.processes.messages import Peer, send
+from gpt2_flax.processes.meeting import Meeting
+from gpt2_flax.processes.messages import Peer, send, verdict_of
 from gpt2_flax.processes.phases import hang
 from gpt2_flax.processes.place import Place
 
-BEAT = 2.0
-SILENCE = 30.0  # seconds after which a process that does not beat is taken for dead
-GRACE = 10.0  # seconds in which all others may fail too, with errors of their own
-CLOSING = 8.0  # seconds in which they end after a verdict
-AGAIN = "start the same command again to go on from the newest checkpoint"
+BEAT = 2.0  # seconds between the heartbeats of a process, and of the hub
+SILENCE = 30.0  # seconds without a heartbeat after which a process counts as dead
+GRACE = 10.0  # seconds after the failure of a process in which all others may fail too, with their own errors
+CLOSING = 8.0  # seconds in which the processes end after a verdict
+AGAIN = "start the same command again to resume from the newest checkpoint"
 ALIKE = "start all with the same config, data, versions and devices"
 
 
-def first_difference(facts: Sequence[Mapping[str, Any]]) -> tuple[str, int] | None:
-    """Returns the first name whose fact is another than process 0's, and in which process; None when all are equal.
+class _Verdict(NamedTuple):
+    """Why the run must end, and which process is at fault, if it is one."""
 
-    A name that is missing in one process alone differs too.
+    error: UserError
+    peer: Peer | None = None
+    stacks: bool = False
+    """Whether each process adds its stacks to its crash log."""
+
+
+def first_difference(facts: Sequence[Mapping[str, Any]]) -> tuple[str, int] | None:
+    """Return the first name whose fact differs from process 0's, and the number of that process; None: no difference.
+
+    A name that is missing in one process is a difference too.
     """
     for name in dict.fromkeys(itertools.chain.from_iterable(facts)):
         for number, others in enumerate(facts):
@@ -39,7 +46,7 @@ def first_difference(facts: Sequence[Mapping[str, Any]]) -> tuple[str, int] | No
 class Hub(threading.Thread):
     """Listens from its creation on; the thread gathers the processes and watches them until the end.
 
-    Raises `UserError` as `Meeting`.
+    Raises `UserError` like `Meeting`.
     """
 
     def __init__(self, place: Place):
@@ -47,7 +54,7 @@ class Hub(threading.Thread):
         self._meeting = Meeting(place)
         self._connections, self.own = self._meeting.connections, self._meeting.own
         self._members: dict[int, Peer] = {}
-        self._fewest, self._moved = 0, 0.0  # marks of those behind, and since when
+        self._fewest, self._moved = 0, 0.0  # the fewest marks of a process, and when they last changed
         self._ended = self._stopping = False
 
     def run(self) -> None:
@@ -55,12 +62,12 @@ class Hub(threading.Thread):
             self._meeting.gather()
         except UserError as error:
             self._members = self._meeting.members
-            self._end(None, error.exit_code, error.what, error.fix, error.where)
+            self._end(_Verdict(error))
         self._members = self._meeting.members
         if not self._ended and self._agree():
             self._connections.tell_all("started", hub=self._members[0].name, token=secrets.token_hex(16))
         beaten = self._moved = time.monotonic()
-        for member in self._members.values():  # they said nothing while they waited for others
+        for member in self._members.values():  # they sent nothing while they waited for other processes
             member.heard = beaten
         while not self._ended:
             for peer, message in self._connections.hear(min(0.5, BEAT)):
@@ -79,8 +86,8 @@ class Hub(threading.Thread):
                 peer.phase, peer.marks, peer.waited, peer.limit = phase, marks, waited, limit
             case {"kind": "failed", "code": code, "sentence": sentence}:
                 peer.failed, peer.code, peer.sentence = time.monotonic(), code, sentence
-            case {"kind": "facts", "patience": patience}:
-                peer.facts, peer.patience, peer.asked = message["facts"], patience, time.monotonic()
+            case {"kind": "facts", "facts": facts, "patience": patience}:
+                peer.facts, peer.patience, peer.asked = facts, patience, time.monotonic()
                 if all(member.facts is not None for member in self._members.values()) and self._agree():
                     self._connections.tell_all("agreed")
             case {"kind": "stop"} if not self._stopping:
@@ -88,82 +95,110 @@ class Hub(threading.Thread):
                 self._connections.tell_all("stop")
             case {"kind": "asked", "times": times}:
                 peer.asked_times = times
-                asked = [member.asked_times for member in self._members.values()]
-                if None not in asked:
+                asked = [member.asked_times for member in self._members.values() if member.asked_times is not None]
+                if len(asked) == len(self._members):
                     self._connections.tell_all("stops", at=max(asked) + 1)
             case {"kind": "out"}:
                 peer.out = True
 
     def _agree(self) -> bool:
-        """Ends the run when the facts of its processes differ; returns whether they agree, and awaits the next."""
+        """Compare the facts of all processes, and end the run if they differ; return whether they agree."""
         members = [self._members[number] for number in sorted(self._members)]
-        difference = first_difference([member.facts for member in members])
-        if difference:
-            name, number = difference
-            pair = members[0], members[number]
-            where = ", ".join(f"{peer.name} has {peer.facts.get(name, 'nothing')}" for peer in pair)
-            self._end(None, ExitCode.CONFIG, f"processes of the run differ in {name}", ALIKE, where)
+        facts = [member.facts or {} for member in members]
+        if difference := first_difference(facts):
+            name, differing = difference
+            where = ", ".join(f"{members[i].name} has {facts[i].get(name, 'nothing')}" for i in (0, differing))
+            self._end(_Verdict(UserError(ExitCode.CONFIG, f"processes of the run differ in {name}", where, ALIKE)))
         for member in members:
             member.facts = None
         return not difference
 
     def _judge(self) -> None:
-        """Ends the run when a process is gone, has failed alone, or hangs; or when all are out."""
+        """End the run if a process is gone, has failed alone or hangs, or if all processes are out."""
         now, members = time.monotonic(), list(self._members.values())
+        busy = [peer for peer in members if peer.failed == math.inf and not peer.out]
         if all(peer.out for peer in members):
             self._ended = True
-            return self._connections.tell_all("over")
-        for peer in members:
-            if peer.gone:
-                how = "has ended" if peer.nonsense is None else f"said what no process of a run says: {peer.nonsense}"
-                return self._blame(peer, how)
-            if now - peer.heard > SILENCE:
-                return self._blame(peer, f"has been silent for {SILENCE:.0f} s", stacks=True)
-        busy = [peer for peer in members if peer.failed is None and not peer.out]
-        waiting = [peer for peer in busy if peer.facts is not None]  # for all others; it does not fail by itself
-        # A process that stops as agreed, with TRY_AGAIN, knows that the others do.
-        failed = [peer for peer in members if peer.failed is not None and (peer.code != ExitCode.TRY_AGAIN or waiting)]
-        first = min(failed, key=lambda peer: peer.failed, default=None)
-        # One that is not heard of may be why the other failed: then it is waited for until it is taken for dead.
-        late = first and (now - first.failed > GRACE or waiting == busy)
-        if late and busy and all(now - peer.heard < GRACE / 2 for peer in members):
-            return self._end(first, first.code, f"{first.name} of the run has failed", f"it says: {first.sentence}")
-        absent = [peer for peer in busy if peer.facts is None]
-        tired = next((peer for peer in waiting if now - peer.asked > peer.patience), None)
-        if tired and absent:
-            name, fact = next(iter(tired.facts.items()))
-            what = f"{absent[0].name} of the run has not named {name} within {tired.patience:.0f} s"
-            return self._end(None, ExitCode.CONFIG, what, ALIKE, f"{tired.name} has {fact}")
-        # Others wait for those behind, which may take their time; so each is judged by the limit of its own phase.
+            self._connections.tell_all("over")
+        elif verdict := (
+            _lost(now, members) or _failed(now, members, busy) or _absent(now, busy) or self._stuck(now, members, busy)
+        ):
+            self._end(verdict)
+
+    def _stuck(self, now: float, members: Sequence[Peer], busy: Sequence[Peer]) -> _Verdict | None:
+        """Find a process that is behind the others and has made no progress within the limit of its own phase.
+
+        Processes that are ahead wait for it in collectives, and it may rightly take long, as in a save.
+        """
         fewest = min((peer.marks for peer in busy), default=0)
         if fewest != self._fewest:
             self._fewest, self._moved = fewest, now
         behind = [peer for peer in busy if peer.marks == fewest]
         for peer in behind:
-            peer.waited = min(peer.waited, now - self._moved)  # not while it waited for others itself
+            peer.waited = min(peer.waited, now - self._moved)  # earlier it waited for other processes
         if stuck := next((peer for peer in behind if peer.waited > peer.limit), None):
             who = "" if behind == members else " and ".join(peer.name for peer in behind[:3]) + " behind: "
             what = who + hang(stuck.phase, stuck.waited, stuck.limit)
-            return self._end(None, ExitCode.TRY_AGAIN, what, AGAIN, stacks=True)
+            return _Verdict(UserError(ExitCode.TRY_AGAIN, what, "", AGAIN), stacks=True)
         return None
 
-    def _blame(self, peer: Peer, how: str, stacks: bool = False) -> None:
-        if peer.failed is not None and peer.code != ExitCode.TRY_AGAIN:
-            return self._end(peer, peer.code, f"{peer.name} of the run has failed", f"it says: {peer.sentence}")
-        return self._end(peer, ExitCode.TRY_AGAIN, f"{peer.name} of the run {how}", AGAIN, stacks=stacks)
-
-    def _end(self, peer: Peer | None, code: int, what: str, fix: str, where: str = "", stacks: bool = False) -> None:
-        """Tells all, the process of the hub last: JAX's coordinator ends with it, and that aborts those still there."""
+    def _end(self, verdict: _Verdict) -> None:
+        """Send the verdict, to process 0 last: JAX's coordinator ends with process 0, which aborts the others."""
         self._ended = True
-        number = -1 if peer is None else peer.number
-        message = verdict(UserError(ExitCode(code), what, where, fix), number) | {"stacks": stacks}
+        number = -1 if verdict.peer is None else verdict.peer.number
+        message = verdict_of(verdict.error, number) | {"stacks": verdict.stacks}
         own = self._members.get(0)
-        others = {member for member in self._members.values() if member is not own}
+        others = [member for member in self._members.values() if member is not own]
         for member in others:
             send(member.connection, "verdict", **message)
         patience = time.monotonic() + CLOSING
         while time.monotonic() < patience and not all(member.gone for member in others):
-            for _ in self._connections.hear(min(0.5, BEAT)):  # until they close
+            for _ in self._connections.hear(min(0.5, BEAT)):  # until they close their connections
                 pass
         if own:
             send(own.connection, "verdict", **message)
+
+
+def _lost(now: float, members: Sequence[Peer]) -> _Verdict | None:
+    """Find a process that has closed its connection or sends no heartbeats."""
+    for peer in members:
+        silent = now - peer.heard > SILENCE
+        if not peer.gone and not silent:
+            continue
+        if peer.failed < math.inf and peer.code != ExitCode.TRY_AGAIN:
+            return _blame(peer)
+        how = f"has been silent for {SILENCE:.0f} s"
+        if peer.gone:
+            how = "has ended" if peer.nonsense is None else f"said what no process of a run says: {peer.nonsense}"
+        error = UserError(ExitCode.TRY_AGAIN, f"{peer.name} of the run {how}", "", AGAIN)
+        return _Verdict(error, peer, stacks=not peer.gone)
+    return None
+
+
+def _failed(now: float, members: Sequence[Peer], busy: Sequence[Peer]) -> _Verdict | None:
+    """Find the first process that has failed, once the others had time to fail with their own errors."""
+    waiting = [peer for peer in busy if peer.facts is not None]  # for facts of all processes; they cannot fail
+    # A process that stops as agreed has failed with TRY_AGAIN, and knows that the others stop too.
+    failed = [peer for peer in members if peer.failed < math.inf and (peer.code != ExitCode.TRY_AGAIN or waiting)]
+    if not failed or not busy:
+        return None
+    first = min(failed, key=lambda peer: peer.failed)
+    # A silent process may be the cause of the failure: first wait until it counts as dead.
+    heard = all(now - peer.heard < GRACE / 2 for peer in members)
+    return _blame(first) if heard and (now - first.failed > GRACE or waiting == busy) else None
+
+
+def _blame(peer: Peer) -> _Verdict:
+    what, fix = f"{peer.name} of the run has failed", f"it says: {peer.sentence}"
+    return _Verdict(UserError(ExitCode(peer.code), what, "", fix), peer)
+
+
+def _absent(now: float, busy: Sequence[Peer]) -> _Verdict | None:
+    """Find a process that has sent no facts while another process has waited too long for them."""
+    absent = [peer for peer in busy if peer.facts is None]
+    for peer in busy:
+        if absent and peer.facts is not None and now - peer.asked > peer.patience:
+            name, fact = next(iter(peer.facts.items()))
+            what = f"{absent[0].name} of the run has not named {name} within {peer.patience:.0f} s"
+            return _Verdict(UserError(ExitCode.CONFIG, what, f"{peer.name} has {fact}", ALIKE))
+    return None

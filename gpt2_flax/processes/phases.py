@@ -1,4 +1,4 @@
-"""What a process of a run is doing, since when, and how long that may take without progress."""
+"""The phases of a process in a run, and the limit of each phase: the longest time without progress."""
 
 import contextlib
 import math
@@ -10,24 +10,24 @@ from typing import Literal
 
 Kind = Literal["start", "step", "evaluation", "save", "end"]
 
-FIRST = 7200.0  # seconds that the first of a kind may take, as programs are compiled
-LEAST_STEP = 120.0  # seconds that a later step may take, and
-LEAST = 1800.0  # a batch of an evaluation, its samples, or a save, or
-TIMES = 20  # so many times as long as most steps, or as the longest of the others
-PAUSE = 10.0  # seconds without a look at the clock after which this process was stopped itself, as by Ctrl-Z
+FIRST = 7200.0  # seconds; limit of the first phase of a kind, in which programs are compiled
+LEAST_STEP = 120.0  # seconds; least limit of later steps
+LEAST = 1800.0  # seconds; least limit of an evaluated batch, the samples, or a save
+TIMES = 20  # limit relative to the median of the steps, and to the longest of the other phases
+PAUSE = 10.0  # seconds between two looks at the clock after which this process was stopped, as by Ctrl-Z
 _REMEMBERED = 100
 
 
 class Phases:
-    """A stage of a run: its start, steps with evaluations and saves between them, and its end.
+    """The phases of a stage: its start, its steps with evaluations and saves between them, and its end.
 
-    `marks` counts progress. All processes of a run count the same, so those with the fewest marks are behind.
+    `marks` counts progress. All processes of a run count alike, so the processes with the fewest marks are behind.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self.clock = clock
         self.name, self.marks, self.limit = "nothing", 0, math.inf
-        self._kind: Kind | None = None
+        self._kind: Kind = "end"
         self._marked = self._looked = clock()
         self._stepping: float | None = None  # seconds of this step up to the last evaluation or save in it
         self._gaps: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
@@ -35,13 +35,13 @@ class Phases:
         self._saved = -math.inf  # when the last save began
 
     def start(self) -> None:
-        """Begin a stage: all before its first step, whose programs are compiled anew."""
+        """Begin a stage; the limits of phases start anew, because programs are compiled anew."""
         self._gaps.clear()
         self._stepping = None
         self._enter("start", "the start")
 
     def step(self, step: int) -> None:
-        """Begin to wait for a step that was dispatched, so the step before it is finished."""
+        """Begin to wait for a step that was dispatched; the step before it has finished."""
         gap = self._mark()
         if self._stepping is None:
             self._took("start", gap)
@@ -52,7 +52,7 @@ class Phases:
 
     @contextlib.contextmanager
     def during(self, kind: Literal["evaluation", "save"], step: int) -> Iterator[None]:
-        """Evaluate or save between two steps, or before the first."""
+        """Evaluate or save between two steps, or before the first step."""
         kind_before, before, gap = self._kind, self.name, self._mark()
         if self._stepping is not None:
             self._stepping += gap
@@ -71,22 +71,22 @@ class Phases:
         self._enter(self._kind, self.name)
 
     def end(self) -> None:
-        """End a stage: only its files remain to be closed."""
+        """End a stage; what remains is to close its files."""
         self._mark()
         self._enter("end", "the end")
 
     def longest(self, kind: Kind) -> float:
-        """Return the seconds of the longest phase of a kind, of steps among the last hundred; 0 when none is over."""
+        """Return the seconds of the longest phase of a kind, or 0; for steps, the longest of the last hundred."""
         return max(self._gaps["step"], default=0.0) if kind == "step" else self._longest.get(kind, 0.0)
 
     def still_saving(self) -> float:
-        """Return the seconds that the last save may still take in the background."""
+        """Return how many more seconds the last save may take in the background."""
         return max(0.0, self._saved + self.longest("save") - self.clock())
 
     def waited(self) -> float:
-        """Return the seconds since the last progress, without those in which this process was stopped.
+        """Return the seconds since the last progress, without the time in which this process was stopped.
 
-        Call it at least every few seconds.
+        Call this at least every few seconds.
         """
         now = self.clock()
         if now - self._looked > PAUSE:
@@ -98,6 +98,7 @@ class Phases:
         self._longest[kind] = max(seconds, self._longest.get(kind, 0.0))
 
     def _mark(self) -> float:
+        """Count progress; return the seconds since the progress before."""
         now = self.clock()
         gap, self._marked = now - self._marked, now
         self.marks += 1
@@ -114,5 +115,5 @@ class Phases:
 
 
 def hang(name: str, waited: float, limit: float) -> str:
-    """Return what is wrong when a process has waited for longer than the limit of its phase."""
+    """Return the error text for a process that has made no progress in phase `name` within its limit, in seconds."""
     return f"no progress in {name} for {waited:.0f} s, and its limit is {limit:.0f} s"

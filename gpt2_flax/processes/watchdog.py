@@ -1,7 +1,8 @@
-"""Ends a run that hangs, and all processes of a run when one of them has ended, failed or hangs, and says which.
+"""The watchdog of a process: it ends the process when the run hangs or another process fails, and says why.
 
-Without it the others would wait in a collective for minutes, or be aborted by JAX without a word that helps.
-How the processes talk is described in `messages`. `hub` decides; here each of them listens and obeys.
+Without it the other processes would wait in a collective for minutes, or JAX would abort them without a helpful
+message. The hub decides (`peers`); each watchdog sends heartbeats to the hub and obeys it. In a run of one process
+there is no hub, and the watchdog looks at its own process only.
 """
 
 import atexit
@@ -24,26 +25,28 @@ from gpt2_flax.crash_log import CrashLog
 from gpt2_flax.errors import ExitCode, UserError, io_error, printable
 from gpt2_flax.memory import out_of_memory
 from gpt2_flax.processes import peers
-from gpt2_flax.processes.joining import error_of, join, say_goodbye
-from gpt2_flax.processes.messages import receive, send
+from gpt2_flax.processes.joining import join, say_goodbye
+from gpt2_flax.processes.messages import error_of, receive, send
 from gpt2_flax.processes.peers import AGAIN
 from gpt2_flax.processes.phases import Phases, hang
 from gpt2_flax.processes.place import Place
 
-UNWINDING = 5.0  # seconds in which the process that is to blame may end in its own way
+UNWINDING = 5.0  # seconds in which the process at fault may end in its own way
 
 
 class Watchdog(AbstractContextManager):
-    """As it is, belongs to a run of one process; `join` returns one of several. Only within its context it watches.
+    """Watches this process within its context; `join` makes one for a run of several processes.
 
-    Leaving the context waits for the other processes: all leave together, or the run ends for all.
+    Leaving the context waits for the other processes: either all leave together, or the run ends for all.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        """Of this process; 0 leads."""
+        """The number of this process; process 0 leads."""
         self.token = ""
-        """Which all processes of this start know, and no other start has."""
+        """A random text that only the processes of this start know; empty for one process."""
+        self.phases = Phases()
+        """The training loop reports each step, evaluation and save here."""
         self._connection: socket.socket | None = None
         self._sending = threading.Lock()
         self._hub, self._where = "process 0", "gpt2-flax train"
@@ -52,17 +55,16 @@ class Watchdog(AbstractContextManager):
         self._asking, self._answered = False, threading.Event()
         self._stopping = threading.Condition()
         self._calls, self._stop_asked, self._stop_at = 0, False, math.inf
-        self.phases = Phases()
-        """What this process is doing, which it says at each step, evaluation and save."""
         self._watching, self._log = False, None
+        self._abort_handler: int | None = None
 
     @classmethod
     def join(cls, place: Place, facts: Mapping[str, str]) -> "Watchdog":
-        """Waits until all processes have come, and returns the watchdog. Raises `UserError`, see `joining.join`."""
+        """Wait until all processes have come; return the watchdog. Raises `UserError` like `joining.join`."""
         self = cls()
         self.number = place.number
         self._connection, self._hub, self.token = join(place, facts)
-        self._abort = _delay_abort()
+        self._abort_handler = _delay_abort()
         threading.Thread(target=self._listen, name="watchdog", daemon=True).start()
         return self
 
@@ -80,17 +82,23 @@ class Watchdog(AbstractContextManager):
             self.announce(error)
         self._send("out")
         self._over.wait()
-        if not self._together:  # the hub waits until this process is gone; JAX's own end, which would wait, comes after
-            atexit.register(_leave, _exit_code(self._failure))
-        else:
-            _libc_signal(self._abort)
+        if self._together:
+            _libc_signal(self._abort_handler)
             self._connection.close()
+        elif self._failure:
+            # Registered last, so it runs before JAX's own exit handler, which would wait for the other processes.
+            atexit.register(_leave, _exit_code(self._failure))
         return None
 
     def agree(self, facts: Mapping[str, str], patience: float = math.inf) -> None:
-        """Waits until all processes have sent their facts, which must not be apart by more than `patience` seconds.
+        """Compare facts with all other processes; wait until all have sent theirs.
 
-        Raises `UserError` in all of them: CONFIG that names the first difference, or the error of one that fails.
+        Args:
+            facts: texts by name, which must be equal in all processes.
+            patience: the most seconds between the facts of two processes.
+
+        Raises:
+            UserError: in all processes: CONFIG that names the first difference, or the error of a process that fails.
         """
         if not self._connection:
             return
@@ -103,7 +111,7 @@ class Watchdog(AbstractContextManager):
             raise self._failure
 
     def stops(self, wanted: bool) -> bool:
-        """Returns whether to stop now: when one process wants it, all do, at the same call of this method.
+        """Return whether to stop now. When one process wants to stop, all stop at the same call of this method.
 
         All processes must call it at the same moments.
         """
@@ -111,16 +119,16 @@ class Watchdog(AbstractContextManager):
             return wanted
         if wanted and not self._stop_asked:
             self._send("stop")
-        with self._stopping:  # what the others were told of this process holds until the hub has heard them all
+        with self._stopping:  # after reporting its calls, this process waits until the hub has chosen the last call
             self._stopping.wait_for(lambda: not self._stop_asked or self._stop_at < math.inf)
             self._calls += 1
             return self._calls >= self._stop_at
 
     @contextlib.contextmanager
     def running(self, where: str) -> Iterator[None]:
-        """A stage of the run in a folder. An exception is announced before anything is unwound.
+        """Run a stage in the folder `where`. An exception is announced before the stack unwinds.
 
-        While it is watched, a bug becomes a `UserError` (BUG) that names the crash log in the folder.
+        Within the context of the watchdog, a bug becomes a `UserError` (BUG) that names the crash log in the folder.
         """
         self._where = where
         self.phases.start()
@@ -138,13 +146,12 @@ class Watchdog(AbstractContextManager):
                 self.phases.end()
 
     def announce(self, error: BaseException) -> None:
-        """Lets the other processes know that this one ends with `error`."""
+        """Tell the hub that this process ends with `error`."""
         self._failure = error
-        if self._connection:
-            self._send("failed", code=_exit_code(error), sentence=_sentence(error)[:2000])
+        self._send("failed", code=_exit_code(error), sentence=_sentence(error)[:2000])
 
     def _watch(self) -> None:
-        """Ends this process, the only one of its run, when it hangs; a thread."""
+        """End this process, the only process of its run, when it hangs. Runs in a thread."""
         while not self._over.wait(peers.BEAT):
             waited, phases = self.phases.waited(), self.phases
             if waited > phases.limit:
@@ -153,9 +160,9 @@ class Watchdog(AbstractContextManager):
         return None
 
     def _listen(self) -> None:
-        """Beats, and waits for the hub's word; a thread."""
+        """Send heartbeats and receive messages of the hub. Runs in a thread."""
         rest, heard, beaten = bytearray(), time.monotonic(), 0.0
-        while True:
+        while self._connection:
             if time.monotonic() - beaten > peers.BEAT:
                 beaten = time.monotonic()
                 name, marks, limit = self.phases.name, self.phases.marks, self.phases.limit
@@ -168,14 +175,16 @@ class Watchdog(AbstractContextManager):
             if time.monotonic() - heard > peers.SILENCE:
                 return self._lost(f"been silent for {peers.SILENCE:.0f} s", stacks=True)
             for message in messages:
-                if message["kind"] == "over":
-                    return self._over.set()
-                if message["kind"] == "agreed":
-                    self._answered.set()
-                if message["kind"] in ("stop", "stops"):
-                    self._agree_to_stop(message.get("at", math.inf))
-                if message["kind"] == "verdict":
-                    return self._end(error_of(message, self._where), message["number"], message["stacks"])
+                match message["kind"]:
+                    case "over":
+                        return self._over.set()
+                    case "agreed":
+                        self._answered.set()
+                    case "stop" | "stops":
+                        self._agree_to_stop(message.get("at", math.inf))
+                    case "verdict":
+                        return self._end(error_of(message, self._where), message["number"], message["stacks"])
+        return None
 
     def _agree_to_stop(self, at: float) -> None:
         with self._stopping:
@@ -188,13 +197,20 @@ class Watchdog(AbstractContextManager):
         error = UserError(ExitCode.TRY_AGAIN, f"{self._hub} of the run has {how}", self._where, AGAIN)
         self._end(error, stacks=stacks)
 
-    def _end(self, error: UserError, number: int = 0, stacks: bool = False) -> None:
-        """Ends this process, wherever its main thread hangs; one that is to blame, or only waits, may do so itself."""
-        # One that has stopped as agreed, and saved, says so whatever happens to the others afterwards.
+    def _end(self, verdict: UserError, number: int = 0, stacks: bool = False) -> None:
+        """End this process even if its main thread hangs; a process that fails itself first has time to unwind.
+
+        Args:
+            verdict: the error to exit with, unless this process has an error of its own.
+            number: the process at fault.
+            stacks: whether to add the stacks of all threads to the crash log.
+        """
+        error: BaseException = verdict
+        # A process that has stopped as agreed, and saved, reports that, whatever happens to the others afterwards.
         if self._failure and (number == self.number or _exit_code(self._failure) == ExitCode.TRY_AGAIN):
             error = self._failure
         else:
-            error = self._logged(error, stacks)
+            error = self._logged(verdict, stacks)
             if not self._asking:
                 _leave(_exit_code(error), _sentence(error))
         self._failure, self._together = error, False
@@ -206,8 +222,9 @@ class Watchdog(AbstractContextManager):
         _leave(_exit_code(error), _sentence(error))
 
     def _logged(self, error: UserError, stacks: bool) -> UserError:
+        """Add the stacks to the crash log, or remove a crash log that only followed from another process's end."""
         if self._log and not stacks:
-            self._log.remove()  # what is in it followed from the end of another process, as JAX's abort does
+            self._log.remove()
         elif self._log and not self._log.closed:
             self._log.add_stacks(str(error))
             fix = f"{error.fix}; the stacks of this process are in {self._log.path}"
@@ -215,13 +232,14 @@ class Watchdog(AbstractContextManager):
         return error
 
     def _send(self, kind: str, **values: Any) -> None:
-        with self._sending:  # the beats come from a thread of their own
-            send(self._connection, kind, **values)
+        if self._connection:
+            with self._sending:  # two threads send messages
+                send(self._connection, kind, **values)
 
 
 @contextlib.contextmanager
 def announced(place: Place | None) -> Iterator[None]:
-    """Lets the other processes know of an error in the block, which comes before they meet."""
+    """Report an error in the block to the other processes; the block runs before this process has joined them."""
     try:
         yield
     except Exception as error:
@@ -243,7 +261,7 @@ def _sentence(error: BaseException) -> str:
 
 
 def _leave(code: int, sentence: str = "") -> None:
-    """Ends the process at once: nothing of Python or JAX is asked, which might wait for processes that are gone."""
+    """End the process at once, without exit handlers, which might wait for processes that are gone."""
     if sentence:
         os.write(2, f"error: {printable(sentence)}\n".encode(errors="backslashreplace"))
     else:
@@ -253,10 +271,10 @@ def _leave(code: int, sentence: str = "") -> None:
 
 
 def _delay_abort() -> int | None:
-    """Gives the watchdog the time to speak when JAX aborts; returns the handler that was there.
+    """Let JAX's abort() sleep, so that the watchdog can speak first; return the previous handler of SIGABRT.
 
-    The moment process 0 is gone JAX calls abort() from a thread of its own, which no Python code can hinder. The
-    handler must be C code, and is called with the number of the signal: sleep(6), as SIGABRT is 6.
+    When process 0 is gone, JAX calls abort() in a thread of its own at once, and no Python code can prevent it. The
+    handler must be C code. It gets the number of the signal as its argument: sleep(6), as SIGABRT is 6.
     """
     return _libc_signal(ctypes.cast(ctypes.CDLL(None).sleep, ctypes.c_void_p).value)
 

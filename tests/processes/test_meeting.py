@@ -19,7 +19,7 @@ from processes.test_watchdog import Stranger, join, left, quick, wait_until  # n
 from support.two_processes import ended, free_ports, start
 
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.processes import answers, joining, meeting, messages
+from gpt2_flax.processes import joining, meeting, messages
 from gpt2_flax.processes.place import Place
 from gpt2_flax.processes.watchdog import Watchdog, announced
 
@@ -34,7 +34,7 @@ HELLO = {"kind": "hello", "number": 1, "n_processes": 2, "host": "far", "pid": 7
 
 @pytest.fixture(autouse=True)
 def quicker(quick, left, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(answers, "QUIET", 0.5)
+    monkeypatch.setattr(messages, "QUIET", 0.5)
     monkeypatch.setattr(meeting, "START", 3.0)
     monkeypatch.delenv("GPT2_FLAX_SECRET", raising=False)
     yield
