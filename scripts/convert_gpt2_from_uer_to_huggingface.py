@@ -19,10 +19,9 @@ from uer_command_line import Flags, exit_code, named_model, user_path
 
 from gpt2_flax.checkpoint.huggingface import CONFIG, to_hf_config, to_state_dict
 from gpt2_flax.checkpoint.source import Source, load_source
-from gpt2_flax.checkpoint.uer import read_uer
 from gpt2_flax.errors import ExitCode, UserError, io_error
-from gpt2_flax.export.uer_file import compare_with_uer
 from gpt2_flax.folders import write_whole
+from gpt2_flax.formats.uer import compare, read_uer
 from gpt2_flax.input_files import read_object
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 
@@ -56,7 +55,7 @@ def convert(path: Path, output: Path, layers: int | None, uer_config: Path | Non
         raise UserError(ExitCode.USAGE, "torch is not installed", output, fix) from None
     if path.is_file():
         source = Source(f"UER-py file {path}", *read_uer(path, uer_config), Path())
-        print(f"{path}: {compare_with_uer(path, source)}")
+        print(f"{path}: {compare(path, source.weights, source.model)}")
     else:
         source = load_source(path)
         vocabulary = vocabulary or source.tokenizer_folder

@@ -23,12 +23,13 @@ from uer_command_line import Flags, exit_code, named_model, run_before, run_fold
 
 from gpt2_flax.checkpoint.huggingface import CONFIG, from_hf_config
 from gpt2_flax.checkpoint.run_folder import RunFolder
-from gpt2_flax.checkpoint.step_meta import Damaged, read_meta
-from gpt2_flax.checkpoint.uer import LAYER_NORM_EPSILON, model_values
+from gpt2_flax.checkpoint.step_meta import DamagedCheckpoint, read_meta
 from gpt2_flax.config import parse_config
 from gpt2_flax.data.dataset_info import read_info
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import write_whole
+from gpt2_flax.formats.uer import LAYER_NORM_EPSILON
+from gpt2_flax.formats.uer_config import model_values
 from gpt2_flax.input_files import read_object
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 
@@ -242,7 +243,7 @@ def _epsilon(init_from: Path) -> float:
         raise UserError(ExitCode.NO_INPUT, "no model found", init_from, fix)
     try:
         return read_meta(imported, 0)["model"]["layer_norm_epsilon"]
-    except Damaged as error:
+    except DamagedCheckpoint as error:
         raise UserError(ExitCode.IO, f"checkpoint is damaged ({error})", imported, "import the model again") from None
 
 

@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
-from gpt2_flax.checkpoint.source import Source, load_source
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.config import Config, ModelConfig, config_keys, parse_config
 from gpt2_flax.data.mixture import Mixture
@@ -114,13 +113,18 @@ def _initial_state(
     if config.init_from is None:
         say(f"starting from scratch with seed {config.training.seed}")
         return initial_state(config, layout)
+    from gpt2_flax.checkpoint.source import load_source  # here: most starts need none of the readers
+
     try:
         source = load_source(Path(config.init_from))
     except UserError as error:
         raise UserError(error.exit_code, f"init_from: {error.what}", error.where, error.fix) from None
     check_fits(config, source.model)
     agree_on_weights(source.weights, watchdog)
-    _warn_of_tokenizer(source, mixture, say)
+    # A warning, not an error: the same ids may come from another kind of file, and some folders hold weights alone.
+    with contextlib.suppress(UserError):
+        if source.tokenizer().fingerprint != mixture.tokenizer_fingerprint:
+            say(f"warning: {mixture.name} was not prepared with the tokenizer of {source.origin}: ids may differ")
     loaded = f"{len(source.weights)} parameter arrays, {sum(map(np.size, source.weights.values())):,} parameters"
     say(f"starting from {source.origin}: {loaded}; fresh optimizer and schedule")
     return initial_state(config, layout, source.weights)
@@ -202,10 +206,3 @@ def _check_datasets(meta: Mapping[str, Any], mixture: Mixture) -> None:
         if meta.get(name) != mixture.fingerprints()[name]:
             fix = "give the same dataset, choose another output, or add --allow-change data.dataset"
             raise UserError(ExitCode.CONFIG, what, mixture.name, fix)
-
-
-def _warn_of_tokenizer(source: Source, mixture: Mixture, say: Callable[[str], None]) -> None:
-    # No error: the same ids may come from another kind of file, and some folders hold weights alone.
-    with contextlib.suppress(UserError):
-        if source.tokenizer().fingerprint != mixture.tokenizer_fingerprint:
-            say(f"warning: {mixture.name} was not prepared with the tokenizer of {source.origin}: ids may differ")

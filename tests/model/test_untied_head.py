@@ -14,14 +14,15 @@ from support.weight_folders import random_weights
 
 from gpt2_flax.checkpoint.huggingface import read_folder, to_state_dict
 from gpt2_flax.checkpoint.source import Source, load_source, save_as_run
-from gpt2_flax.checkpoint.uer import from_uer, read_uer, to_uer, to_uer_config
 from gpt2_flax.checkpoint.weights import logits_of, model_from_weights, weights_of
 from gpt2_flax.config import MeshConfig, ModelConfig
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.loader import Loader
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export.transformers_folder import export_folder
-from gpt2_flax.export.uer_file import write_uer
+from gpt2_flax.formats.uer import from_uer, read_uer
+from gpt2_flax.formats.uer_config import to_uer_config
+from gpt2_flax.formats.uer_export import to_uer, write_folder
 from gpt2_flax.inference.decode import generate
 from gpt2_flax.inference.evaluate import evaluate
 from gpt2_flax.inference.per_document import evaluate_documents
@@ -213,7 +214,7 @@ def test_a_model_of_uer_is_read_and_goes_back(tmp_path):
 
 def test_a_folder_for_uer_is_compared_with_the_head_that_it_has(source, tmp_path):
     torch = pytest.importorskip("torch")
-    compared = write_uer(source, tmp_path / "uer")
+    compared = write_folder(source, tmp_path / "uer")
     assert compared.max_logit_difference < 1e-5 * max(10, compared.max_logit)
     saved = torch.load(tmp_path / "uer" / "model.bin", weights_only=True)
     np.testing.assert_array_equal(saved["target.lm.output_layer.weight"].numpy(), source.weights[HEAD])
