@@ -1,4 +1,4 @@
-"""What the scripts with UER-py's names share: its flags, the files they name, and gpt2-flax commands in their place."""
+"""Shared by the scripts with UER-py's names: their flags, their file names, and the gpt2-flax commands they run."""
 
 import argparse
 import os
@@ -17,9 +17,10 @@ _STEP = re.compile(r"(?P<name>.+)\.bin-(?P<step>\d+)")
 
 
 class Flags(argparse.ArgumentParser):
-    """Flags of a UER-py program; `instead` says what to do for those that have no place here.
+    """The flags of a UER-py program.
 
-    A name in it that ends in an underscore stands for all that begin so.
+    Args:
+        instead: Advice for each flag that is not supported. A name that ends in an underscore is a prefix.
     """
 
     def __init__(self, description: str, instead: Mapping[str, str]):
@@ -27,7 +28,7 @@ class Flags(argparse.ArgumentParser):
         self._instead = instead
 
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
-        """Raises `UserError` (USAGE) for anything that is not understood; nothing is passed over in silence."""
+        """Parse the arguments. Raises `UserError` (USAGE) for every flag or value that is not understood."""
         options, unknown = self.parse_known_args(arguments)
         for flag in unknown:
             name = flag.partition("=")[0]
@@ -41,7 +42,7 @@ class Flags(argparse.ArgumentParser):
 
 
 def user_path(given: str) -> Path:
-    """Returns a path as gpt2-flax commands take it: expanded, and no address."""
+    """Return an expanded path, and reject addresses, as gpt2-flax commands do."""
     try:
         return Path(local_path(given))
     except ValueError as error:
@@ -49,14 +50,14 @@ def user_path(given: str) -> Path:
 
 
 def run_folder(output_model_path: Path) -> Path:
-    """Returns the run folder that stands for UER-py's `--output_model_path NAME.bin`: NAME."""
+    """Return the run folder NAME for UER-py's `--output_model_path NAME.bin`."""
     return output_model_path.with_suffix("") if output_model_path.suffix == ".bin" else output_model_path
 
 
 def named_model(path: Path) -> Path:
-    """Returns what a path of UER-py names here: NAME.bin-STEP is the checkpoint STEP of the run NAME.
+    """Return the model for a path of UER-py: NAME.bin-STEP is the checkpoint STEP of the run NAME.
 
-    A file or folder of just that name comes first.
+    An existing file or folder with the same name takes precedence.
     """
     if path.exists():
         return path
@@ -66,13 +67,13 @@ def named_model(path: Path) -> Path:
 
 
 def shown(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
-    """Returns the gpt2-flax command as one would type it."""
+    """Return a gpt2-flax command in the form for a shell."""
     variables = [f"{name}={value}" for name, value in (environment or {}).items()]
     return " ".join([*variables, shlex.join(["gpt2-flax", *arguments])])
 
 
 def run_before(*arguments: str) -> None:
-    """Prints and runs a gpt2-flax command in a process of its own, and ends this one when it fails."""
+    """Print and run a gpt2-flax command as a child process. Exit if it fails."""
     print(shown(arguments), flush=True)
     code = subprocess.run([sys.executable, "-m", "gpt2_flax", *arguments], check=False).returncode
     if code:
@@ -80,13 +81,13 @@ def run_before(*arguments: str) -> None:
 
 
 def run_instead(*arguments: str, **environment: str) -> NoReturn:
-    """Prints a gpt2-flax command and becomes it: its signals and its exit code are those of this process."""
+    """Print a gpt2-flax command and replace this process with it, so that signals and the exit code are shared."""
     print(shown(arguments, environment), flush=True)
     os.execve(sys.executable, [sys.executable, "-m", "gpt2_flax", *arguments], os.environ | environment)
 
 
 def exit_code(main: Callable[[], None]) -> int:
-    """Runs a script; a failure that its reader can mend is one line."""
+    """Run a script, and print a failure that the user can fix as one line."""
     speak_utf8()
     try:
         main()

@@ -90,11 +90,5 @@ Overwrite = Annotated[bool, Option("--overwrite", help="Replace an output folder
 Model = Annotated[Path, ModelArgument(help="A run folder, RUN/checkpoints/STEP, or a transformers folder.")]
 Step = Annotated[int | None, Option(min=0, max=MOST_STEPS, help="The checkpoint of a run to use. Default: the newest.")]
 Best = Annotated[bool, Option("--best", help="Use the checkpoint of a run with the lowest validation loss.")]
-Bos = Annotated[
-    str | None,
-    TextOption(help="Token at the start of a document. Default: as in the tokenizer's files."),
-]
-Eos = Annotated[
-    str | None,
-    TextOption(help="Token at the end of a document. Default: as in the tokenizer's files."),
-]
+Bos = Annotated[str | None, TextOption(help="Token that begins a document. Default: by the tokenizer's files.")]
+Eos = Annotated[str | None, TextOption(help="Token that ends a document. Default: by the tokenizer's files.")]

@@ -25,11 +25,9 @@ Title = Annotated[str | None, TextOption(help="Title of the model card. Default:
 Language = Annotated[str | None, TextOption(help="Language code for the model card, such as zh.")]
 License = Annotated[str | None, TextOption(help="License for the model card, such as apache-2.0.")]
 ItsTokenizer = Annotated[
-    Path | None, PathOption("--tokenizer", help="vocab.txt or a tokenizer folder, for a model without a tokenizer.")
+    Path | None, PathOption("--tokenizer", help="vocab.txt or a tokenizer folder, if the model has none.")
 ]
-UerConfig = Annotated[
-    Path | None, PathOption(help="The config.json of a UER-py model. It gives the number of heads, among others.")
-]
+UerConfig = Annotated[Path | None, PathOption(help="The config.json of a UER-py model, with its number of heads.")]
 
 
 @app.command()
@@ -42,25 +40,16 @@ def export(
         Literal["safetensors", "bin", "gguf"],
         Option(help="bin and gguf add pytorch_model.bin or model.gguf to model.safetensors."),
     ] = "safetensors",
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], Option(help="Type to round the weights to.")
-    ] = "float32",
-    max_shard_size: Annotated[
-        str, TextOption(help="Largest size of a shard of model.safetensors, such as 500MB.")
-    ] = "5GB",
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], Option(help="Type of the weights.")] = "float32",
+    max_shard_size: Annotated[str, TextOption(help="Size limit of a shard of weights, such as 500MB.")] = "5GB",
     name: Title = None,
     language: Language = None,
     license: License = None,
-    prompt: Annotated[
-        str | None,
-        TextOption(help="Example prompt for the model card. Default: from the run or a validation document."),
-    ] = None,
+    prompt: Annotated[str | None, TextOption(help="Example for the model card. Default: from the run.")] = None,
     dataset: Annotated[
-        list[str] | None, TextOption(help="Name of a dataset on the Hugging Face hub, for the model card; repeatable.")
+        list[str] | None, TextOption(help="Hub name of a dataset, for the model card; repeatable.")
     ] = None,
-    hardware: Annotated[
-        str | None, TextOption(help="Hardware, for the model card. Default: as recorded by the run.")
-    ] = None,
+    hardware: Annotated[str | None, TextOption(help="Hardware, for the model card. Default: from the run.")] = None,
     card_extra: Annotated[Path | None, PathOption(help="Markdown file to append to the model card.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -94,9 +83,7 @@ def export(
 
 @app.command(name="import")
 def import_(
-    model: Annotated[
-        Path, ModelArgument(help="A transformers folder that holds a GPT-2, a .bin of UER-py, or a ckpt.pt of nanoGPT.")
-    ],
+    model: Annotated[Path, ModelArgument(help="A transformers folder, a .bin of UER-py, or a ckpt.pt of nanoGPT.")],
     output: Annotated[Path, PathArgument(help="The new run folder, for init_from, generate and other commands.")],
     tokenizer: ItsTokenizer = None,
     uer_config: UerConfig = None,
@@ -117,12 +104,7 @@ def import_(
 
 @app.command()
 def convert(
-    model: Annotated[
-        Path,
-        ModelArgument(
-            help="A .bin of UER-py, a ckpt.pt of nanoGPT, a transformers folder, a run, or RUN/checkpoints/STEP."
-        ),
-    ],
+    model: Annotated[Path, ModelArgument(help="A file of UER-py or nanoGPT, a transformers folder, or a run.")],
     output: Annotated[Path, PathArgument(help="The new folder for transformers, or with --format uer for UER-py.")],
     format: Annotated[
         Literal["safetensors", "bin", "gguf", "uer"],

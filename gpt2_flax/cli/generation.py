@@ -23,15 +23,9 @@ def generate(
     temperature: Annotated[
         float, Option(min=0.0, max=1000.0, help="Higher: more varied text; 0: the most likely token.")
     ] = 1.0,
-    top_k: Annotated[
-        int, Option(min=0, max=MOST_TOKENS, help="Sample from the K most likely tokens; 0: from all.")
-    ] = 50,
-    top_p: Annotated[
-        float, Option(min=0.0, max=1.0, help="Sample from the most likely tokens with this total probability.")
-    ] = 1.0,
-    min_p: Annotated[
-        float, Option(min=0.0, max=1.0, help="Leave out tokens below this share of the top probability.")
-    ] = 0.0,
+    top_k: Annotated[int, Option(min=0, max=MOST_TOKENS, help="Sample from the K most likely tokens; 0: all.")] = 50,
+    top_p: Annotated[float, Option(min=0.0, max=1.0, help="Keep the top tokens up to this total probability.")] = 1.0,
+    min_p: Annotated[float, Option(min=0.0, max=1.0, help="Skip tokens below this share of the best one.")] = 0.0,
     repetition_penalty: Annotated[
         float, Option(min=1.0, max=1000.0, help="Above 1: make tokens of the text so far less likely.")
     ] = 1.0,
@@ -85,9 +79,7 @@ def serve(
     host: Annotated[str, TextOption(help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0: any free port.")] = 8000,
     max_tokens: Annotated[int, Option(min=1, max=MOST_POSITIONS, help="Maximum of max_tokens in a request.")] = 512,
-    max_concurrent: Annotated[
-        int, Option(min=1, max=MOST_ROWS, help="Maximum number of running and queued requests.")
-    ] = 4,
+    max_concurrent: Annotated[int, Option(min=1, max=MOST_ROWS, help="Limit of running and queued requests.")] = 4,
     step: Step = None,
     best: Best = False,
 ) -> None:

@@ -22,11 +22,9 @@ Overrides = Annotated[
 @app.command()
 def doctor(
     seconds: Annotated[
-        float, Option(min=10, max=86400, help="Time for the examination; the most important checks come first.")
+        float, Option(min=10, max=86400, help="Seconds for the examination; the most important checks come first.")
     ] = 280,
-    json: Annotated[
-        Path | None, PathOption("--json", metavar="FILE", help="Write all results to this new file.")
-    ] = None,
+    json: Annotated[Path | None, PathOption("--json", metavar="FILE", help="New file for all results.")] = None,
 ) -> None:
     """Examine this machine: versions, devices, speed, attention kernels, training. Attach the output to bug reports.
 
@@ -42,11 +40,9 @@ def doctor(
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    allow_change: Annotated[
-        list[str] | None, Option(help="Key that may differ from the run when it resumes; repeatable.")
-    ] = None,
+    allow_change: Annotated[list[str] | None, Option(help="Key that may change in a resumed run; repeatable.")] = None,
     profile: Annotated[
-        int, Option(min=0, max=MOST_STEPS, metavar="STEPS", help="Trace this many steps for TensorBoard or XProf.")
+        int, Option(min=0, max=MOST_STEPS, metavar="STEPS", help="Steps to trace for TensorBoard or XProf.")
     ] = 0,
     max_hours: Annotated[
         float | None,
@@ -55,12 +51,8 @@ def train(
     coordinator: Annotated[
         str | None, Option(help="Several hosts: HOST:PORT of process 0. PORT + 1 must be free and reachable too.")
     ] = None,
-    num_processes: Annotated[
-        int | None, Option(min=1, max=MOST_ROWS, help="Several hosts: number of processes.")
-    ] = None,
-    process_id: Annotated[
-        int | None, Option(min=0, max=MOST_ROWS, help="Several hosts: number of this process.")
-    ] = None,
+    num_processes: Annotated[int | None, Option(min=1, max=MOST_ROWS, help="Several hosts: process count.")] = None,
+    process_id: Annotated[int | None, Option(min=0, max=MOST_ROWS, help="Several hosts: process number.")] = None,
 ) -> None:
     """Train a model, or resume a run that stopped.
 
@@ -69,7 +61,9 @@ def train(
     the second.
 
     Under SLURM, Open MPI, Kubernetes (scripts/kubernetes_jobset.yaml), torchrun and on TPU pods several hosts find each
-    other; elsewhere give the three options above. If one process ends, all end, with exit code 75 if a restart helps.
+    other; elsewhere give --coordinator, --num-processes and --process-id. If one process ends, all end, with exit code
+    75 if a restart helps.
+
     Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 to any process stops the run after the current step, saves, and exits
     with 75; the same command resumes. A second signal ends the process at once. --max-hours stops in the same way. It
     leaves enough time for the save, by the durations of steps, evaluations and saves so far.
@@ -97,16 +91,10 @@ def train(
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    topology: Annotated[
-        str | None, Option(help="Devices to compile for: v5e:2x4, v6e:16x16, h200:8, h200:32x8, ...")
-    ] = None,
+    topology: Annotated[str | None, Option(help="Devices: v5e:2x4, v6e:16x16, h200:8, h200:32x8, ...")] = None,
     stage: Annotated[int | None, Option(min=1, max=MOST_ROWS, help="Stage of the config. Default: all.")] = None,
-    mfu: Annotated[
-        float, Option(min=0.01, max=1.0, help="Assumed model FLOPs utilization: share of the devices' peak.")
-    ] = 0.4,
-    optimize: Annotated[
-        bool, Option("--optimize", help="Compile with all optimizations: slow, for a slightly lower memory.")
-    ] = False,
+    mfu: Annotated[float, Option(min=0.01, max=1.0, help="Expected share of the devices' peak FLOPs.")] = 0.4,
+    optimize: Annotated[bool, Option("--optimize", help="Compile with all optimizations: slow, more exact.")] = False,
 ) -> None:
     """Estimate a run before it starts: parameters, tokens, FLOPs, memory, days.
 
@@ -130,9 +118,7 @@ def plan(
 @app.command()
 def checkpoints(
     run: Annotated[Path, PathArgument(help="A run folder.")],
-    verify: Annotated[
-        bool, Option("--verify", help="Read every array and compare its checksum; exit with 74 if one differs.")
-    ] = False,
+    verify: Annotated[bool, Option("--verify", help="Compare the checksums of all arrays; 74 if one differs.")] = False,
     json: Annotated[bool, Option("--json", help="Print a JSON list instead of a table.")] = False,
 ) -> None:
     """List the checkpoints of a run: step, date, losses, size, state.
@@ -181,7 +167,7 @@ def evaluate(
         str | None, Option(parser=corpus_source, help="A dataset or a corpus. Default: the datasets of the run.")
     ] = None,
     seq_length: Annotated[
-        int | None, Option(min=1, max=MOST_POSITIONS, help="Tokens a row. Default: as in the run, else n_positions.")
+        int | None, Option(min=1, max=MOST_POSITIONS, help="Tokens in a row. Default: as in the run, else n_positions.")
     ] = None,
     batch_size: Annotated[int, Option(min=1, max=MOST_ROWS, help="Rows in a batch.")] = 16,
     batches: Annotated[int, Option(min=0, max=MOST_STEPS, help="Number of batches; 0: all.")] = 0,
@@ -189,7 +175,7 @@ def evaluate(
         Literal["train", "validation"] | None, Option(help="Split of a dataset. Default: validation.")
     ] = None,
     per_document: Annotated[
-        Path | None, PathOption(metavar="FILE.jsonl", help="Write a JSON line for each document to this new file.")
+        Path | None, PathOption(metavar="FILE.jsonl", help="New file with a JSON line for each document.")
     ] = None,
     format: Format = "auto",
     separator: Between = "line",

@@ -103,28 +103,17 @@ def tokenizer(
 @app.command()
 def prepare(
     corpus: Corpus,
-    tokenizer: Annotated[
-        Path, PathOption(help="A folder made by `gpt2-flax tokenizer`, vocab.txt, .model, or tokenizer.json.")
-    ],
-    output: Annotated[
-        str, Option(parser=path_or_address, help="The new dataset folder, or an address for fsspec: s3://...")
-    ],
+    tokenizer: Annotated[Path, PathOption(help="A tokenizer folder, vocab.txt, .model, or tokenizer.json.")],
+    output: Annotated[str, Option(parser=path_or_address, help="The new dataset folder, or s3://...")],
     format: Format = "auto",
     separator: Between = "line",
     field: TextField = "text",
     encoding: Encoding = "auto",
     on_error: OnBad = "stop",
-    validation_fraction: Annotated[
-        float, Option(help="Share of documents for validation, chosen by hash; 0: none.")
-    ] = 0.01,
+    validation_fraction: Annotated[float, Option(help="Share of documents for validation; 0: none.")] = 0.01,
     deduplicate: Annotated[bool, Option("--deduplicate", help="Keep one of several equal documents.")] = False,
-    allow_unknown: Annotated[
-        bool, Option("--allow-unknown", help="Do not stop if over 20% of the tokens are unknown.")
-    ] = False,
-    workers: Annotated[
-        int | None,
-        Option(min=1, max=4096, help="Number of processes; it does not change the result. Default: all cores."),
-    ] = None,
+    allow_unknown: Annotated[bool, Option("--allow-unknown", help="Allow over 20% unknown tokens.")] = False,
+    workers: Annotated[int | None, Option(min=1, max=4096, help="Number of processes. Default: all cores.")] = None,
     engine: Annotated[Engine, Option(help="ray: run on the cluster in RAY_ADDRESS.")] = "local",
     cased: Annotated[bool, Option("--cased", help="For vocab.txt: keep upper case and accents.")] = False,
     bos: Bos = None,
@@ -158,7 +147,7 @@ def prepare(
 @app.command()
 def inspect(
     dataset: Annotated[
-        Path | None, PathArgument(help="A folder made by `gpt2-flax prepare`. Default with --batch: as in the config.")
+        Path | None, PathArgument(help="A dataset folder. Default with --batch: as in the config.")
     ] = None,
     verify: Annotated[bool, Option("--verify", help="Check the sha256 of every file, and every token id.")] = False,
     samples: Annotated[int, Option(min=0, max=MOST_ROWS, help="Number of documents, or rows of a batch, to show.")] = 3,
@@ -213,12 +202,8 @@ def import_tokens(
     validation: Annotated[
         list[Path] | None, PathOption(help="Files for validation; repeatable. Default: the end of the other files.")
     ] = None,
-    validation_fraction: Annotated[
-        float, Option(help="Share of tokens for validation without --validation; 0: none.")
-    ] = 0.01,
-    dtype: Annotated[
-        Literal["uint16", "uint32"] | None, Option(help="Type of token ids in files that do not store it.")
-    ] = None,
+    validation_fraction: Annotated[float, Option(help="Share for validation without --validation; 0: none.")] = 0.01,
+    dtype: Annotated[Literal["uint16", "uint32"] | None, Option(help="Type of ids, if a file does not say.")] = None,
     bos: Bos = None,
     eos: Eos = None,
     overwrite: Overwrite = False,

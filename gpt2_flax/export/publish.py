@@ -1,4 +1,4 @@
-"""Publish a loaded model as a folder; the model card says what is known of the run."""
+"""Publish a loaded model as a folder, with a model card of the known facts about the run."""
 
 import contextlib
 from collections.abc import Mapping
