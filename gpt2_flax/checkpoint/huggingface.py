@@ -98,14 +98,6 @@ def to_state_dict(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return state_dict
 
 
-def from_state_dict(
-    state_dict: Mapping[str, np.ndarray], config: ModelConfig, where: object = "state dict"
-) -> dict[str, np.ndarray]:
-    """Return float32 weights by our paths. Raises as `assemble`."""
-    tensors = {name: Tensor(a.shape, a.dtype.name, lambda a=a: a) for name, a in state_dict.items()}
-    return assemble(tensors, config, where)
-
-
 def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     """Return the config and float32 weights of a GPT-2 folder; data is read after everything else was checked.
 

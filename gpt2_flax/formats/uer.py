@@ -125,10 +125,7 @@ def open_uer(path: Path) -> dict[str, Tensor]:
 
 
 def from_uer(
-    state_dict: Mapping[str, np.ndarray | Tensor],
-    uer_config: Mapping[str, Any],
-    where: object = "state dict",
-    where_config: object = "UER config",
+    tensors: Mapping[str, Tensor], uer_config: Mapping[str, Any], where: object, where_config: object
 ) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     """Return a config with the sizes of the tensors, and float32 weights that compute the same as UER-py.
 
@@ -141,10 +138,7 @@ def from_uer(
             from the embedding against `tie_weights`, and for a config of another model; USAGE if the number of heads
             is unknown.
     """
-    tensors = {
-        name: one if isinstance(one, Tensor) else Tensor(one.shape, one.dtype.name, lambda one=one: one)
-        for name, one in _renamed(state_dict, where).items()
-    }
+    tensors = _renamed(tensors, where)
     check_architecture(uer_config, where_config)
     config = _config(tensors, uer_config, where, where_config)
     sizes = sizes_by_axis(config)
@@ -210,7 +204,7 @@ def _read_config(path: Path | None) -> dict[str, Any]:
     return {} if path is None else read_object(path)
 
 
-def _renamed(tensors: Mapping[str, Any], where: object) -> dict[str, Any]:
+def _renamed(tensors: Mapping[str, Tensor], where: object) -> dict[str, Tensor]:
     renamed = {_OLD_NAMES.get(name, name): tensor for name, tensor in tensors.items()}
     if len(renamed) < len(tensors):
         twice = next(new for old, new in _OLD_NAMES.items() if old in tensors and new in tensors)

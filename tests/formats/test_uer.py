@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from checkpoint.test_huggingface import configs
 from hypothesis import given, settings
-from support.weight_folders import random_weights
+from support.weight_folders import as_tensors, random_weights
 from support.weight_folders import write_folder as write_transformers_folder
 
 from gpt2_flax import __main__ as cli
@@ -16,7 +16,8 @@ from gpt2_flax.checkpoint.source import Source, load_source
 from gpt2_flax.checkpoint.weights import model_from_weights
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.formats.uer import from_uer, read_uer
+from gpt2_flax.formats import uer
+from gpt2_flax.formats.uer import read_uer
 from gpt2_flax.formats.uer_config import to_uer_config
 from gpt2_flax.formats.uer_export import to_uer, write_folder
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
@@ -48,6 +49,10 @@ def uer_config(tmp_path, **values):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(HEADS | values))
     return path
+
+
+def from_uer(state_dict, uer_config):
+    return uer.from_uer(as_tensors(state_dict), uer_config, "state dict", "UER config")
 
 
 def difference(model, config, weights):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from support.configs import changed
-from support.weight_folders import random_weights
+from support.weight_folders import as_tensors, random_weights
 
 from gpt2_flax.checkpoint.huggingface import read_folder, to_state_dict
 from gpt2_flax.checkpoint.source import Source, load_source, save_as_run
@@ -226,11 +226,11 @@ def test_what_the_config_of_uer_says_goes_before_what_the_numbers_say(source):
     tied = source.model.model_copy(update={"tie_word_embeddings": True})
     shared = to_uer({path: array for path, array in source.weights.items() if path != HEAD}, tied)
     apart, heads = to_uer(source.weights, source.model), {"heads_num": 2}
-    assert from_uer(shared, heads)[0].tie_word_embeddings
-    assert not from_uer(shared, heads | {"tie_weights": False})[0].tie_word_embeddings
-    assert not from_uer(apart, heads)[0].tie_word_embeddings
+    assert from_uer(as_tensors(shared), heads, "", "")[0].tie_word_embeddings
+    assert not from_uer(as_tensors(shared), heads | {"tie_weights": False}, "", "")[0].tie_word_embeddings
+    assert not from_uer(as_tensors(apart), heads, "", "")[0].tie_word_embeddings
     with pytest.raises(UserError, match=r"tie_weights is true but target\.lm\.output_layer\.weight differs from"):
-        from_uer(apart, heads | {"tie_weight": True})
+        from_uer(as_tensors(apart), heads | {"tie_weight": True}, "", "")
 
 
 @pytest.mark.parametrize(
