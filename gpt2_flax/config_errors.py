@@ -1,4 +1,4 @@
-"""What is wrong with a config, in a sentence that names the dotted key."""
+"""Describe an error in a config, in a sentence that names the dotted key."""
 
 import difflib
 from collections.abc import Sequence
@@ -8,8 +8,10 @@ from gpt2_flax.errors import ExitCode, UserError, quote
 
 
 def config_error(error: Any, where: str, keys: Sequence[str]) -> UserError:
-    """Returns the sentence for one `error` of pydantic about a config from `where`, of which `keys` are all keys."""
-    key = ".".join(str(part) for part in error["loc"] if part not in ("int", "float"))  # a union names its member
+    """Return the sentence for an `error` of pydantic about the config `where`; `keys` are all known keys."""
+    key = ".".join(
+        str(part) for part in error["loc"] if part not in ("int", "float")
+    )  # pydantic adds the member of a union
     key = key if len(key) <= 100 else f"{key[:97]}..."
     if error["type"] == "extra_forbidden":
         close = _nearest_key(key, keys)
@@ -19,7 +21,7 @@ def config_error(error: Any, where: str, keys: Sequence[str]) -> UserError:
         return UserError(ExitCode.CONFIG, f"missing key {key}", where, "add it, or give it on the command line")
     if error["type"] == "value_error":
         what = str(error["ctx"]["error"])
-        if key in keys:  # one key alone, not several that do not go together
+        if key in keys:  # the error is about one key, not about several that do not fit together
             return UserError(ExitCode.CONFIG, f"bad value of {key}", where, what)
         return UserError(ExitCode.CONFIG, what, where, "change one of them")
     fix = f"{error['msg']}, not {quote(error['input'])}"
@@ -27,9 +29,9 @@ def config_error(error: Any, where: str, keys: Sequence[str]) -> UserError:
 
 
 def _nearest_key(key: str, keys: Sequence[str]) -> str | None:
-    """Returns the known key or section most like an unknown one: beside it, else anywhere."""
+    """Return the known key or section that is most similar to an unknown key: in its section, else anywhere."""
     prefix, name = key[: key.rfind(".") + 1], key.rpartition(".")[2]
-    known = [*keys, "stages"]  # the latter only in files, see `config_file`
+    known = [*keys, "stages"]  # `stages` is known only in files, see `config_file`
     beside = {other.removeprefix(prefix).partition(".")[0] for other in known if other.startswith(prefix)}
     anywhere = {other.rpartition(".")[2]: other for other in keys}
     for choices in ({word: prefix + word for word in beside}, anywhere):

@@ -141,7 +141,7 @@ def main() -> int:
         return 1
     with tempfile.TemporaryDirectory(prefix="gpt2-flax-mutants-") as folder:
         copy = Path(folder)
-        for name in ("gpt2_flax", "tests", "scripts", "docs", "configs", "pyproject.toml", "README.md"):
+        for name in ("gpt2_flax", "tests", "scripts", "docs", "configs", "setup.cfg", "pyproject.toml", "README.md"):
             source = ROOT / name
             (shutil.copytree if source.is_dir() else shutil.copyfile)(source, copy / name)
         print(f"the tests of {len(chosen)} mutants, unchanged", flush=True)

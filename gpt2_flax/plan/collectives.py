@@ -52,7 +52,10 @@ def collectives(hlo: str, overlapped: bool = False) -> dict[str, Collective]:
                 parts.append((1, {"reduce-scatter" if fused else found[2]: Collective(1, sent // (2 if fused else 1))}))
             for times, part in parts:
                 for kind, one in part.items():
-                    count, bytes_sent = total[kind].count + times * one.count, total[kind].bytes_sent + times * one.bytes_sent
+                    count, bytes_sent = (
+                        total[kind].count + times * one.count,
+                        total[kind].bytes_sent + times * one.bytes_sent,
+                    )
                     total[kind] = Collective(count, bytes_sent)
         return dict(total)
 

@@ -387,7 +387,7 @@ def test_json_without_measure_is_refused_wherever_it_is_read(good, capsys, place
     if command:
         refused(capsys, good, 65, command, path.name)
     else:
-        from gpt2_flax.checkpoint.uer import read_uer
+        from gpt2_flax.formats.uer import read_uer
 
         with pytest.raises(UserError, match=r"uer\.json") as error:
             read_uer(model, path)

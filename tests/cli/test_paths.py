@@ -215,7 +215,7 @@ def test_an_output_that_is_a_link_is_written_through(given, tmp_path, capsys, co
 
 @pytest.mark.parametrize("command", MAKERS)
 def test_a_link_that_leads_nowhere_is_refused_before_the_work(given, tmp_path, capsys, monkeypatch, command):
-    for name in ("text.train_tokenizer.sample_documents", "data.prepare.corpus_units", "checkpoint.source.read_folder"):
+    for name in ("tokenizers.train.sample_documents", "data.prepare.corpus_units", "checkpoint.source.read_folder"):
         monkeypatch.setattr(f"gpt2_flax.{name}", None)  # a bug, 70, if it is called
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     for name, target, what in (

@@ -232,24 +232,26 @@ def test_a_tokenizer_that_differs_on_a_document_is_not_published(source, tmp_pat
 
 @pytest.mark.slow
 def test_where_two_tokens_are_as_likely_either_may_come_first(source, tmp_path):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
     publish(source, tmp_path / "out", name="A model")
     tokenizer = load_tokenizer(source.tokenizer_folder)
     ours = verify._compute(source.weights, source.model, tokenizer, "float32", [PROMPT])
-    model = verify._load(torch, transformers, tmp_path / "out", "model.safetensors")
-    _, same = verify._compare(torch, model, ours, tmp_path)
+    model = verify._load(tmp_path / "out", "model.safetensors")
+    _, same = verify._compare_model(model, ours, tmp_path)
     assert same == len(ours.continuations[0])
     other = [[*ours.continuations[0][:2], *((np.array(ours.continuations[0][2:]) + 1) % 5).tolist()]]
     tied = [[*ours.leads[0][:2], 1e-7, *ours.leads[0][3:]]]
     changed_ours = ours._replace(continuations=other, leads=tied)
-    assert verify._compare(torch, model, changed_ours, tmp_path)[1] == 2
+    assert verify._compare_model(model, changed_ours, tmp_path)[1] == 2
     with pytest.raises(UserError, match="greedy continuation"):
-        verify._compare(torch, model, changed_ours._replace(leads=ours.leads), tmp_path)
+        verify._compare_model(model, changed_ours._replace(leads=ours.leads), tmp_path)
 
 
 @pytest.mark.slow
 def test_what_torch_computes_first_is_not_what_counts(source, tmp_path):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
     publish(source, tmp_path / "out", name="A model")
     ours = verify._compute(source.weights, source.model, load_tokenizer(source.tokenizer_folder), "float32", [PROMPT])
     calls_that_are_off = 1
@@ -260,13 +262,13 @@ def test_what_torch_computes_first_is_not_what_counts(source, tmp_path):
         if calls_that_are_off >= 0:
             output.logits += 1e-3
 
-    model = verify._load(torch, transformers, tmp_path / "out", "model.safetensors")
+    model = verify._load(tmp_path / "out", "model.safetensors")
     model.register_forward_hook(less_exact_at_first)
-    difference, _ = verify._compare(torch, model, ours, tmp_path)
+    difference, _ = verify._compare_model(model, ours, tmp_path)
     assert difference < 1e-5
     calls_that_are_off = 2
     with pytest.raises(UserError, match="logits differ by 1"):
-        verify._compare(torch, model, ours, tmp_path)
+        verify._compare_model(model, ours, tmp_path)
 
 
 def test_ties_of_sentencepiece_are_told_but_few_of_them_are_allowed(tmp_path):

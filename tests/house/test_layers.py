@@ -32,8 +32,10 @@ LAYERS = [
     "parallel",
     "processes",
     "model",
+    "formats.registry",
     "checkpoint",
     "export",
+    "formats",
     "inference",
     "training",
     "plan",
@@ -73,9 +75,13 @@ def imports(path):
             yield node.module, node
 
 
+def layer_of(module):
+    """The layer of a module named by its dotted path below the package."""
+    return module if module == "formats.registry" else module.split(".")[0]
+
+
 def layer(path):
-    part = path.relative_to(PACKAGE).parts[0]
-    return part.removesuffix(".py")
+    return layer_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -84,8 +90,17 @@ def test_imports_point_down(path):
         return
     for module, _ in imports(path):
         if module.startswith("gpt2_flax."):
-            target = module.split(".")[1]
+            target = layer_of(module.removeprefix("gpt2_flax."))
             assert LAYERS.index(target) <= LAYERS.index(layer(path)), f"{path.name} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_formats_are_reached_through_their_registry_only(path):
+    if layer(path) == "formats":
+        return
+    for module, node in imports(path):
+        is_format = module.startswith("gpt2_flax.formats") and module != "gpt2_flax.formats.registry"
+        assert not is_format, f"{path.name}:{node.lineno} imports {module}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -11,17 +11,18 @@ import pytest
 from flax import nnx
 from support.configs import changed
 from support.rows import batches_of, rows
-from support.weight_folders import random_weights
+from support.weight_folders import as_tensors, random_weights
 
 from gpt2_flax.checkpoint.huggingface import read_folder, to_state_dict
 from gpt2_flax.checkpoint.source import Source, load_source, save_as_run
-from gpt2_flax.checkpoint.uer import from_uer, read_uer, to_uer, to_uer_config
 from gpt2_flax.checkpoint.weights import logits_of, model_from_weights, weights_of
 from gpt2_flax.config import ModelConfig
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export.transformers_folder import export_folder
-from gpt2_flax.export.uer_file import write_uer
+from gpt2_flax.formats.uer import from_uer, read_uer
+from gpt2_flax.formats.uer_config import to_uer_config
+from gpt2_flax.formats.uer_export import to_uer, write_folder
 from gpt2_flax.inference.decode import generate
 from gpt2_flax.inference.evaluation import evaluate
 from gpt2_flax.inference.per_document import evaluate_documents
@@ -219,7 +220,7 @@ def test_a_model_of_uer_is_read_and_goes_back(tmp_path):
 
 def test_a_folder_for_uer_is_compared_with_the_head_that_it_has(source, tmp_path):
     torch = pytest.importorskip("torch")
-    compared = write_uer(source, tmp_path / "uer")
+    compared = write_folder(source, tmp_path / "uer")
     assert compared.max_logit_difference < 1e-5 * max(10, compared.max_logit)
     saved = torch.load(tmp_path / "uer" / "model.bin", weights_only=True)
     np.testing.assert_array_equal(saved["target.lm.output_layer.weight"].numpy(), source.weights[HEAD])
@@ -231,11 +232,11 @@ def test_what_the_config_of_uer_says_goes_before_what_the_numbers_say(source):
     tied = source.model.model_copy(update={"tie_word_embeddings": True})
     shared = to_uer({path: array for path, array in source.weights.items() if path != HEAD}, tied)
     apart, heads = to_uer(source.weights, source.model), {"heads_num": 2}
-    assert from_uer(shared, heads)[0].tie_word_embeddings
-    assert not from_uer(shared, heads | {"tie_weights": False})[0].tie_word_embeddings
-    assert not from_uer(apart, heads)[0].tie_word_embeddings
+    assert from_uer(as_tensors(shared), heads, "", "")[0].tie_word_embeddings
+    assert not from_uer(as_tensors(shared), heads | {"tie_weights": False}, "", "")[0].tie_word_embeddings
+    assert not from_uer(as_tensors(apart), heads, "", "")[0].tie_word_embeddings
     with pytest.raises(UserError, match=r"tie_weights is true but target\.lm\.output_layer\.weight differs from"):
-        from_uer(apart, heads | {"tie_weight": True})
+        from_uer(as_tensors(apart), heads | {"tie_weight": True}, "", "")
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ UNREADABLE = """
     read = store.read_meta
     def read_meta(folder, step):
         if step == 6:
-            raise store.Damaged("its metadata cannot be read: here alone")
+            raise store.DamagedCheckpoint("its metadata cannot be read: here alone")
         return read(folder, step)
     store.read_meta = read_meta
 """

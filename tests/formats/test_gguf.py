@@ -19,8 +19,8 @@ from sentencepiece import SentencePieceTrainer
 from support.weight_folders import random_weights
 
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.export.gguf import GGUF, remarks
 from gpt2_flax.export.transformers_folder import export_folder
+from gpt2_flax.formats.gguf import GGUF, remarks
 from gpt2_flax.tokenizers.sentencepiece import SentencePieceTokenizer
 from gpt2_flax.tokenizers.tokenizer_json import read_fast_tokenizer
 from gpt2_flax.tokenizers.train import train_sentencepiece, train_wordpiece
