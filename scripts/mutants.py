@@ -71,8 +71,8 @@ MUTANTS = (
     Mutant(
         "optimizer forgotten",
         "training/start.py",
-        'return progress, TrainState(restored["model"], restored["opt_state"], count, skipped)',
-        'return progress, TrainState(restored["model"], jax.tree.map(jnp.zeros_like, restored["opt_state"]), count, skipped)',
+        'TrainState(restored["model"], restored["opt_state"],',
+        'TrainState(restored["model"], jax.tree.map(jnp.zeros_like, restored["opt_state"]),',
         "training/test_training.py::test_a_run_that_was_stopped_goes_on_with_the_same_bits",
     ),
     Mutant(
