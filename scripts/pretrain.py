@@ -25,7 +25,7 @@ from uer_command_line import Flags, exit_code, named_model, run_before, run_fold
 from gpt2_flax.checkpoint.huggingface import CONFIG, from_hf_config
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.step_meta import DamagedCheckpoint, read_meta
-from gpt2_flax.config import parse_config
+from gpt2_flax.config.parse import parse_config
 from gpt2_flax.data.dataset_info import read_info
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import write_whole

@@ -10,7 +10,7 @@ import pytest
 from support.configs import changed
 
 from gpt2_flax.compilation_cache import keep_compiled_programs
-from gpt2_flax.config import dump_config
+from gpt2_flax.config.parse import dump_config
 
 NAMES = (
     "JAX_COMPILATION_CACHE_DIR",

@@ -70,7 +70,7 @@ tune_cpu()
 import jax
 import jax.numpy as jnp
 
-from gpt2_flax.config import parse_config
+from gpt2_flax.config.parse import parse_config
 from gpt2_flax.training.optimizer import make_optimizer
 
 values = {"output": "run", "model": {}, "data": {"dataset": "d"}, "training": {"total_steps": 9}}

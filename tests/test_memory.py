@@ -179,7 +179,7 @@ def test_a_worker_of_prepare_says_it_through_its_parent(corpus, tokenizer_folder
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_a_real_limit_is_met_and_named(dataset_folder, config, tmp_path):
     """A batch for whose activations the process may not have the memory."""
-    from gpt2_flax.config import dump_config
+    from gpt2_flax.config.parse import dump_config
 
     path = tmp_path / "config.toml"
     path.write_text(dump_config(changed(config, data__global_batch_size=2**18)), encoding="utf-8")

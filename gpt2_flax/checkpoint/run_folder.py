@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_flax.checkpoint.step_meta import committed_steps
-from gpt2_flax.config import Config, dump_config
-from gpt2_flax.config_file import load_config
+from gpt2_flax.config.file import load_config
+from gpt2_flax.config.parse import dump_config
+from gpt2_flax.config.schema import Config
 from gpt2_flax.errors import ExitCode, UserError, naming_file
 from gpt2_flax.folders import check_link, folder_lock, write_whole
 

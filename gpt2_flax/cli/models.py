@@ -69,7 +69,7 @@ def train(
     leaves enough time for the save, by the durations of steps, evaluations and saves so far.
     """
     begun = time.monotonic()
-    from gpt2_flax.config_file import load_stages
+    from gpt2_flax.config.file import load_stages
     from gpt2_flax.processes.place import find_place
     from gpt2_flax.processes.watchdog import announced
 
@@ -101,7 +101,7 @@ def plan(
     --topology compiles the real training step for TPUs or GPUs that this machine need not have. It shows the memory
     that the compiler reports, or the smallest change that makes the run fit.
     """
-    from gpt2_flax.config_file import load_config, load_stages
+    from gpt2_flax.config.file import load_config, load_stages
 
     stages = load_stages(config, overrides or ()) if stage is None else [load_config(config, overrides or (), stage)]
     from gpt2_flax.plan.report import plan_lines
@@ -153,7 +153,7 @@ def keys() -> None:
     """List every key of a training config with its default."""
     from pydantic_core import PydanticUndefined
 
-    from gpt2_flax.config import config_keys
+    from gpt2_flax.config.parse import config_keys
 
     for key, field in config_keys().items():
         default = "required" if field.default is PydanticUndefined else field.default

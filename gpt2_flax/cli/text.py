@@ -183,7 +183,7 @@ def inspect(
 
 
 def _batch_lines(dataset: Path | None, step: int, path: Path, stage: int | None, samples: int) -> Iterator[str]:
-    from gpt2_flax.config_file import load_config
+    from gpt2_flax.config.file import load_config
     from gpt2_flax.data.inspect import batch_lines
     from gpt2_flax.data.mixture import Mixture
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpt2_flax.config import Config
+from gpt2_flax.config.schema import Config
 from gpt2_flax.data.batches import deal
 from gpt2_flax.data.dataset import TokenDataset, TokenSplit
 from gpt2_flax.data.dataset_info import DatasetInfo

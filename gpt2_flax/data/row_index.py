@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_flax.config import Packing
+from gpt2_flax.config.schema import Packing
 from gpt2_flax.data.best_fit import best_fit_decreasing
 from gpt2_flax.data.dataset import TokenSplit
 from gpt2_flax.data.flat_files import FlatFile, OpenFile

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_flax.checkpoint.source import Source
-from gpt2_flax.config import Config
+from gpt2_flax.config.schema import Config
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError

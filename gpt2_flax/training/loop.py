@@ -9,7 +9,7 @@ import jax
 
 from gpt2_flax.checkpoint.step_meta import VALIDATION_LOSS
 from gpt2_flax.checkpoint.store import CheckpointStore
-from gpt2_flax.config import Config
+from gpt2_flax.config.schema import Config
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import row_layout
 from gpt2_flax.errors import ExitCode, UserError

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from support.weight_folders import CONFIG, from_state_dict, random_weights, write_folder
 
 from gpt2_flax.checkpoint.huggingface import from_hf_config, read_folder, to_hf_config, to_state_dict
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.errors import UserError
 
 

@@ -25,8 +25,8 @@ from support.weight_folders import CONFIG, random_weights, write_folder
 from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint.huggingface import read_folder, to_hf_config, to_state_dict
 from gpt2_flax.checkpoint.run_folder import RunFolder
-from gpt2_flax.config import config_keys, dump_config, parse_config
-from gpt2_flax.config_file import load_config
+from gpt2_flax.config.file import load_config
+from gpt2_flax.config.parse import config_keys, dump_config, parse_config
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.input_files import read_whole
 

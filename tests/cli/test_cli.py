@@ -16,7 +16,7 @@ import typer
 from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint.step_meta import sealed
 from gpt2_flax.cli import DEBUG, app
-from gpt2_flax.config import dump_config
+from gpt2_flax.config.parse import dump_config
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "这是很久之前的事情了"
@@ -154,7 +154,7 @@ def test_the_published_model_works_as_its_users_call_it(way):
 def made(corpus, tokenizer_folder, dataset_folder, tmp_path_factory):
     """Good inputs by name: a run with checkpoints 2 and 4 among them."""
     from gpt2_flax.checkpoint.source import load_source
-    from gpt2_flax.config import parse_config
+    from gpt2_flax.config.parse import parse_config
     from gpt2_flax.export.transformers_folder import export_folder
     from gpt2_flax.tokenizers.tokenizer import load_tokenizer
     from gpt2_flax.training.loop import train

@@ -18,8 +18,8 @@ from support.weight_folders import CONFIG, write_folder
 from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint import run_folder
 from gpt2_flax.cli import app
-from gpt2_flax.config import dump_config
-from gpt2_flax.config_file import load_config
+from gpt2_flax.config.file import load_config
+from gpt2_flax.config.parse import dump_config
 from gpt2_flax.data.dataset_info import read_info
 
 COMMANDS = typer.main.get_command(app).commands

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from support.weight_folders import random_weights
 
 from gpt2_flax.checkpoint.huggingface import read_folder, to_state_dict
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export import weight_files
 from gpt2_flax.export.transformers_folder import export_folder

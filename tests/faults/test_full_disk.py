@@ -18,7 +18,7 @@ from support.configs import changed
 from tensorboardX import record_writer
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
-from gpt2_flax.config import dump_config
+from gpt2_flax.config.parse import dump_config
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.training import loop, metrics, profiler, tensorboard
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.configs import changed
 
-from gpt2_flax.config import dump_config
+from gpt2_flax.config.parse import dump_config
 from gpt2_flax.folders import new_folder
 from gpt2_flax.interruption import FirstSignal
 
@@ -56,7 +56,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 @pytest.fixture(scope="module")
 def made(corpus, tokenizer_folder, dataset_folder, tmp_path_factory):
     """What the commands need; a run that has ended among it."""
-    from gpt2_flax.config import parse_config
+    from gpt2_flax.config.parse import parse_config
     from gpt2_flax.training.loop import train
 
     folder = tmp_path_factory.mktemp("made")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.attention_reference import assert_close, attend, draw, mesh_2x2x2, reference, with_gradients
 
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.errors import UserError
 from gpt2_flax.model import attention as module
 from gpt2_flax.model.attention import attention, saves_attention

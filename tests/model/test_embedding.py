@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.model import embedding
 from gpt2_flax.model.embedding import copies, look_up, look_up_whole, sum_by_id

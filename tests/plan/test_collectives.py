@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gpt2_flax.config import parse_config
+from gpt2_flax.config.parse import parse_config
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 from gpt2_flax.parallel.rules import batch_sharding, path_of

@@ -16,8 +16,8 @@ import tomli_w
 from support.configs import changed
 
 from gpt2_flax import __main__ as cli
-from gpt2_flax.config import parse_config
-from gpt2_flax.config_file import load_config
+from gpt2_flax.config.file import load_config
+from gpt2_flax.config.parse import parse_config
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.model import loss

@@ -21,7 +21,7 @@ from support.two_processes import ended, start
 from gpt2_flax.checkpoint import run_folder
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.store import CheckpointStore
-from gpt2_flax.config import config_keys
+from gpt2_flax.config.parse import config_keys
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.prepare import prepare
 from gpt2_flax.errors import ExitCode, UserError

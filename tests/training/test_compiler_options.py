@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from gpt2_flax.config import parse_config
+from gpt2_flax.config.parse import parse_config
 from gpt2_flax.parallel.auto_mesh import choose_mesh
 from gpt2_flax.parallel.mesh import make_mesh
 from gpt2_flax.plan.ahead_of_time import compile_step, lower_step

@@ -9,7 +9,7 @@ from support.configs import changed
 from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.store import CheckpointStore
-from gpt2_flax.config import dump_config
+from gpt2_flax.config.parse import dump_config
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.processes.phases import Phases
 from gpt2_flax.processes.watchdog import Watchdog

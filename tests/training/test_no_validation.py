@@ -8,7 +8,7 @@ from support.configs import changed
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.source import load_source
-from gpt2_flax.config import Packing
+from gpt2_flax.config.schema import Packing
 from gpt2_flax.data.inspect import batch_lines, inspection_lines
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.prepare import prepare

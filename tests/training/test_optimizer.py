@@ -13,8 +13,8 @@ from support.configs import changed
 from gpt2_flax.checkpoint.huggingface import to_state_dict
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.checkpoint.weights import weights_of
-from gpt2_flax.config import dump_config, parse_config
-from gpt2_flax.config_file import load_config
+from gpt2_flax.config.file import load_config
+from gpt2_flax.config.parse import dump_config, parse_config
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.parallel import rules
 from gpt2_flax.parallel.mesh import MeshSizes, make_mesh

@@ -15,7 +15,7 @@ from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.source import load_source
 from gpt2_flax.checkpoint.store import CheckpointStore
-from gpt2_flax.config_file import load_config, load_stages
+from gpt2_flax.config.file import load_config, load_stages
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.training import loop
 

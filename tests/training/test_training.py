@@ -231,7 +231,7 @@ def test_a_diverged_run_stops_and_never_saves_the_bad_state(config):
 
 @pytest.mark.slow
 def test_the_resolved_config_of_a_run_starts_the_same_run(config, tmp_path):
-    from gpt2_flax.config_file import load_config
+    from gpt2_flax.config.file import load_config
 
     loop.train(config)
     again = load_config(RunFolder(config.output).config, [f"output={tmp_path / 'again'}"])

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt2_flax.config import Config, parse_config
+from gpt2_flax.config.parse import parse_config
+from gpt2_flax.config.schema import Config
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.input_files import CONFIG_BYTES, parse_toml, read_whole
 
