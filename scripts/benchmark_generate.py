@@ -1,10 +1,10 @@
 """Measures generation of GPT-2 against `transformers` in PyTorch, on the same machine in one run.
 
 Each variant runs in a process of its own, in turn, round after round, so that a machine that slows down slows all down.
-All do the same: read prompts of equal length and add tokens with a cache of keys and values, in float32, none stopping
-early. Weights are drawn at random. Greedily such a model soon says the same over and over, as small models do that have
-learned something, and gpt2_flax foresees that (inference/drafts.py); drawn texts never repeat anything, so that there
-is nothing to foresee: what other texts take lies between these two.
+All do the same: read prompts of equal length and add tokens with a cache of keys and values, in float32, and none stops
+early. Weights are random. With greedy choice such a model soon repeats itself, as small trained models do, and
+gpt2_flax drafts the repetitions (inference/prompt_lookup.py). Sampled texts never repeat anything, so that no draft is
+right. The time of other texts lies between these two.
 
     gpt2_flax      this project
     torch          `generate` of transformers
