@@ -15,7 +15,7 @@ from gpt2_flax.doctor.rates import compute_dtype
 from gpt2_flax.doctor.report import Report
 from gpt2_flax.errors import UserError
 from gpt2_flax.model.attention import Kernel, causal_attention
-from gpt2_flax.model.attention_choice import choose
+from gpt2_flax.model.attention_choice import choose_attention
 from gpt2_flax.parallel.mesh import platform
 
 _B, _T, _H, _K = 2, 256, 2, 64
@@ -40,13 +40,13 @@ class Case(NamedTuple):
 def attention(report: Report) -> None:
     """Report the errors of each kernel, forward and backward, with and without documents and dropout."""
     dtype = compute_dtype()
-    kernel, why = choose(_config("auto", True), _ROW, dropout=True, documents=True, platform=platform())
+    kernel, why = choose_attention(_config("auto", True), _ROW, dropout=True, documents=True, platform=platform())
     report.line("chosen", f"{kernel}: {why}", kernel=kernel)
     cases = []
     for documents, dropout in ((True, True), (True, False), (False, True), (False, False)):
         for kernel in get_args(Kernel):
             try:
-                choose(_config(kernel, dropout), _T, dropout=True, documents=documents, platform=platform())
+                choose_attention(_config(kernel, dropout), _T, dropout=True, documents=documents, platform=platform())
             except UserError as error:
                 if not documents and not dropout:
                     report.line(kernel, f"not here: {error.what.partition(' but ')[2]}", runs=False)

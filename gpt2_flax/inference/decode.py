@@ -1,7 +1,7 @@
-"""Continuations of prompts that are ids: a compiled loop over a cache of keys and values.
+"""Continuations of prompts of token ids: a compiled loop over a cache of keys and values.
 
 Programs are compiled for a few sizes of batch, prompt and text, and serve all prompts that fit into them. Where a text
-repeats itself, a step checks several tokens that were looked up in it; the text is the same, it only comes faster.
+repeats itself, a step checks several drafted tokens at once (see `prompt_lookup`): the same text comes in fewer steps.
 Dimension key: B prompts, T tokens of the prompts or of a step, S columns of prompts and new tokens, V vocabulary.
 """
 
@@ -15,37 +15,30 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.inference.prompt_lookup import look_up
-from gpt2_flax.inference.sampling import History, Sampling, SamplingArrays, choose
+from gpt2_flax.inference.prompt_lookup import draft_tokens
+from gpt2_flax.inference.sampling import History, Sampling, SamplingArrays, next_tokens
 from gpt2_flax.model.decoding import Cache, Decoder
 
 _PLAIN = Sampling()
 
 
-class Drafts(NamedTuple):
-    """How many tokens a step checks besides the one that is known, and when it does."""
-
-    n_drafts: int
-    least_right: float
-    """The share of first guesses that must have been right lately."""
-
-
-def _drafts(n_rows: int) -> Drafts:
-    # Up to 32 tokens a step: on a CPU it takes 1.5 to 1.8 times as long as one of a token of each row. For many rows,
-    # whose products compute as long as they read weights, two tokens of each take 1.2 times as long as one.
+def _drafts(n_rows: int) -> tuple[int, float]:
+    """Return how many drafted tokens a step checks, and the least share of accepted drafts for which that pays off."""
+    # Up to 32 tokens a step: on a CPU it takes 1.5 to 1.8 times as long as a step of one token a row. With many
+    # rows, products take as long to compute as to read weights, and two tokens a row take 1.2 times as long as one.
     n_drafts = min(max(32 // n_rows - 1, 1), 7)
-    return Drafts(n_drafts, 0.45 if n_drafts > 1 else 0.25)
+    return n_drafts, 0.45 if n_drafts > 1 else 0.25
 
 
 class State(NamedTuple):
-    """Of a batch that is being continued."""
+    """A batch of texts in progress."""
 
     history: History
     cache: Cache
-    """Of all tokens but the last one of each row."""
+    """Keys and values of all tokens but the last one of each row."""
     ended_B: jax.Array
-    right_B: jax.Array
-    """Which share of the tokens had been looked up right lately, a moving average."""
+    accepted_B: jax.Array
+    """The share of recent first drafts that the model accepted, a moving average."""
 
 
 def generate(
@@ -57,11 +50,13 @@ def generate(
     seed: int = 0,
     first_row: int = 0,
 ) -> list[list[int]]:
-    """Returns the new ids after each prompt, up to and without `eos_id`, or up to the last of n_positions.
+    """Return the new ids after each prompt, without `eos_id`, at most up to the last position of the model.
 
-    Prompts may differ in length and must not be empty. What comes after one depends on no other: draws differ by seed,
-    and by its place among the prompts, counted from `first_row`. Raises `UserError` (DATA) when a prompt leaves no room
-    for a token.
+    Prompts may differ in length and must not be empty. A text does not depend on the other prompts: it is sampled by
+    `seed` and by its row, counted from `first_row`.
+
+    Raises:
+        UserError: DATA, when a prompt leaves no room for a token.
     """
     task = _Task.of(decoder, prompts, eos_id, max_new_tokens, sampling, seed, first_row)
     history = task.advance(task.start(prompts), task.stop_B).history
@@ -74,7 +69,7 @@ def generate(
 def generate_one(
     decoder: Decoder, prompt: Sequence[int], eos_id: int, max_new_tokens: int, sampling: Sampling, seed: int
 ) -> Iterator[int]:
-    """Yields the ids that `generate` would return for one prompt, each as it comes; raises the same, and at once."""
+    """Yield the ids that `generate` would return for one prompt as they come; raise at once what it would raise."""
     task = _Task.of(decoder, [prompt], eos_id, max_new_tokens, sampling, seed, 0)
     state = task.start([prompt])
 
@@ -92,14 +87,14 @@ def generate_one(
 
 
 class _Task(NamedTuple):
-    """What stays the same while a batch is continued."""
+    """The constants of a batch of texts in progress."""
 
     decoder: Decoder
     sampling: SamplingArrays
     keys_B: jax.Array
     eos_id: int
     stop_B: np.ndarray
-    """The length that each row gets at most; 0 for rows that are none."""
+    """The most tokens of each row; 0 for rows that only fill up the batch."""
 
     @classmethod
     def of(cls, decoder, prompts, eos_id, max_new_tokens, sampling, seed, first_row) -> "_Task":
@@ -109,33 +104,37 @@ class _Task(NamedTuple):
             raise UserError(ExitCode.DATA, what, "prompt", f"shorten it to at most {n_positions - 1} tokens")
         stop_B = np.zeros(n_rows, np.int32)
         stop_B[: len(prompts)] = [min(len(prompt) + max_new_tokens, n_positions) for prompt in prompts]
-        # Of a row alone, so that it draws the same in any batch.
+        # A key depends on its row alone, so that a row samples the same tokens in any batch.
         rows_B = np.arange(first_row, first_row + n_rows)
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows_B)
         return cls(decoder, sampling.arrays(decoder.cfg.vocab_size), keys_B, eos_id, stop_B)
 
     def start(self, prompts: Sequence[Sequence[int]]) -> State:
-        """Returns the state after the prompts."""
+        """Return the state after the prompts."""
         n_rows = len(self.stop_B)
         tokens_BT = np.zeros((n_rows, _size(max(map(len, prompts)), 16)), np.int32)
         length_B = np.ones(n_rows, np.int32)
         for row, prompt in enumerate(prompts):
             length_B[row] = len(prompt)
             tokens_BT[row, : len(prompt)] = prompt
-        n_columns = _size(max(tokens_BT.shape[1], int(self.stop_B.max())), 16) + _drafts(n_rows).n_drafts
+        n_columns = _size(max(tokens_BT.shape[1], int(self.stop_B.max())), 16) + _drafts(n_rows)[0]
         return _read_prompts(self.decoder, tokens_BT, length_B, n_columns)
 
     def advance(self, state: State, until_B: np.ndarray) -> State:
-        """Adds tokens until each row has ended or has the length `until_B`, or some more where they were drafted."""
-        drafts, going, drafting = _drafts(len(self.stop_B)), True, False
-        while going:
-            n_drafts = drafts.n_drafts if drafting else 0
-            state, going, drafting = _advance(*self, until_B, drafts.least_right, state, n_drafts)
+        """Run steps until each row has ended or has `until_B` tokens; accepted drafts may add more."""
+        n_drafts, least_accepted = _drafts(len(self.stop_B))
+        running, drafting = True, False
+        while running:
+            state, running, drafting = _advance(self, until_B, least_accepted, state, n_drafts if drafting else 0)
         return state
+
+    def live_B(self, state: State) -> jax.Array:
+        """Return which rows may get more tokens, bool."""
+        return ~state.ended_B & (state.history.length_B < self.stop_B)
 
 
 def _size(needed: int, least: int) -> int:
-    """Returns the smallest of a few sizes, four to a doubling, that is large enough."""
+    """Return the smallest of a few sizes, four to a doubling, that is at least `needed` and at least `least`."""
     size = max(needed, least)
     step = max(least, 2 ** (size.bit_length() - 3))
     return -(-size // step) * step
@@ -143,7 +142,7 @@ def _size(needed: int, least: int) -> int:
 
 @partial(jax.jit, static_argnames="n_columns")
 def _read_prompts(decoder: Decoder, tokens_BT, length_B, n_columns: int) -> State:
-    """Returns the state after prompts that are padded on the right."""
+    """Return the state after prompts that are padded on the right."""
     n_rows, length = tokens_BT.shape
     rows_B1 = jnp.arange(n_rows)[:, None]
     seen_BV = jnp.zeros((n_rows, decoder.cfg.vocab_size), bool)
@@ -155,59 +154,54 @@ def _read_prompts(decoder: Decoder, tokens_BT, length_B, n_columns: int) -> Stat
 
 
 @partial(jax.jit, donate_argnames="state", static_argnames="n_drafts")
-def _advance(
-    decoder: Decoder,
-    sampling: SamplingArrays,
-    keys_B,
-    eos_id,
-    stop_B,
-    until_B,
-    least_right,
-    state: State,
-    n_drafts: int,
-) -> tuple[State, jax.Array, jax.Array]:
-    """Advances as `_Task.advance`, and as long as it is right to check `n_drafts` tokens at once, 0 or more.
+def _advance(task: _Task, until_B, least_accepted, state: State, n_drafts: int) -> tuple[State, jax.Array, jax.Array]:
+    """Run steps while checking `n_drafts` drafted tokens in each step pays off.
 
-    Returns also whether there is more to do, and whether with drafts then.
+    Returns:
+        The state, whether `_Task.advance` needs more steps, and whether these should use drafts.
     """
 
-    def live(state: State) -> jax.Array:
-        return ~state.ended_B & (state.history.length_B < stop_B)
-
-    def going(state: State) -> jax.Array:
-        return (live(state) & (state.history.length_B < until_B)).any()
+    def running(state: State) -> jax.Array:
+        return (task.live_B(state) & (state.history.length_B < until_B)).any()
 
     def drafting(state: State) -> jax.Array:
-        return (jnp.where(live(state), state.right_B - least_right, 0)).sum() > 0
+        return (jnp.where(task.live_B(state), state.accepted_B - least_accepted, 0)).sum() > 0
 
-    def step(state: State) -> State:
-        history, live_B = state.history, live(state)
-        drafts_BT = look_up(history.tokens_BS, history.length_B, max(n_drafts, 1))
-        last_B1 = jnp.take_along_axis(history.tokens_BS, history.length_B[:, None] - 1, axis=1)
-        tokens_BT = jnp.concatenate([last_B1, drafts_BT[:, :n_drafts]], axis=1)
-        x_BTD, cache = decoder(tokens_BT, history.length_B - 1, state.cache)
-        logits_BTV = decoder.logits(x_BTD)
+    def same(state: State) -> jax.Array:
+        return running(state) & (drafting(state) == (n_drafts > 0))
 
-        def choosing(carry):
-            column, _, _, live_B = carry
-            return (column <= n_drafts) & live_B.any()
+    state = jax.lax.while_loop(same, partial(_step, task, n_drafts), state)
+    return state, running(state), drafting(state)
 
-        def choose_one(carry):
-            """Adds the token after `column` to the rows that are live, whose drafts were right up to there."""
-            column, history, ended_B, live_B = carry
-            logits_BV = jax.lax.dynamic_index_in_dim(logits_BTV, column, axis=1, keepdims=False)
-            # By position, so that a draw does not depend on how many tokens a step has.
-            position_keys_B = jax.vmap(jax.random.fold_in)(keys_B, history.length_B)
-            chosen_B = choose(logits_BV, history, sampling, position_keys_B, eos_id)
-            history = history.added(chosen_B, live_B)
-            ended_B |= live_B & (chosen_B == eos_id)
-            draft_B = jax.lax.dynamic_index_in_dim(drafts_BT, column, axis=1, keepdims=False)
-            return column + 1, history, ended_B, live_B & ~ended_B & (chosen_B == draft_B) & (history.length_B < stop_B)
 
-        _, history, ended_B, _ = jax.lax.while_loop(choosing, choose_one, (0, history, state.ended_B, live_B))
-        first_B1 = jnp.take_along_axis(history.tokens_BS, state.history.length_B[:, None], axis=1)
-        right_B = 0.8 * state.right_B + 0.2 * (first_B1 == drafts_BT[:, :1])[:, 0]
-        return State(history, cache, ended_B, right_B)
+def _step(task: _Task, n_drafts: int, state: State) -> State:
+    """Run the model once on each row's last token and `n_drafts` drafted tokens, and add the tokens that it chooses."""
+    history = state.history
+    drafts_BT = draft_tokens(history.tokens_BS, history.length_B, max(n_drafts, 1))
+    last_B1 = jnp.take_along_axis(history.tokens_BS, history.length_B[:, None] - 1, axis=1)
+    tokens_BT = jnp.concatenate([last_B1, drafts_BT[:, :n_drafts]], axis=1)
+    x_BTD, cache = task.decoder(tokens_BT, history.length_B - 1, state.cache)
+    logits_BTV = task.decoder.logits(x_BTD)
 
-    state = jax.lax.while_loop(lambda state: going(state) & (drafting(state) == (n_drafts > 0)), step, state)
-    return state, going(state), drafting(state)
+    def choosing(carry):
+        column, _, _, live_B = carry
+        return (column <= n_drafts) & live_B.any()
+
+    def choose_one(carry):
+        """Add the token after `column` to the live rows: those whose drafts were accepted up to this column."""
+        column, history, ended_B, live_B = carry
+        logits_BV = jax.lax.dynamic_index_in_dim(logits_BTV, column, axis=1, keepdims=False)
+        # Keys depend on positions, so that samples do not depend on the number of tokens in a step.
+        position_keys_B = jax.vmap(jax.random.fold_in)(task.keys_B, history.length_B)
+        chosen_B = next_tokens(logits_BV, history, task.sampling, position_keys_B, task.eos_id)
+        history = history.added(chosen_B, live_B)
+        ended_B |= live_B & (chosen_B == task.eos_id)
+        draft_B = jax.lax.dynamic_index_in_dim(drafts_BT, column, axis=1, keepdims=False)
+        live_B = live_B & ~ended_B & (chosen_B == draft_B) & (history.length_B < task.stop_B)
+        return column + 1, history, ended_B, live_B
+
+    carry = 0, history, state.ended_B, task.live_B(state)
+    _, history, ended_B, _ = jax.lax.while_loop(choosing, choose_one, carry)
+    first_B1 = jnp.take_along_axis(history.tokens_BS, state.history.length_B[:, None], axis=1)
+    accepted_B = 0.8 * state.accepted_B + 0.2 * (first_B1 == drafts_BT[:, :1])[:, 0]
+    return State(history, cache, ended_B, accepted_B)

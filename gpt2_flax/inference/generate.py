@@ -1,4 +1,4 @@
-"""Continuations of texts."""
+"""Continuations of texts, whole or as they come."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -12,14 +12,13 @@ from gpt2_flax.inference.sampling import Sampling
 from gpt2_flax.model.decoding import Decoder, decoder_of
 from gpt2_flax.tokenizers.tokenizer import Tokenizer
 
-_MOST_ROWS = 32  # continued at once
+_MOST_ROWS = 32  # of a batch
 
 
 class Generator:
-    """A model and its tokenizer, loaded once, that continue texts; computed in float32.
+    """A model in float32 and its tokenizer, loaded once, that continue texts.
 
-    Tokens without a text, the unknown one, padding and the begin of a document, are never chosen, unless `banned` of
-    the `Sampling` says otherwise.
+    Tokens without text ([UNK], [PAD] and the begin of a document) are never chosen, unless `Sampling.banned` is set.
     """
 
     def __init__(self, source: Source):
@@ -30,49 +29,49 @@ class Generator:
     def texts(
         self, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling, seed: int, samples: int = 1
     ) -> list[str]:
-        """Returns each prompt with its continuation; `samples` of a prompt follow each other.
+        """Return each prompt with its continuation; the `samples` of a prompt follow each other.
 
-        Raises `UserError` (DATA) when a prompt leaves no room for a token.
+        Raises:
+            UserError: DATA, when a prompt leaves no room for a token.
         """
         return list(self.texts_in_turn(prompts, max_new_tokens, sampling, seed, samples))
 
     def texts_in_turn(
         self, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling, seed: int, samples: int = 1
     ) -> Iterator[str]:
-        """Yields what `texts` returns, a batch at a time; raises the same, before the first."""
-        check_prompts(prompts, prompt_ids(self.tokenizer, prompts), self.decoder.cfg.n_positions)
+        """Yield the result of `texts`, a batch at a time; raise its errors before the first text."""
+        _check_lengths(prompts, prompt_ids(self.tokenizer, prompts), self.decoder.cfg.n_positions)
         repeated = [prompt for prompt in prompts for _ in range(samples)]
+        batches = ((row, repeated[row : row + _MOST_ROWS]) for row in range(0, len(repeated), _MOST_ROWS))
         return itertools.chain.from_iterable(
-            continue_texts(
-                *(self.decoder, self.tokenizer, repeated[row : row + _MOST_ROWS]),
-                *(max_new_tokens, sampling, seed, row),
-            )
-            for row in range(0, len(repeated), _MOST_ROWS)
+            continue_texts(self.decoder, self.tokenizer, batch, max_new_tokens, sampling, seed, row)
+            for row, batch in batches
         )
 
     def stream(self, prompt: str, max_new_tokens: int, sampling: Sampling, seed: int) -> Iterator[str]:
-        """Yields the continuation in pieces as it comes; joined they are that of `texts`.
+        """Yield the continuation that `texts` would return, in pieces as they come.
 
-        Raises `UserError` (DATA) at once when the prompt leaves no room for a token.
+        Raises:
+            UserError: DATA, at once, when the prompt leaves no room for a token.
         """
         (before,) = prompt_ids(self.tokenizer, [prompt])
-        check_prompts([prompt], [before], self.decoder.cfg.n_positions)
+        _check_lengths([prompt], [before], self.decoder.cfg.n_positions)
         return stream_text(self.tokenizer, before, self.new_ids(before, max_new_tokens, sampling, seed))
 
     def new_ids(self, before: list[int], max_new_tokens: int, sampling: Sampling, seed: int) -> Iterator[int]:
-        """Yields the ids after a prompt as they come, up to and without the end of the document; raises as `stream`."""
+        """Yield the ids after a prompt as they come, without the end of the document; raises as `stream` does."""
         sampling = with_text_only(sampling, self.tokenizer, self.decoder.cfg.vocab_size)
         eos_id = self.tokenizer.eos_id
         return generate_one(self.decoder, before, eos_id, max_new_tokens, sampling, seed)
 
 
 def prompt_ids(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """Returns the ids of texts that a document begins with."""
+    """Return the ids of each text as the begin of a document."""
     return [[tokenizer.bos_id, *ids.tolist()] for ids in tokenizer.encode_batch(prompts)]
 
 
-def check_prompts(prompts: Sequence[str], ids: Sequence[Sequence[int]], n_positions: int) -> None:
-    """Raises `UserError` (DATA) for a prompt that leaves no room for a token."""
+def _check_lengths(prompts: Sequence[str], ids: Sequence[Sequence[int]], n_positions: int) -> None:
+    """Raise `UserError` (DATA) for a prompt that leaves no room for a token."""
     for prompt, tokens in zip(prompts, ids, strict=True):
         if len(tokens) >= n_positions:
             what = f"prompt of {len(tokens)} tokens leaves no room in the model's {n_positions} positions"
@@ -81,11 +80,11 @@ def check_prompts(prompts: Sequence[str], ids: Sequence[Sequence[int]], n_positi
 
 
 def unknown_in(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
-    """Returns the characters of `texts` that the vocabulary lacks, and the words that it cannot spell without them."""
+    """Return the characters of `texts` that the vocabulary lacks, and other words that it cannot spell."""
 
-    def unknown(parts: Sequence[str]) -> list[str]:
-        encoded = tokenizer.encode_batch(parts)
-        return [part for part, ids in zip(parts, encoded, strict=True) if tokenizer.unk_id in ids.tolist()]
+    def unknown(texts: Sequence[str]) -> list[str]:
+        encoded = tokenizer.encode_batch(texts)
+        return [text for text, ids in zip(texts, encoded, strict=True) if tokenizer.unk_id in ids.tolist()]
 
     if tokenizer.unk_id is None or not (texts := unknown(texts)):
         return []
@@ -95,8 +94,10 @@ def unknown_in(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
 
 
 def with_text_only(sampling: Sampling, tokenizer: Tokenizer, vocab_size: int, unknown: bool = False) -> Sampling:
-    """Returns `sampling` with all banned that has no text, if nothing was said about it: `[UNK]` unless `unknown` is
-    allowed, `[PAD]`, the begin of a document, and ids that only the model has."""
+    """Return `sampling` with all tokens without text banned, unless `sampling.banned` is set.
+
+    These are `[UNK]` (allowed by `unknown`), `[PAD]`, the begin of a document, and ids that the tokenizer lacks.
+    """
     if sampling.banned is not None:
         return sampling
     special = {tokenizer.pad_id, tokenizer.bos_id, None if unknown else tokenizer.unk_id} - {None, tokenizer.eos_id}
@@ -112,7 +113,7 @@ def continue_texts(
     seed: int,
     first_row: int = 0,
 ) -> list[str]:
-    """Returns each prompt with its continuation; arguments as `generate`."""
+    """Return each prompt with its continuation; arguments as in `decode.generate`."""
     sampling = with_text_only(sampling, tokenizer, decoder.cfg.vocab_size)
     ids = prompt_ids(tokenizer, prompts)
     new_ids = generate(decoder, ids, tokenizer.eos_id, max_new_tokens, sampling, seed, first_row)
@@ -123,20 +124,20 @@ def continue_texts(
 
 
 def continuation(tokenizer: Tokenizer, before: list[int], after: list[int]) -> str:
-    """Returns the text that `after` adds to `before`, with the blank between them if there is one."""
+    """Return the text that the ids `after` add to the ids `before`, including a blank between them."""
     whole, start = tokenizer.decode(before + after), tokenizer.decode(before)
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(whole, start, strict=False))
     return whole[sum(1 for _ in same) :]
 
 
 def stream_text(tokenizer: Tokenizer, before: list[int], new_ids: Iterator[int]) -> Iterator[str]:
-    """Yields the text that `new_ids` add to `before` in pieces that later ids do not change."""
+    """Yield the text that `new_ids` add to `before`, in pieces that later ids do not change."""
     after: list[int] = []
     text = shown = ""
     for token in new_ids:
         after.append(token)
         text = continuation(tokenizer, before, after)
-        # The bytes of a character may come as several tokens, of which the first ones alone are U+FFFD.
+        # The bytes of a character may come as several tokens; until the last one, they decode to U+FFFD.
         whole = text.rstrip("\ufffd")
         if len(whole) > len(shown) and whole.startswith(shown):
             yield whole[len(shown) :]

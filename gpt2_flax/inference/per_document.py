@@ -1,6 +1,6 @@
-"""How well a model predicts each document of a split, one by one.
+"""How well a model predicts each document of a split.
 
-Dimension key: B rows, T sequence, C chunks of it, N columns of one, D n_embd, V vocabulary, M documents of the split.
+Dimension key: B rows, T sequence, C chunks of columns, N columns of a chunk, D n_embd, V vocabulary, M documents.
 """
 
 import json
@@ -35,10 +35,10 @@ def evaluate_documents(
     characters_M: np.ndarray | None,
     done: Callable[[int], None] = lambda tokens: None,
 ) -> list[Evaluation]:
-    """Returns what `evaluate` finds, for each document in order: the sum of all is that of the split.
+    """Evaluate each document of a split, in order; the sum of all evaluations is the evaluation of the split.
 
-    Documents lie in rows as `packing` says, so a long one is predicted in parts. characters_M: None when not known.
-    For a single process.
+    For a single process. Documents lie in rows as `packing` says; a document that is longer than a row is predicted in
+    several segments. `characters_M` is None when not known; `done` gets the predicted tokens of each batch.
     """
     rows = rows_of(split, RowLayout(seq_length, packing))
     lengths_M = np.concatenate([np.zeros(0, np.int64), *split.document_lengths()])
@@ -49,7 +49,7 @@ def evaluate_documents(
         batch = rows.batch(np.arange(start, start + n_rows))
         documents_BT = _documents(rows, start, batch, starts_M)
         seen = across_documents(batch) if model.cfg.attend_across_documents else batch
-        placed = device_batch(mesh, n_rows, lambda first, last: Batch(*(part_BT[first:last] for part_BT in seen)))
+        placed = device_batch(mesh, n_rows, lambda first, last: Batch(*(array_BT[first:last] for array_BT in seen)))
         return documents_BT, placed
 
     for documents_BT, batch in prefetch(make, range(0, rows.n_rows, n_rows)):
@@ -69,7 +69,7 @@ def evaluate_documents(
 
 
 def document_lines(name: str, documents: list[Evaluation]) -> Iterator[str]:
-    """Yields a line of JSON for each document; what cannot be computed is null."""
+    """Yield a line of JSON for each document; a figure that cannot be computed is null."""
     for index, found in enumerate(documents):
         yield json.dumps(
             {
@@ -86,27 +86,28 @@ def document_lines(name: str, documents: list[Evaluation]) -> Iterator[str]:
 
 
 def document_characters(source: str, options: CorpusOptions, tokenizer: Tokenizer, split: TokenSplit) -> np.ndarray:
-    """Returns the characters of each document of a corpus that `split` was prepared from, int64 (M,).
+    """Return the characters of each document of the corpus that `split` was prepared from, int64 (M,).
 
-    Raises `UserError` (DATA) when the corpus is another one by now.
+    Raises:
+        UserError: DATA, when the corpus has changed since.
     """
-    counts, goes_on = [], False
+    counts, continues = [], False
     for unit in corpus_units([source], options):
         for batch in unit.batches(lambda problem: None):
             tokens_B = tokenizer.encode_batch(batch.texts).lengths_B
             for place, text in enumerate(batch.texts):
-                if place == 0 and goes_on:
+                if place == 0 and continues:
                     counts[-1] += len(text)
                 elif tokens_B[place] or (batch.unfinished and place == len(batch.texts) - 1):
-                    counts.append(len(text))  # others, of control characters alone, are no documents
-            goes_on = batch.unfinished
+                    counts.append(len(text))  # a text of control characters alone is no document
+            continues = batch.unfinished
     if (len(counts), sum(counts)) != (split.n_documents, split.n_characters):
         raise UserError(ExitCode.DATA, "the text changed while it was read", source, "run the same command again")
     return np.array(counts, np.int64)
 
 
 def _documents(rows: Rows, first: int, batch: Batch, starts_M: np.ndarray) -> np.ndarray:
-    """The number of the document that each target is of, int64 (B, T), -1 where there is none."""
+    """Return the number of each target's document, int64 (B, T), -1 where there is no target."""
     documents_BT = np.full(batch.targets_BT.shape, -1)
     for row in range(min(len(documents_BT), rows.n_rows - first)):
         counted_T = batch.targets_BT[row] != IGNORE
@@ -117,9 +118,10 @@ def _documents(rows: Rows, first: int, batch: Batch, starts_M: np.ndarray) -> np
 
 @jax.jit(static_argnames="rows_a_device")
 def _each_target(model: GPT2, batch: Batch, rows_a_device: int) -> tuple[jax.Array, jax.Array]:
-    """Returns nats_BT, float32, and whether the most likely prediction was right, of targets that are not IGNORE."""
-    x_BTD = model.hidden(batch.tokens_BT, batch.segments_BT, batch.positions_BT)
-    n_rows, length = batch.targets_BT.shape
+    """Return float32 nats_BT and whether each target was the most likely token; arbitrary where it is IGNORE."""
+    tokens_BT, targets_BT, segments_BT, positions_BT = map(jnp.asarray, batch)
+    x_BTD = model.hidden(tokens_BT, segments_BT, positions_BT)
+    n_rows, length = targets_BT.shape
     columns = max(1, chunk_tokens() // rows_a_device)
 
     def chunked(array_BT: jax.Array) -> jax.Array:
@@ -127,11 +129,14 @@ def _each_target(model: GPT2, batch: Batch, rows_a_device: int) -> tuple[jax.Arr
         padded_BT = jnp.pad(array_BT, ((0, 0), (0, missing)) + ((0, 0),) * (array_BT.ndim - 2))
         return jnp.moveaxis(padded_BT.reshape(n_rows, -1, columns, *array_BT.shape[2:]), 1, 0)
 
-    def chunk(part):
-        x_BND, labels_BN = part
-        logits_BNV = logits(x_BND, model.head_VD, model.cfg.vocab_size)
-        of_labels_BN = jnp.take_along_axis(logits_BNV, labels_BN[..., None], -1)[..., 0]
-        return jax.nn.logsumexp(logits_BNV, -1) - of_labels_BN, of_labels_BN >= logits_BNV.max(-1)
+    def whole(array_CBN: jax.Array) -> jax.Array:
+        return jnp.moveaxis(array_CBN, 0, 1).reshape(n_rows, -1)[:, :length]
 
-    found_CBN = jax.lax.map(chunk, (chunked(x_BTD), chunked(jnp.maximum(batch.targets_BT, 0))))
-    return tuple(jnp.moveaxis(array_CBN, 0, 1).reshape(n_rows, -1)[:, :length] for array_CBN in found_CBN)
+    def chunk(x_and_labels):
+        x_BND, labels_BN = x_and_labels
+        logits_BNV = logits(x_BND, model.head_VD, model.cfg.vocab_size)
+        label_logits_BN = jnp.take_along_axis(logits_BNV, labels_BN[..., None], -1)[..., 0]
+        return jax.nn.logsumexp(logits_BNV, -1) - label_logits_BN, label_logits_BN >= logits_BNV.max(-1)
+
+    nats_CBN, correct_CBN = jax.lax.map(chunk, (chunked(x_BTD), chunked(jnp.maximum(targets_BT, 0))))
+    return whole(nats_CBN), whole(correct_CBN)

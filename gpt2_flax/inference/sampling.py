@@ -1,7 +1,7 @@
-"""How the next token is chosen: filters in the order of `transformers`, then the likeliest or a draw.
+"""The choice of the next token: filters in the order of `transformers`, then the most likely token or a sample.
 
-All numbers are arguments of the compiled program, so that one program serves every choice of them; a filter that is
-switched off costs nothing.
+All settings are arguments of the compiled program, so that one program serves every setting; a filter that is off costs
+nothing.
 Dimension key: B rows, V vocabulary, S columns of prompt and new tokens.
 """
 
@@ -12,57 +12,66 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Setting = jax.Array | np.ndarray
+"""A setting as an argument of a compiled program."""
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; the order of the filters is that of `transformers`."""
+    """How the next token is chosen; filters apply in the order of `transformers`."""
 
     temperature: float = 1.0
-    """0 takes the most likely token (greedy)."""
+    """0 chooses the most likely token (greedy)."""
     top_k: int = 0
-    """Only the k most likely tokens; 0 for all."""
+    """Keep only the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
-    """Only the most likely tokens that together have this probability (Holtzman et al., arXiv:1904.09751)."""
+    """Keep only the most likely tokens that together have this probability (Holtzman et al., arXiv:1904.09751)."""
     min_p: float = 0.0
-    """Only tokens with at least this part of the likeliest one's probability (Nguyen et al., arXiv:2407.01082)."""
+    """Keep only tokens at least this share as likely as the most likely token (Nguyen et al., arXiv:2407.01082)."""
     repetition_penalty: float = 1.0
-    """Above 1 makes tokens seen before less likely (Keskar et al., arXiv:1909.05858)."""
+    """Above 1, tokens that the text already has become less likely (Keskar et al., arXiv:1909.05858)."""
     no_repeat_ngram: int = 0
-    """No run of so many tokens comes twice, prompt included; 0 allows all."""
+    """No run of this many tokens occurs twice, prompt included; 0 allows all."""
     banned: tuple[int, ...] | None = None
-    """Ids that are never chosen. None is nothing where ids are generated, and all that is no text where texts are."""
+    """Ids that are never chosen. None: no ids when generating ids; special tokens when generating text."""
 
     def arrays(self, vocab_size: int) -> "SamplingArrays":
-        """Returns the numbers for a compiled program; ids in `banned` beyond the vocabulary are ignored."""
+        """Return the settings for a compiled program; ids in `banned` beyond the vocabulary are ignored."""
         banned_V = np.zeros(vocab_size, bool)
         banned_V[[token for token in self.banned or () if 0 <= token < vocab_size]] = True
-        floats = (self.temperature, self.top_p, self.min_p, self.repetition_penalty)
-        integers = (min(self.top_k, vocab_size), self.no_repeat_ngram)
-        return SamplingArrays(*map(np.float32, floats), *map(np.int32, integers), banned_V)
+        return SamplingArrays(
+            np.array(self.temperature, np.float32),
+            np.array(self.top_p, np.float32),
+            np.array(self.min_p, np.float32),
+            np.array(self.repetition_penalty, np.float32),
+            np.array(min(self.top_k, vocab_size), np.int32),
+            np.array(self.no_repeat_ngram, np.int32),
+            banned_V,
+        )
 
 
 class SamplingArrays(NamedTuple):
     """`Sampling` as arrays."""
 
-    temperature: jax.Array | np.ndarray
-    top_p: jax.Array | np.ndarray
-    min_p: jax.Array | np.ndarray
-    repetition_penalty: jax.Array | np.ndarray
-    top_k: jax.Array | np.ndarray
-    no_repeat_ngram: jax.Array | np.ndarray
-    banned_V: jax.Array | np.ndarray
+    temperature: Setting
+    top_p: Setting
+    min_p: Setting
+    repetition_penalty: Setting
+    top_k: Setting
+    no_repeat_ngram: Setting
+    banned_V: Setting
 
 
 class History(NamedTuple):
-    """The tokens so far: the first `length_B` of each row of tokens_BS."""
+    """The tokens so far: the first `length_B` tokens of each row of tokens_BS."""
 
     tokens_BS: jax.Array
     length_B: jax.Array
     seen_BV: jax.Array
-    """Which tokens are among them, bool."""
+    """Which ids of the vocabulary are among the tokens so far, bool."""
 
     def added(self, tokens_B: jax.Array, to_B: jax.Array) -> "History":
-        """Returns the history with one more token in the rows where `to_B`."""
+        """Return the history with one more token in the rows where `to_B` is true."""
         rows_B = jnp.arange(len(tokens_B))
         tokens_BS = self.tokens_BS.at[rows_B, self.length_B].set(
             jnp.where(to_B, tokens_B, self.tokens_BS[rows_B, self.length_B])
@@ -70,29 +79,29 @@ class History(NamedTuple):
         return History(tokens_BS, self.length_B + to_B, self.seen_BV.at[rows_B, tokens_B].max(to_B))
 
 
-def choose(
+def next_tokens(
     logits_BV: jax.Array, history: History, sampling: SamplingArrays, keys_B: jax.Array, eos_id: jax.Array | int
 ) -> jax.Array:
-    """Returns the next token of each row, int32 (B,); `eos_id` where every token is ruled out.
+    """Return the next token of each row, int32 (B,): `eos_id` where every token is ruled out.
 
-    A row's draw depends on its key alone, not on the other rows.
+    A row's sample depends on its key alone, not on the other rows.
     """
     logits_BV = allowed_logits(logits_BV, history, sampling)
 
-    def with_noise():  # the highest of the logits with Gumbel noise is a draw by their probabilities
+    def with_noise():  # the highest logit after adding Gumbel noise is a sample from the softmax of the logits
         noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
         return likely_logits(logits_BV, sampling) + noise_BV
 
     scores_BV = jax.lax.cond(sampling.temperature == 0.0, lambda: logits_BV, with_noise)
     highest_B1 = scores_BV.max(-1, keepdims=True)
-    # The first of the highest, in two vectorised passes; XLA's argmax takes a CPU 20 times as long.
+    # The first of the highest scores, in two vectorised passes; XLA's argmax takes a CPU 20 times as long.
     ids_V = jnp.arange(scores_BV.shape[1], dtype=jnp.int32)
     chosen_B = jnp.where(scores_BV == highest_B1, ids_V, scores_BV.shape[1] - 1).min(-1)
     return jnp.where(highest_B1[:, 0] > -jnp.inf, chosen_B, eos_id)
 
 
 def allowed_logits(logits_BV: jax.Array, history: History, sampling: SamplingArrays) -> jax.Array:
-    """Returns the logits after what also greedy choice heeds: repetition penalty, n-grams and banned tokens (-inf)."""
+    """Return the logits after the filters of greedy choice: repetition penalty, n-grams and banned tokens (-inf)."""
     penalty = sampling.repetition_penalty
 
     def punished():
@@ -106,11 +115,11 @@ def allowed_logits(logits_BV: jax.Array, history: History, sampling: SamplingArr
 
 
 def likely_logits(logits_BV: jax.Array, sampling: SamplingArrays) -> jax.Array:
-    """Returns what is drawn from: scaled by the temperature, and -inf for tokens that are not likely enough.
+    """Return the logits of the distribution to sample: divided by the temperature, -inf for unlikely tokens.
 
-    Never -inf for all of a row that was not so before. Equal logits stay or go together.
+    A row keeps at least one token if it had one. Equal logits are kept or filtered together.
     """
-    logits_BV = logits_BV / jnp.maximum(sampling.temperature, 1e-6)  # below that it is greedy, and would overflow
+    logits_BV = logits_BV / jnp.maximum(sampling.temperature, 1e-6)  # 0 is greedy, and lower numbers would overflow
     top_k, top_p, min_p = sampling.top_k, sampling.top_p, sampling.min_p
 
     def only_top_k():
@@ -132,12 +141,12 @@ def likely_logits(logits_BV: jax.Array, sampling: SamplingArrays) -> jax.Array:
     return jax.lax.cond(min_p == 0.0, lambda: logits_BV, only_min_p)
 
 
-def _highest(logits_BV: jax.Array, weights_BV: jax.Array, needed: jax.Array) -> jax.Array:
-    """Keeps the highest logits, as few as have `needed` of the weights together, and at least the highest.
+def _highest(logits_BV: jax.Array, weights_BV: jax.Array, needed: Setting) -> jax.Array:
+    """Keep the fewest highest logits whose weights sum to `needed`, at least one, and set the others to -inf.
 
-    The lowest that stays is found bit by bit, which is quicker than sorting a vocabulary.
+    The threshold is found bit by bit, which is faster than sorting a vocabulary.
     """
-    one_zero_BV = jnp.where(logits_BV == 0, 0.0, logits_BV)  # the negative one has other bits
+    one_zero_BV = jnp.where(logits_BV == 0, 0.0, logits_BV)  # negative zero has other bits
     bits_BV = jax.lax.bitcast_convert_type(one_zero_BV, jnp.uint32)
     sign = jnp.uint32(2**31)
     order_BV = jnp.where(bits_BV >= sign, ~bits_BV, bits_BV | sign)  # unsigned numbers in the order of the floats
@@ -152,8 +161,8 @@ def _highest(logits_BV: jax.Array, weights_BV: jax.Array, needed: jax.Array) -> 
     return jnp.where(order_BV < least_B1, -jnp.inf, logits_BV)
 
 
-def _without_repeated_ngrams(logits_BV: jax.Array, history: History, n: jax.Array) -> jax.Array:
-    """Rules out the tokens that would complete a run of `n` tokens that is there already."""
+def _without_repeated_ngrams(logits_BV: jax.Array, history: History, n: Setting) -> jax.Array:
+    """Rule out the tokens that would complete a run of `n` tokens that the text already has."""
     tokens_BS, length_B1 = history.tokens_BS, history.length_B[:, None]
     columns_S = jnp.arange(tokens_BS.shape[1])
 
@@ -161,7 +170,7 @@ def _without_repeated_ngrams(logits_BV: jax.Array, history: History, n: jax.Arra
         last_B1 = jnp.take_along_axis(tokens_BS, length_B1 - n + 1 + offset, axis=1, mode="clip")
         return matches_BS & (jnp.roll(tokens_BS, n - 1 - offset, axis=1) == last_B1)
 
-    # Of the columns that end a run of n tokens, those before which the last n - 1 tokens stand once more.
+    # Columns whose n - 1 tokens before equal the last n - 1 tokens: choosing such a column's token repeats an n-gram.
     ends_BS = (columns_S >= n - 1) & (columns_S < length_B1)
     ends_BS = jax.lax.fori_loop(0, n - 1, same, ends_BS)
     rows_B1 = jnp.arange(tokens_BS.shape[0])[:, None]

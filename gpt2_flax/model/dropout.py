@@ -1,20 +1,21 @@
-"""Dropout decided by a hash, so that it costs little, is never stored, and is the same on every mesh.
+"""Dropout decided by a hash: it costs little, stores no mask and is the same on every mesh.
 
 Dimension key: B rows, H heads.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 
-@partial(jax.checkpoint, static_argnums=1)  # the hash is quick, so that no mask is saved for the backward pass
+@partial(jax.checkpoint, static_argnums=1)  # computes the quick hash again in the backward pass, and stores no mask
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes each element of x (B, ...) with probability `rate` and scales the rest by 1 / (1 - rate).
+    """Zero each element of x (B, ...) with probability `rate`, and scale the others by 1 / (1 - rate).
 
-    Without a key nothing is dropped.
+    Without a key, return x.
     """
     if key is None or rate == 0.0:
         return x
@@ -23,22 +24,27 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(kept(row_seeds, numbers, rate), x / (1 - rate), 0).astype(x.dtype)
 
 
+def split_key(key: jax.Array | None, num: int) -> Sequence[jax.Array | None] | jax.Array:
+    """Return `num` new keys, or `num` times None when dropout is off."""
+    return [None] * num if key is None else jax.random.split(key, num)
+
+
 def head_seeds(key: jax.Array, n_rows: int, n_heads: int) -> jax.Array:
-    """Returns seeds_BH2, uint32: 64 random bits for the attention weights of each head of each row."""
+    """Return seeds_BH2, uint32: 64 random bits for the attention weights of each head of each row."""
     return jax.random.bits(key, (n_rows, n_heads, 2), jnp.uint32)
 
 
 def weight_number(queries: jax.Array, keys: jax.Array, length: int) -> jax.Array:
-    """Returns the number of an attention weight for `kept`, uint32, from int32 positions in a row of `length`."""
+    """Return each attention weight's number for `kept`, uint32, from int32 positions in a row of `length` tokens."""
     return (queries * length + keys).astype(jnp.uint32)
 
 
 def kept(seeds: jax.Array | tuple[jax.Array, jax.Array], numbers: jax.Array, rate: float) -> jax.Array:
-    """Returns whether dropout keeps the elements with these numbers, bool; `seeds` are two uint32, or arrays of such.
+    """Return whether dropout keeps the elements with these numbers, bool.
 
-    The fate of an element depends on its seeds and number alone, so it is the same in blocks of any size, on any mesh,
-    and in the backward pass. The hash is lowbias32, https://github.com/skeeto/hash-prospector, of the number, with
-    half of the seeds before and half after the first multiplication.
+    An element is kept or dropped by its two seeds and its number alone, all uint32. The choice is therefore the same in
+    blocks of any size, on any mesh, and in the backward pass. The hash is lowbias32 of the number,
+    https://github.com/skeeto/hash-prospector; one seed is added before and one after the first multiplication.
     """
     bits = numbers + seeds[0]
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D) + seeds[1]

@@ -1,7 +1,10 @@
-"""The token embedding as look-up and head share it, or a head of its own, and the embedding of positions.
+"""Look-up of token and position embeddings, on one device or on a mesh.
 
-Dimension key: R parts that the rows of a batch are in, B batch, T sequence, D n_embd, V vocabulary, or the rows of any
-table; N tokens, or those of one of C blocks.
+A replica is the group of devices that work on the same rows of a batch: there are R = data * fsdp replicas. On a mesh
+of data 2 x fsdp 2 x tensor 2, R is 4; each replica has a quarter of the rows and consists of 2 devices, each with half
+of the vocabulary. embedding_RVD holds one whole table for each replica. Without a mesh R is 1.
+
+Dimension key: R replicas, B batch, T sequence, D n_embd, V rows of a table, N tokens in each of C blocks.
 """
 
 from functools import partial
@@ -10,66 +13,64 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from gpt2_flax.parallel.mesh import BATCH_AXES, platform
+from gpt2_flax.parallel.mesh import BATCH_AXES, current_mesh, platform
 
-COPIES = P(BATCH_AXES, "tensor", None)
-"""The layout of `copies`."""
+REPLICAS = P(BATCH_AXES, "tensor", None)
+"""The layout of embedding_RVD."""
 _X = P(BATCH_AXES, None, None)
 _BLOCK = 128
 """Rows that one product of `sum_by_id` adds up: as many as a matrix unit takes at once."""
 
 
-def copies(embedding_VD: jax.Array) -> jax.Array:
-    """Returns embedding_RVD, a copy for each part of the rows, of which only `tensor` splits the vocabulary.
+def replicate(embedding_VD: jax.Array) -> jax.Array:
+    """Return embedding_RVD: the table, gathered over `fsdp` once, for each replica.
 
-    That is one all-gather over `fsdp`. Going backward, each device adds up in its own copy the gradients of all uses,
-    and they are summed between devices once, here: scattered over `fsdp` first, so that `data` sums only a part.
-    Without a mesh R is 1. What is a copy already is returned as it is.
+    In the backward pass each replica adds up the gradients of all uses in its own table. They are summed between
+    replicas once, here: scattered over `fsdp` first, so that `data` sums only a shard.
     """
-    if embedding_VD.ndim == 3:
-        return embedding_VD
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    mesh = current_mesh()
+    if mesh is None:
         return embedding_VD[None]
+    whole = mesh.shape["fsdp"] == 1  # all_gather would copy it
 
-    def gather(part_VD):
-        part_VD = jax.lax.pcast(part_VD, "data", to="varying")
-        if mesh.shape["fsdp"] == 1:  # XLA would copy it
-            return part_VD[None]
-        return jax.lax.all_gather(part_VD, "fsdp", tiled=True)[None]
+    def gather(shard_VD: jax.Array) -> jax.Array:
+        shard_VD = jax.lax.pcast(shard_VD, "data", to="varying")
+        return (shard_VD if whole else jax.lax.all_gather(shard_VD, "fsdp", tiled=True))[None]
 
-    return jax.shard_map(gather, in_specs=P(("tensor", "fsdp"), None), out_specs=COPIES)(embedding_VD)
+    return jax.shard_map(gather, in_specs=P(("tensor", "fsdp"), None), out_specs=REPLICAS)(embedding_VD)
 
 
-def look_up(embedding_RVD: jax.Array, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Returns x_BTD in `dtype`: to each token its row of `copies(embedding_VD)`."""
-    if jax.sharding.get_abstract_mesh().empty:
+def embed_tokens(embedding_RVD: jax.Array, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Return x_BTD in `dtype`: each token's row of a table that `replicate` returned."""
+    if current_mesh() is None:
         return _rows(embedding_RVD[0], tokens_BT, dtype)
 
-    def local(part_RVD, tokens_BT):
-        rows_BT = tokens_BT - jax.lax.axis_index("tensor") * part_RVD.shape[1]
-        here_BT = (rows_BT >= 0) & (rows_BT < part_RVD.shape[1])
-        x_BTD = _rows(part_RVD[0], jnp.where(here_BT, rows_BT, 0), dtype)
-        return jax.lax.psum(jnp.where(here_BT[..., None], x_BTD, 0), "tensor")  # one of them is not zero
+    def local(shard_RVD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        rows_BT = tokens_BT - jax.lax.axis_index("tensor") * shard_RVD.shape[1]
+        here_BT = (rows_BT >= 0) & (rows_BT < shard_RVD.shape[1])
+        x_BTD = _rows(shard_RVD[0], jnp.where(here_BT, rows_BT, 0), dtype)
+        # Every device but one adds zeros.
+        return jax.lax.psum(jnp.where(here_BT[..., None], x_BTD, 0), "tensor")
 
-    return jax.shard_map(local, in_specs=(COPIES, P(BATCH_AXES, None)), out_specs=_X)(embedding_RVD, tokens_BT)
+    return jax.shard_map(local, in_specs=(REPLICAS, P(BATCH_AXES, None)), out_specs=_X)(embedding_RVD, tokens_BT)
 
 
-def look_up_whole(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    """Returns x_BTD, float32: to each id its row of a table that every device has."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return _rows(table_VD, ids_BT, jnp.float32)
+def embed_positions(table_VD: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """Return x_BTD, float32: each position's row of a table that every device has whole."""
+    if current_mesh() is None:
+        return _rows(table_VD, positions_BT, jnp.float32)
 
-    def local(table_VD, ids_BT):
-        # Going backward, here the gradients of the devices are summed.
-        return _rows(jax.lax.pcast(table_VD, BATCH_AXES, to="varying"), ids_BT, jnp.float32)
+    def local(table_VD: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        # The backward pass sums the gradients of all replicas at this cast.
+        return _rows(jax.lax.pcast(table_VD, BATCH_AXES, to="varying"), positions_BT, jnp.float32)
 
-    return jax.shard_map(local, in_specs=(P(None, None), P(BATCH_AXES, None)), out_specs=_X)(table_VD, ids_BT)
+    return jax.shard_map(local, in_specs=(P(None, None), P(BATCH_AXES, None)), out_specs=_X)(table_VD, positions_BT)
 
 
 def _rows(table_VD: jax.Array, ids_BT: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Returns x_BTD in `dtype`. The gradient of a row adds up in float32 and, on any device, always in one order."""
-    # Only a GPU's scatter adds in the order in which its threads arrive; elsewhere a scatter does, and is faster.
+    """Return the row of each id, x_BTD in `dtype`; a row's gradient adds up in float32 and in one fixed order."""
+    # A GPU's scatter adds in the order in which its threads arrive. On other devices the order of a scatter is fixed,
+    # and it is faster.
     return (_gather_sorted if platform() == "gpu" else _gather)(table_VD, ids_BT, dtype)
 
 
@@ -80,19 +81,20 @@ def _gather(table_VD, ids_BT, dtype):
 _gather_sorted = jax.custom_vjp(_gather, nondiff_argnums=(2,))
 
 
-def _gather_backward(dtype, table_and_ids, of_x_BTD):
-    table_VD, ids_BT = table_and_ids  # of the table, only the shape is used
-    return sum_by_id(of_x_BTD.reshape(-1, table_VD.shape[1]), ids_BT.ravel(), table_VD.shape[0]), None
+def _gather_backward(dtype, table_and_ids, d_x_BTD):
+    table_VD, ids_BT = table_and_ids  # only the shape of the table is used
+    return sum_by_id(d_x_BTD.reshape(-1, table_VD.shape[1]), ids_BT.ravel(), table_VD.shape[0]), None
 
 
 _gather_sorted.defvjp(lambda *arguments: (_gather(*arguments), arguments[:2]), _gather_backward)
 
 
 def sum_by_id(x_ND: jax.Array, ids_N: jax.Array, n_ids: int) -> jax.Array:
-    """Returns sums_VD, float32: to each of `n_ids` ids the sum of the rows of x_ND that have it.
+    """Return sums_VD, float32: for each of `n_ids` ids, the sum of the rows of x_ND that have it.
 
-    Unlike a scatter, always in the same order: the rows are sorted by id and cut into blocks; in each block one product
-    adds up the rows of each id, and another product adds up the blocks of an id. Float32 rows are multiplied exactly.
+    Unlike a scatter on a GPU, this sums in a fixed order. Rows are sorted by id and cut into blocks. In each block one
+    product adds up the rows of each id, and a second product adds up the blocks of an id. Float32 rows are multiplied
+    exactly.
     """
     exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     ids_N = jnp.pad(ids_N, (0, -ids_N.size % _BLOCK), constant_values=n_ids)
@@ -101,11 +103,11 @@ def sum_by_id(x_ND: jax.Array, ids_N: jax.Array, n_ids: int) -> jax.Array:
     x_CND = x_ND.at[order_N].get(mode="fill", fill_value=0).reshape(*ids_CN.shape, -1)
     same_CNN = ids_CN[:, :, None] == ids_CN[:, None]
     sums_CND = exact("CNM,CMD->CND", same_CNN.astype(x_ND.dtype), x_CND)
-    # What is left of the last id of a block comes first in the blocks after it.
+    # The last id of a block may continue in later blocks, whose first rows then hold the rest of its sum.
     first_C, last_C = ids_CN[:, 0], ids_CN[:, -1]
-    goes_on_CC = jnp.triu(last_C[:, None] == first_C, 1)
-    rest_CD = exact("CE,ED->CD", goes_on_CC.astype(jnp.float32), sums_CND[:, 0])
-    # Each id reads its sum where its rows begin.
+    continues_CC = jnp.triu(last_C[:, None] == first_C, 1)
+    rest_CD = exact("CE,ED->CD", continues_CC.astype(jnp.float32), sums_CND[:, 0])
+    # Each id reads its sum at its first row.
     ids_V = jnp.arange(n_ids)
     start_V = jnp.searchsorted(ids_N, ids_V, method="scan_unrolled")  # a loop would start a kernel for each halving
     block_V = start_V // _BLOCK

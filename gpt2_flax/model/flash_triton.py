@@ -1,10 +1,10 @@
 """The kernels of `model.flash`, in Pallas for its Triton backend: FlashAttention-2 (arXiv:2307.08691).
 
-JAX 0.11 has deprecated that backend for Mosaic GPU, and 0.12 still has it. Triton compiles one kernel for GPUs from
-compute capability 8.0 on, and uses Hopper's tensor instructions on Hopper. tokamax has Mosaic kernels, a separate one
-for each generation of GPUs. These kernels have no dropout and need Python 3.12.
+JAX 0.11 has deprecated this backend in favor of Mosaic GPU, and 0.12 still has it. Triton compiles one kernel for all
+GPUs from compute capability 8.0 on, and uses Hopper's tensor instructions on Hopper. tokamax has Mosaic kernels, a
+separate one for each generation of GPUs, but without dropout, and needs Python 3.12.
 
-Dimension key: B rows, T tokens, H heads, K head size; of a program Q queries, S keys.
+Dimension key: B rows, T tokens, H heads, K head size; in a program of a kernel, Q queries and S keys.
 """
 
 import math
@@ -19,11 +19,11 @@ from jax.experimental import pallas as pl
 from gpt2_flax.model.dropout import kept, weight_number
 
 _LOG2_E = math.log2(math.e)  # GPUs have an instruction for powers of two
-_LOWEST = -1e30  # finite: the difference of two infinities is no number
+_LOWEST = -1e30  # finite, because the difference of two infinities is NaN
 
 
 class Tile(NamedTuple):
-    """How a kernel is cut up: `queries` times `keys` at once, by so many warps, so many loads ahead."""
+    """The block that one program computes at once, its warps, and its loads in flight (Triton's stages)."""
 
     queries: int
     keys: int
@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The tiles of the three kernels: for the output, the gradient of queries, and the gradients of keys and values."""
+    """The tiles of the three kernels."""
 
     forward: Tile
     d_query: Tile
@@ -40,7 +40,7 @@ class Tiles(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """The first token of each token's document, and the one past the last, int32; both never decrease in a row."""
+    """The first token of each token's document, and the token after its last, int32; neither decreases in a row."""
 
     start_BT: jax.Array
     stop_BT: jax.Array
@@ -56,12 +56,12 @@ class Options(NamedTuple):
 
     @property
     def rescale(self) -> float:
-        """What the weights that dropout keeps are multiplied with."""
+        """The factor of the weights that dropout keeps."""
         return 1 / (1 - self.rate)
 
 
 def tiles_for(length: int, size: int) -> Tiles:
-    """Returns tiles whose accumulators fit into registers and whose loads fit into the shared memory of sm_80 to 90."""
+    """Return tiles whose accumulators fit into registers, and whose loads fit into shared memory of sm_80 to sm_90."""
     long = 128 if length % 128 == 0 else 64
     warps = 8 if long == 128 else 4
     if size <= 64:
@@ -70,10 +70,10 @@ def tiles_for(length: int, size: int) -> Tiles:
 
 
 def forward(options: Options, qkv_BT3HK: jax.Array, spans: Spans, seeds_BH2: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns out_BTHK and, float32, log_sums_BHT: of each query the base-2 logarithm of its sum of exponentials."""
+    """Return out_BTHK and float32 log_sums_BHT, the base-2 logarithm of each query's sum of exponentials."""
     n_rows, length, _, n_heads, size = qkv_BT3HK.shape
     tile = options.tiles.forward
-    # The last queries see the most keys, so they begin first.
+    # The last queries see the most keys, so they start first.
     block, whole = _specs(length, size, tile.queries, lambda i: length // tile.queries - 1 - i)
     return _call(
         partial(_forward_kernel, options),
@@ -81,7 +81,7 @@ def forward(options: Options, qkv_BT3HK: jax.Array, spans: Spans, seeds_BH2: jax
         tile,
         options.interpret,
         grid=(length // tile.queries, n_heads, n_rows),
-        in_specs=[_SEEDS, block.part(0), whole.part(1), whole.part(2), whole.tokens],
+        in_specs=[_SEEDS, block.one(0), whole.one(1), whole.one(2), whole.tokens],
         out_specs=[block.head, block.sums],
         out_shape=[
             jax.ShapeDtypeStruct((n_rows, length, n_heads, size), qkv_BT3HK.dtype),
@@ -99,7 +99,7 @@ def backward(
     log_sums_BHT: jax.Array,
     d_out_BTHK: jax.Array,
 ) -> jax.Array:
-    """Returns the gradient d_qkv_BT3HK: one kernel writes the part of the queries, another one the other parts."""
+    """Return the gradient d_qkv_BT3HK: one kernel writes the gradient of queries, another of keys and values."""
     n_rows, length, _, n_heads, size = qkv_BT3HK.shape
     d_qkv = jax.ShapeDtypeStruct(qkv_BT3HK.shape, qkv_BT3HK.dtype)
     tile = options.tiles.d_query
@@ -111,10 +111,10 @@ def backward(
         options.interpret,
         grid=(length // tile.queries, n_heads, n_rows),
         in_specs=[
-            *(_SEEDS, block.part(0), whole.part(1), whole.part(2), whole.tokens),
+            *(_SEEDS, block.one(0), whole.one(1), whole.one(2), whole.tokens),
             *(block.head, block.sums, block.head),
         ],
-        out_specs=[block.part(0), block.sums],
+        out_specs=[block.one(0), block.sums],
         out_shape=[d_qkv, jax.ShapeDtypeStruct((n_rows, n_heads, length), jnp.float32)],
     )(seeds_BH2, qkv_BT3HK, qkv_BT3HK, qkv_BT3HK, spans.start_BT, out_BTHK, log_sums_BHT, d_out_BTHK)
     tile = options.tiles.d_key_value
@@ -126,46 +126,46 @@ def backward(
         options.interpret,
         grid=(length // tile.keys, n_heads, n_rows),
         in_specs=[
-            *(_SEEDS, whole.part(0), block.part(1), block.part(2), whole.tokens),
+            *(_SEEDS, whole.one(0), block.one(1), block.one(2), whole.tokens),
             *(whole.sums, whole.sums, whole.head, pl.BlockSpec(memory_space=pl.ANY)),
         ],
-        out_specs=block.parts,
+        out_specs=block.all,
         out_shape=d_qkv,
         input_output_aliases={8: 0},
     )(seeds_BH2, qkv_BT3HK, qkv_BT3HK, qkv_BT3HK, spans.stop_BT, log_sums_BHT, means_BHT, d_out_BTHK, d_qkv_BT3HK)
 
 
 def _call(kernel: Callable, name: str, tile: Tile, interpret: bool, **call: Any) -> Callable:
-    from jax.experimental.pallas import triton  # here: only GPUs need it, and a later JAX may come without it
+    from jax.experimental.pallas import triton  # only GPUs need it, and a later JAX may lack it
 
     params = triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
     return pl.pallas_call(kernel, name=name, compiler_params=params, interpret=interpret, **call)
 
 
 class _Specs(NamedTuple):
-    """What a program of a grid (block, head, row) gets of each array, either a block of its tokens or all of them."""
+    """Block specs of the arrays for a program of the grid (block, head, row): a block of tokens, or a whole row."""
 
-    part: Callable[[int], pl.BlockSpec]
-    """Of qkv_BT3HK, one of the three."""
-    parts: pl.BlockSpec
-    """Of qkv_BT3HK, all three."""
+    one: Callable[[int], pl.BlockSpec]
+    """qkv_BT3HK: queries (0), keys (1) or values (2)."""
+    all: pl.BlockSpec
+    """qkv_BT3HK: all three."""
     head: pl.BlockSpec
-    """Of out_BTHK."""
+    """out_BTHK."""
     sums: pl.BlockSpec
-    """Of log_sums_BHT."""
+    """log_sums_BHT."""
     tokens: pl.BlockSpec
-    """Of start_BT."""
+    """start_BT."""
 
 
 _SEEDS = pl.BlockSpec((None, None, 2), lambda i, h, b: (b, h, 0))
 
 
 def _specs(length: int, size: int, tokens: int, number: Callable[[Any], Any]) -> tuple[_Specs, _Specs]:
-    """Returns the specs of block `number(i)`, which has `tokens` tokens, and the specs of whole rows."""
+    """Return the specs of block `number(i)`, which has `tokens` tokens, and the specs of whole rows."""
 
     def specs(tokens: int, at: Callable[[Any], Any]) -> _Specs:
         return _Specs(
-            lambda part: pl.BlockSpec((None, tokens, None, None, size), lambda i, h, b: (b, at(i), part, h, 0)),
+            lambda which: pl.BlockSpec((None, tokens, None, None, size), lambda i, h, b: (b, at(i), which, h, 0)),
             pl.BlockSpec((None, tokens, 3, None, size), lambda i, h, b: (b, at(i), 0, h, 0)),
             pl.BlockSpec((None, tokens, None, size), lambda i, h, b: (b, at(i), h, 0)),
             pl.BlockSpec((None, None, tokens), lambda i, h, b: (b, h, at(i))),
@@ -205,7 +205,7 @@ def _d_query_kernel(
 ):
     queries_Q, start_Q, key_blocks = _of_queries(options.tiles.d_query, start_ref)
     q_QK, d_out_QK, log_sums_Q = q_ref[...], d_out_ref[...], log_sums_ref[...]
-    # The mean, by the weights, of the weights' gradients.
+    # The mean of the gradients of the weights, weighted by the weights.
     means_Q = (d_out_QK.astype(jnp.float32) * out_ref[...].astype(jnp.float32)).sum(1)
     means_ref[...] = means_Q
 
@@ -232,12 +232,12 @@ def _d_key_value_kernel(
     keys_S, here = _block(pl.program_id(0), tile.keys)
     k_SK, v_SK, stop_S = k_ref[...], v_ref[...], stop_ref[here]
     first, last = pl.program_id(0) * tile.keys, pl.program_id(0) * tile.keys + tile.keys - 1
-    # Blocks of queries up to the last key are on the diagonal, and those from the first stop on leave a document.
+    # Blocks of queries up to the last key cross the diagonal; blocks from the first stop on cross a document's end.
     begin, end = first // tile.queries, pl.cdiv(stop_ref[last], tile.queries)
     below = jnp.minimum(pl.cdiv(last + 1, tile.queries), end)
     leaving = jnp.clip(stop_ref[first] // tile.queries, below, end)
 
-    # All with keys first, so that no product needs its left side transposed.
+    # Keys are the first axis of all arrays, so that no product needs its left side transposed.
     def block(masked, number, carry):
         d_k_SK, d_v_SK = carry
         queries_Q, at = _block(number, tile.queries)
@@ -262,18 +262,18 @@ def _d_key_value_kernel(
 
 
 def _of_queries(tile: Tile, start_ref: Any) -> tuple[jax.Array, jax.Array, tuple]:
-    """Returns queries_Q, start_Q and the blocks of keys for `_over`; program 0 has the last block of queries."""
+    """Return queries_Q, start_Q and the blocks of keys for `_over`; program 0 has the last block of queries."""
     number = pl.num_programs(0) - 1 - pl.program_id(0)
     queries_Q, at = _block(number, tile.queries)
     first, last = number * tile.queries, number * tile.queries + tile.queries - 1
-    # Blocks of keys up to the last start may be outside a document, and those from the first query on in the future.
+    # Blocks of keys up to the last start may lie outside a document, and blocks from the first query on in the future.
     begin, diagonal, end = start_ref[first] // tile.keys, first // tile.keys, pl.cdiv(last + 1, tile.keys)
     inside = jnp.minimum(pl.cdiv(start_ref[last], tile.keys), diagonal)
     return queries_Q, start_ref[at], (begin, inside, diagonal, end)
 
 
 def _over(blocks: tuple, step: Callable, carry: Any) -> Any:
-    """Runs `step(masked, number, carry)` for the blocks of three stretches; only the middle stretch needs no mask."""
+    """Run `step(masked, number, carry)` for each block of three ranges; only the middle range needs no mask."""
     begin, inner, outer, end = blocks
     for lower, upper, masked in ((begin, inner, True), (inner, outer, False), (outer, end, True)):
         carry = jax.lax.fori_loop(lower, upper, partial(step, masked), carry)
@@ -281,7 +281,7 @@ def _over(blocks: tuple, step: Callable, carry: Any) -> Any:
 
 
 def _block(number: Any, size: int) -> tuple[jax.Array, Any]:
-    """Returns the tokens of a block, int32, and the slice of them."""
+    """Return the positions of a block's tokens, int32, and their slice."""
     return number * size + jax.lax.broadcasted_iota(jnp.int32, (size,), 0), pl.ds(number * size, size)
 
 
@@ -290,7 +290,7 @@ def _seen(queries: jax.Array, keys: jax.Array, start: jax.Array) -> jax.Array:
 
 
 def _dropped(options: Options, seeds_ref: Any, queries: jax.Array, keys: jax.Array, x: jax.Array) -> jax.Array:
-    """Zeroes what dropout drops, without scaling the rest."""
+    """Zero the elements that dropout drops, without scaling the others."""
     if not options.rate:
         return x
     numbers = weight_number(queries, keys, options.length)
@@ -302,5 +302,5 @@ def _times(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _times_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns a @ b.T, float32."""
+    """Return a @ b.T, float32."""
     return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

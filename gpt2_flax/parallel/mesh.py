@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.parallel.devices import Device
@@ -40,8 +40,14 @@ def make_mesh(sizes: MeshSizes = MeshSizes(), devices: Sequence[Device] | None =
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def platform() -> str:
-    """Return "cpu", "gpu" or "tpu": the devices of the mesh in force, which may be absent from this machine."""
+def current_mesh() -> AbstractMesh | None:
+    """Return the mesh that `jax.set_mesh` has set, or None without one: models read it here and nowhere else."""
     mesh = jax.sharding.get_abstract_mesh()
-    name = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    return None if mesh.empty else mesh
+
+
+def platform() -> str:
+    """Return "cpu", "gpu" or "tpu": the devices of the current mesh, which may be absent here, or JAX's default."""
+    mesh = current_mesh()
+    name = jax.default_backend() if mesh is None else mesh.abstract_device.platform
     return "gpu" if name in ("cuda", "rocm") else name

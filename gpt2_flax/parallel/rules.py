@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.parallel.mesh import BATCH_AXES
+from gpt2_flax.parallel.mesh import BATCH_AXES, current_mesh
 
 # First match wins; every dimension is named, the leading one of `h/` being the layer. The token embedding is split
 # over the vocabulary only: splitting n_embd too makes XLA replicate activations around the look-up ("Involuntary
@@ -70,12 +70,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def constrain_BTD(x_BTD: jax.Array) -> jax.Array:
     """Pins the residual stream to rows over `data` and `fsdp`: the one activation layout. No-op without a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
+    if current_mesh() is None:
         return x_BTD
     return jax.lax.with_sharding_constraint(x_BTD, P(BATCH_AXES, None, None))
 
 
 def tensor_parallel() -> bool:
     """Whether the mesh that is set splits heads and inner widths over devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.shape["tensor"] > 1
+    mesh = current_mesh()
+    return mesh is not None and mesh.shape["tensor"] > 1

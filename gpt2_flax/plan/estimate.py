@@ -19,6 +19,7 @@ from gpt2_flax.config.schema import Config, ModelConfig, ResolvedConfig
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import row_layout
 from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.model.embedding import replicate
 from gpt2_flax.model.flops import flops_per_token
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.model.loss import cross_entropy
@@ -163,7 +164,7 @@ def _of_one_part(model: ModelConfig, n_rows: int, seq_length: int, tensor: int) 
         return jax.vjp(lambda params: params.hidden(tokens_BT, segments_BT, positions_BT, key), params)[1]
 
     def loss(x_BTD, params, targets_BT):
-        return cross_entropy(x_BTD, params.head_VD, targets_BT, model.vocab_size).nats
+        return cross_entropy(x_BTD, replicate(params.head_VD), targets_BT, model.vocab_size).nats
 
     forward = jax.make_jaxpr(kept)(shapes, ids_BT, ids_BT, ids_BT, key).jaxpr
     given = set(map(id, forward.invars))  # parameters themselves are kept anyway

@@ -1,9 +1,9 @@
-"""The routes: the page, /v1/completions and /v1/models in the manner of OpenAI, /healthz."""
+"""The routes: the page, /v1/completions and /v1/models as OpenAI's API has them, and /healthz."""
 
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import TypeVar
@@ -17,11 +17,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gpt2_flax.serve.completion import Completion, Limits, most_prompt_tokens, parse_completion, texts_of
 from gpt2_flax.serve.errors import BUG, HANDLERS, ApiError, no_such_model
-from gpt2_flax.serve.queue import Piece, Turns
+from gpt2_flax.serve.queue import Piece, RequestQueue
 
 Result = TypeVar("Result")
 
-# The page loads nothing but its own three files, and nobody may frame it.
+# The page loads only its own three files, and no other page may frame it.
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -29,7 +29,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-STREAM_HEADERS = {**HEADERS, "X-Accel-Buffering": "no"}  # a proxy in front shall pass each piece on at once
+STREAM_HEADERS = {**HEADERS, "X-Accel-Buffering": "no"}  # tells a proxy in front to forward each piece at once
 PAGE = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -39,7 +39,7 @@ PAGE = {
 
 @dataclass(frozen=True)
 class About:
-    """What clients are told of the model."""
+    """The facts about the model that clients can read."""
 
     name: str
     parameters: int
@@ -52,16 +52,16 @@ class About:
 class Api:
     """The endpoints of one model."""
 
-    def __init__(self, turns: Turns, about: About, limits: Limits):
-        self._turns, self._about, self._limits = turns, about, limits
+    def __init__(self, queue: RequestQueue, about: About, limits: Limits):
+        self._queue, self._about, self._limits = queue, about, limits
 
     async def completions(self, request: Request) -> Response:
         body = await _body(request, self._limits)
         asked = parse_completion(body, self._about.name, self._limits)
-        pieces = self._turns.pieces(texts_of(asked))
+        pieces = self._queue.pieces(texts_of(asked))
         if not asked.stream:
             return await _while_connected(request, self._whole(asked, pieces))
-        # The first piece comes when there is a turn and the prompts fit: what goes wrong until then has a status.
+        # Errors before the first piece, such as a full queue or a prompt that is too long, set the response's status.
         first = await _while_connected(request, anext(pieces))
         return StreamingResponse(
             self._events(asked, first, pieces), media_type="text/event-stream", headers=STREAM_HEADERS
@@ -77,39 +77,39 @@ class Api:
         return JSONResponse(self._card())
 
     async def health(self, request: Request) -> Response:
-        self._turns.check_open()
+        self._queue.check_open()
         return JSONResponse({"status": "ok"})
 
     def _card(self) -> dict[str, object]:
         about, limits = self._about, self._limits
         ours = {"parameters": about.parameters, "n_positions": about.n_positions, "step": about.step}
-        # As the errors say them; a text ends at the last position, too.
+        # The limits that error messages name; a text also ends at the last position.
         ours |= {"max_tokens": limits.max_tokens, "max_prompt_tokens": most_prompt_tokens(about.n_positions)}
         ours |= {"max_texts": limits.texts, "max_stop_strings": limits.stops}
         return {"id": about.name, "object": "model", "created": about.created, "owned_by": "gpt2_flax", **ours}
 
     async def _whole(self, asked: Completion, pieces: AsyncIterator[Piece]) -> Response:
         prompts = [prompt for prompt in asked.prompts for _ in range(asked.n)]
-        choices = [_choice(index, prompt if asked.echo else "") for index, prompt in enumerate(prompts)]
-        usage = _Usage(asked.n)
+        texts, ends = [prompt if asked.echo else "" for prompt in prompts], []
         async for piece in pieces:
-            choices[piece.index]["text"] += piece.text
-            choices[piece.index]["finish_reason"] = piece.finish_reason
-            usage.add(piece)
-        return JSONResponse({**self._head(), "choices": choices, "usage": usage.json()})
+            texts[piece.index] += piece.text
+            ends += [piece] if piece.finish_reason else []
+        choices = [_choice(end.index, texts[end.index], end.finish_reason) for end in ends]
+        return JSONResponse({**self._head(), "choices": choices, "usage": _usage(asked, ends)})
 
     async def _events(self, asked: Completion, first: Piece, rest: AsyncGenerator[Piece, None]) -> AsyncIterator[bytes]:
-        head, usage, begun = self._head(), _Usage(asked.n), set()
+        head, ends, begun, piece = self._head(), [], set(), first
         try:
-            async for piece in _chained(first, rest):
-                usage.add(piece)
+            while piece is not None:
                 echo = asked.prompts[piece.index // asked.n] if asked.echo and piece.index not in begun else ""
                 begun.add(piece.index)
+                ends += [piece] if piece.finish_reason else []
                 yield _event({**head, "choices": [_choice(piece.index, echo + piece.text, piece.finish_reason)]})
+                piece = await anext(rest, None)
             if asked.stream_options.include_usage:
-                yield _event({**head, "choices": [], "usage": usage.json()})
+                yield _event({**head, "choices": [], "usage": _usage(asked, ends)})
             yield b"data: [DONE]\n\n"
-        except Exception as error:  # the status has been sent; clients look for this
+        except Exception as error:  # the status has been sent, so clients look for an error event
             yield _event((error if isinstance(error, ApiError) else BUG).body())
             if not isinstance(error, ApiError):
                 raise
@@ -121,24 +121,9 @@ class Api:
         return {"id": f"cmpl-{uuid4().hex}", **made}
 
 
-class _Usage:
-    """Counts tokens; a prompt counts once, however many texts begin with it."""
-
-    def __init__(self, n: int):
-        self._n, self._prompt, self._new = n, 0, 0
-
-    def add(self, piece: Piece) -> None:
-        self._prompt += piece.prompt_tokens if piece.index % self._n == 0 else 0
-        self._new += piece.new_tokens
-
-    def json(self) -> dict[str, int]:
-        total = self._prompt + self._new
-        return {"prompt_tokens": self._prompt, "completion_tokens": self._new, "total_tokens": total}
-
-
-def make_app(turns: Turns, about: About, limits: Limits, local: str | None) -> ASGIApp:
-    """Returns the ASGI app; when it listens only at `local`, a loopback address, it answers to names of that alone."""
-    api = Api(turns, about, limits)
+def make_app(queue: RequestQueue, about: About, limits: Limits, local: str | None) -> ASGIApp:
+    """Return the ASGI app; with `local`, the only address it listens at, it answers only to names of this machine."""
+    api = Api(queue, about, limits)
     routes = [Route(path, _page(*file)) for path, file in PAGE.items()]
     routes += [
         Route("/v1/completions", api.completions, methods=["POST"]),
@@ -151,7 +136,10 @@ def make_app(turns: Turns, about: About, limits: Limits, local: str | None) -> A
 
 
 class _OnlyLocalNames:
-    """Refuses requests for other host names: a page on the web could have its own name point to this machine."""
+    """Refuses requests for other host names, because a website could resolve its own name to this machine.
+
+    starlette's TrustedHostMiddleware would answer with 400 and plain text, which clients of OpenAI's API cannot read.
+    """
 
     def __init__(self, app: ASGIApp, address: str):
         self._app, self._names = app, ("localhost", "127.0.0.1", "[::1]", address)
@@ -175,15 +163,15 @@ def _page(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
 
 
 async def _body(request: Request, limits: Limits) -> bytes:
-    """Returns the body of a request. Raises `ApiError`: 408, 413, 415."""
-    # With another type a page on the web could post here without the browser asking first.
+    """Return the body of a request; raise `ApiError` 408, 413 or 415."""
+    # Browsers let any website post other types here, without asking this server first.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "the Content-Type must be application/json")
     body = b""
     try:
         async with asyncio.timeout(limits.body_seconds):
-            async for part in request.stream():
-                body += part
+            async for chunk in request.stream():
+                body += chunk
                 if len(body) > limits.body_bytes:
                     raise ApiError(413, f"the body is longer than {limits.body_bytes:,} bytes")
     except TimeoutError:
@@ -192,8 +180,8 @@ async def _body(request: Request, limits: Limits) -> bytes:
 
 
 async def _while_connected(request: Request, work: Awaitable[Result]) -> Result:
-    """Returns what `work` returns. Raises `ClientDisconnect` when the client goes away first; `work` is ended then."""
-    working, leaving = asyncio.ensure_future(work), asyncio.create_task(_gone(request))
+    """Return the result of `work`; if the client disconnects first, cancel `work` and raise `ClientDisconnect`."""
+    working, leaving = asyncio.ensure_future(work), asyncio.create_task(_disconnected(request))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -205,7 +193,7 @@ async def _while_connected(request: Request, work: Awaitable[Result]) -> Result:
         await asyncio.wait((working, leaving))
 
 
-async def _gone(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -218,7 +206,8 @@ def _event(content: dict[str, object]) -> bytes:
     return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
 
 
-async def _chained(first: Piece, rest: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
-    yield first
-    async for piece in rest:
-        yield piece
+def _usage(asked: Completion, ends: Sequence[Piece]) -> dict[str, int]:
+    """Count tokens by the last piece of each text; a prompt counts once, however many texts continue it."""
+    prompt = sum(piece.prompt_tokens for piece in ends if piece.index % asked.n == 0)
+    new = sum(piece.new_tokens for piece in ends)
+    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}

@@ -1,4 +1,4 @@
-"""What a client asks for: the fields of OpenAI's /v1/completions, and two more, with limits."""
+"""A completion request: the fields of OpenAI's /v1/completions, two more fields, and limits."""
 
 import secrets
 from dataclasses import dataclass
@@ -8,28 +8,28 @@ import pydantic
 import pydantic_core
 from pydantic import ConfigDict, Field
 
-from gpt2_flax.inference.generate import Sampling
+from gpt2_flax.inference.sampling import Sampling
 from gpt2_flax.serve.errors import ApiError, no_such_model
 
 
 @dataclass(frozen=True)
 class Limits:
     max_tokens: int = 512
-    """Most new tokens a text."""
+    """Most new tokens of a text."""
     max_concurrent: int = 4
     """Most requests that run or wait."""
     body_bytes: int = 2**18
-    """Longest request."""
+    """Longest body of a request."""
     body_seconds: float = 10.0
-    """How long a client may take to send it."""
+    """Most seconds for a client to send the body."""
     texts: int = 16
-    """Most texts a request: prompts times n."""
+    """Most texts of a request: prompts times n."""
     stops: int = 16
-    """Most stop strings a request; OpenAI's clients send up to 4, clients of other servers more."""
+    """Most stop strings of a request; OpenAI's clients send up to 4, clients of other servers more."""
     stop_characters: int = 100
     """Longest stop string."""
     closing_seconds: float = 5.0
-    """How long a request that runs may go on when the server ends."""
+    """Most seconds that a running request may continue when the server shuts down."""
 
 
 class StreamOptions(pydantic.BaseModel):
@@ -39,7 +39,7 @@ class StreamOptions(pydantic.BaseModel):
 
 
 class Completion(pydantic.BaseModel):
-    """The fields and defaults of OpenAI's API; of what is not supported only the value that changes nothing."""
+    """The fields and defaults of OpenAI's API; unsupported fields are accepted only at their neutral value."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -51,7 +51,7 @@ class Completion(pydantic.BaseModel):
     n: int = Field(1, ge=1)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    stop: str | list[str] = ()
+    stop: str | list[str] = []
     seed: int | None = Field(None, ge=0, lt=2**32)
     echo: bool = False
     user: str | None = None
@@ -79,7 +79,7 @@ class Completion(pydantic.BaseModel):
 
 @dataclass(frozen=True)
 class Text:
-    """One text to be made: of a request with several prompts and n samples there are several."""
+    """One text to generate: a request has n texts for each of its prompts."""
 
     index: int
     prompt: str
@@ -90,7 +90,7 @@ class Text:
 
 
 def parse_completion(body: bytes, model: str, limits: Limits) -> Completion:
-    """Returns what `body` asks for. Raises `ApiError`: 400 naming the field that is wrong, 404 for another model."""
+    """Return the request in `body`; raise `ApiError` 400 that names the wrong field, or 404 for another model."""
     try:
         fields = pydantic_core.from_json(body, allow_inf_nan=False)
     except ValueError as error:
@@ -118,12 +118,12 @@ def parse_completion(body: bytes, model: str, limits: Limits) -> Completion:
 
 
 def most_prompt_tokens(n_positions: int) -> int:
-    """Returns how many tokens of a prompt leave room for the begin of document and one new token."""
+    """Return the most tokens of a prompt: the begin of the document and one new token need a position each."""
     return n_positions - 2
 
 
 def texts_of(asked: Completion) -> list[Text]:
-    """Returns the texts to be made, the n samples of a prompt one after another, each with a seed of its own."""
+    """Return the texts to generate, the n samples of a prompt one after another, each with its own seed."""
     seed = secrets.randbits(32) if asked.seed is None else asked.seed
     prompts = [prompt for prompt in asked.prompts for _ in range(asked.n)]
     return [
@@ -133,14 +133,14 @@ def texts_of(asked: Completion) -> list[Text]:
 
 
 class StopStrings:
-    """Cuts a text that comes in pieces before the first of `stops`, holding back what may be the beginning of one."""
+    """Cuts a text that comes in pieces before the first stop string; holds back a possible start of a stop string."""
 
     def __init__(self, stops: tuple[str, ...]):
         self.found = False
         self._stops, self._held = stops, ""
 
     def feed(self, piece: str) -> str:
-        """Returns what is certain now; after one was `found` there is nothing more."""
+        """Return the text that is now certain; once a stop string is `found`, the text has ended."""
         text = self._held + piece
         places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
         if places:
@@ -151,17 +151,17 @@ class StopStrings:
         return text[: len(text) - held]
 
     def rest(self) -> str:
-        """Returns what was held back, when the text has ended."""
+        """Return the text that was held back, when no more pieces come."""
         return self._held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are the beginning of `stop`."""
+    """Return how many characters at the end of `text` are the start of `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _explained(errors: pydantic.ValidationError) -> ApiError:
-    """The first thing that is wrong, in a sentence that begins with the field's name."""
+    """Return the first error as a sentence that begins with the field's name."""
     first = errors.errors()[0]
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":

@@ -1,4 +1,4 @@
-"""What goes wrong for a client: a status code and the JSON that clients of OpenAI's API expect."""
+"""Errors as clients of OpenAI's API expect them: a status code and JSON."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from gpt2_flax.errors import quote
 
 
 class ApiError(Exception):
-    """A request that is not answered with text; `param` names the field that is to blame."""
+    """A request that cannot be answered; `param` names the wrong field."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -22,7 +22,7 @@ class ApiError(Exception):
         return {"error": {"message": self.message, **named}}
 
     def response(self, headers: Mapping[str, str] | None = None) -> JSONResponse:
-        # A request takes seconds, so does a restart; a client that waits a little less only asks twice.
+        # Requests and restarts take seconds; a client that retries too early only asks twice.
         retry = {"Retry-After": "2"} if self.status in (429, 503) else {}
         return JSONResponse(self.body(), self.status, {**retry, **(headers or {})})
 
@@ -39,13 +39,13 @@ async def _answer_api_error(request: Request, error: ApiError) -> Response:
 
 
 async def _answer_http_error(request: Request, error: HTTPException) -> Response:
-    """Answers what the framework refuses: an unknown path, a method that a path does not have."""
+    """Answer a request that the framework refuses: an unknown path, or a method that the path does not have."""
     message = f"{error.detail}: {request.method} {request.url.path}"
     return ApiError(error.status_code, message).response(error.headers)
 
 
-async def _answer_gone(request: Request, error: Exception) -> Response:
-    """Nobody reads it; the number is the one that web servers write into their logs."""
+async def _answer_disconnected(request: Request, error: Exception) -> Response:
+    """Answer a client that has disconnected; 499 is the number that web servers log for this."""
     return Response(status_code=499)
 
 
@@ -55,7 +55,7 @@ async def _answer_bug(request: Request, error: Exception) -> Response:
 
 HANDLERS = {
     ApiError: _answer_api_error,
-    ClientDisconnect: _answer_gone,
+    ClientDisconnect: _answer_disconnected,
     HTTPException: _answer_http_error,
     Exception: _answer_bug,
 }

@@ -1,4 +1,4 @@
-"""A model behind a port of this machine: the page to play with, and OpenAI's completions."""
+"""A server for one model: a page to try it, and OpenAI's completions."""
 
 import errno
 import ipaddress
@@ -15,12 +15,15 @@ from gpt2_flax.inference.generate import Generator
 from gpt2_flax.interruption import handled_by
 from gpt2_flax.serve.api import About, make_app
 from gpt2_flax.serve.completion import Limits
-from gpt2_flax.serve.queue import Turns
+from gpt2_flax.serve.queue import RequestQueue
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Returns a socket that listens. Raises `UserError`: CANT_CREATE when the port is not to be had, USAGE for a host
-    that is not known."""
+    """Return a listening socket.
+
+    Raises:
+        UserError: CANT_CREATE, when the port is not available; USAGE, when the host is not known.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (OSError, UnicodeError):
@@ -32,12 +35,12 @@ def listen(host: str, port: int) -> socket.socket:
             errno.EADDRINUSE: ("port in use", "give another with --port"),
             errno.EACCES: ("no permission for this port", "give one from 1024 on with --port"),
             errno.EADDRNOTAVAIL: ("not an address of this machine", "use 127.0.0.1, or 0.0.0.0 for all"),
-        }.get(error.errno, ("no port to listen at", f"the system says: {error.strerror}"))
+        }.get(error.errno or 0, ("no port to listen at", f"the system says: {error.strerror}"))
         raise UserError(ExitCode.CANT_CREATE, what, f"{host}:{port}", fix) from None
 
 
 def serve(source: Source, name: str, listener: socket.socket, limits: Limits) -> None:
-    """Answers requests until Ctrl-C, SIGTERM or another of `SIGNALS`; a second signal cuts off what is under way."""
+    """Answer requests until Ctrl-C, SIGTERM or another of `SIGNALS`; a second signal cuts off running requests."""
     about = About(name, source.model.parameters, source.model.n_positions, source.step, int(time.time()))
     server = make_server(Generator(source), about, listener, limits)
     host, port = listener.getsockname()[:2]
@@ -51,10 +54,10 @@ def serve(source: Source, name: str, listener: socket.socket, limits: Limits) ->
 
 
 def make_server(generator: Generator, about: About, listener: socket.socket, limits: Limits) -> uvicorn.Server:
-    """Returns what answers requests at `listener`; `should_exit` set to True ends it."""
-    host, turns = listener.getsockname()[0], Turns(generator, limits)
+    """Return the server for `listener`; set its `should_exit` to True to end it."""
+    host, queue = listener.getsockname()[0], RequestQueue(generator, limits)
     config = uvicorn.Config(
-        make_app(turns, about, limits, _in_url(host) if _is_local(host) else None),
+        make_app(queue, about, limits, _in_url(host) if _is_local(host) else None),
         http="h11",
         loop="asyncio",
         ws="none",
@@ -64,7 +67,7 @@ def make_server(generator: Generator, about: About, listener: socket.socket, lim
         server_header=False,
         timeout_graceful_shutdown=int(limits.closing_seconds) + 3,
     )
-    return _Server(config, turns, limits.closing_seconds)
+    return _Server(config, queue, limits.closing_seconds)
 
 
 def _is_local(host: str) -> bool:
@@ -76,18 +79,18 @@ def _in_url(host: str) -> str:
 
 
 class _Server(uvicorn.Server):
-    """Tells `turns` of the end, and does not raise the signal again when all is done: to be ended is no failure."""
+    """Closes the queue on shutdown, and does not raise the signal again afterwards: a shutdown is no failure."""
 
-    def __init__(self, config: uvicorn.Config, turns: Turns, patience: float):
+    def __init__(self, config: uvicorn.Config, queue: RequestQueue, patience: float):
         super().__init__(config)
-        self.turns, self._patience = turns, patience
+        self.queue, self._patience = queue, patience
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.turns.close(self._patience)
+        self.queue.close(self._patience)
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
             self._patience = 0.0
-            self.turns.close(0.0)
+            self.queue.close(0.0)
         self.should_exit = True

@@ -4,7 +4,7 @@ import jax
 from jax.sharding import Mesh
 
 from gpt2_flax.config.schema import ResolvedConfig
-from gpt2_flax.model.attention_choice import choose
+from gpt2_flax.model.attention_choice import choose_attention
 from gpt2_flax.model.gpt2 import unroll_layers
 from gpt2_flax.parallel.mesh import platform
 from gpt2_flax.training.compiler_options import compiler_options
@@ -16,7 +16,7 @@ def choices(config: ResolvedConfig, mesh: Mesh) -> dict[str, str]:
     Raises `UserError` (CONFIG) when the config forces a choice that the mesh's devices cannot run.
     """
     with jax.set_mesh(mesh):
-        kernel, why = choose(
+        kernel, why = choose_attention(
             config.model,
             config.data.seq_length,
             dropout=True,

@@ -119,7 +119,7 @@ def test_text_ends_at_eos_and_leaves_it_out(decoder, prompts):
 def test_text_ends_with_the_last_position_and_a_longer_prompt_is_refused(model, decoder):
     n_positions = model.cfg.n_positions
     rows = generate(decoder, [[7] * (n_positions - 3), [8]], NO_END, 20, GREEDY)
-    assert [len(row) for row in rows] == [3, 20]  # the shorter one goes on
+    assert [len(row) for row in rows] == [3, 20]  # the shorter prompt continues
     with pytest.raises(UserError, match=f"prompt of {n_positions} tokens leaves no room") as refused:
         generate(decoder, [[7] * n_positions], NO_END, 1)
     assert refused.value.exit_code == ExitCode.DATA
@@ -174,7 +174,7 @@ def test_evaluation_of_some_batches_reads_the_first_windows(model, validation, m
 
 
 def parts_of_documents(split, seq_length, last_window=None):
-    """Yields the ids of each document's part in each window of `seq_length + 1` tokens, where it has two or more."""
+    """Yield the ids of each document's segment in each window of `seq_length + 1` tokens, if it has two or more."""
     starts = set(split.document_starts(np.array([0]), split.n_tokens)[1].tolist())
     first_tokens = list(range(0, split.n_tokens - 1, seq_length))[:last_window]
     for first in first_tokens:
@@ -186,7 +186,7 @@ def parts_of_documents(split, seq_length, last_window=None):
 
 
 def reference_logits(weights, config, ids) -> np.ndarray:
-    """Returns logits_TV of one text in float64, straight from the description of GPT-2."""
+    """Return logits_TV of one text in float64, straight from the description of GPT-2."""
     w = {path: array.astype(np.float64) for path, array in weights.items()}
 
     def norm(x_TD, scale, bias):

@@ -1,4 +1,4 @@
-"""Filters of the next token are those of `transformers`, and draws are as frequent as their probability."""
+"""Filters of the next token equal the filters of `transformers`, and samples are as frequent as their probability."""
 
 import math
 
@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2_flax.inference.sampling import History, Sampling, allowed_logits, choose, likely_logits
+from gpt2_flax.inference.sampling import History, Sampling, allowed_logits, likely_logits, next_tokens
 
 VOCABULARY, WIDTH = 60, 40
 
 
 def filtered(logits_BV, tokens_BT, sampling):
-    """Returns what is drawn from after `tokens_BT`."""
+    """Return the logits of the distribution to sample after `tokens_BT`."""
     history = history_of(tokens_BT)
     return np.asarray(_filtered(logits_BV, history, sampling.arrays(logits_BV.shape[1])))
 
@@ -130,7 +130,7 @@ def test_tokens_are_drawn_as_often_as_their_probability_says():
     arrays = Sampling(temperature=0.5, top_k=4, top_p=0.95).arrays(5)
     history = History(np.zeros((n, 1), np.int32), np.ones(n, np.int32), np.zeros((n, 5), bool))
     keys_B = jax.random.split(jax.random.key(0), n)
-    counts = np.bincount(jax.jit(choose)(jnp.tile(logits_V, (n, 1)), history, arrays, keys_B, 0), minlength=5)
+    counts = np.bincount(jax.jit(next_tokens)(jnp.tile(logits_V, (n, 1)), history, arrays, keys_B, 0), minlength=5)
     # Squared and shared out: 0.25, 0.04, 0.0225 and 0.01, of which the first three hold more than 0.95.
     expected = np.array([0.25, 0.04, 0.0225, 0, 0]) / 0.3125
     assert counts[3] == counts[4] == 0
@@ -143,7 +143,7 @@ def test_a_document_ends_when_every_token_is_ruled_out(temperature):
     sampling = Sampling(temperature, no_repeat_ngram=1)
     history = history_of(np.array([range(30), [5] * 30]))._replace(seen_BV=np.zeros((2, 30), bool))
     keys_B = jax.random.split(jax.random.key(0), 2)
-    chosen_B = jax.jit(choose)(np.zeros((2, 30), np.float32), history, sampling.arrays(30), keys_B, 4)
+    chosen_B = jax.jit(next_tokens)(np.zeros((2, 30), np.float32), history, sampling.arrays(30), keys_B, 4)
     assert chosen_B[0] == 4
     assert chosen_B[1] != 5
 
@@ -154,5 +154,5 @@ def test_greedy_takes_the_first_of_the_likeliest():
     logits_BV[0, [9, 20]] = 1
     arrays = Sampling(temperature=0.0, banned=(0, 1)).arrays(VOCABULARY)
     keys_B = jax.random.split(jax.random.key(0), 2)
-    chosen_B = jax.jit(choose)(logits_BV, history_of(np.full((2, 1), 30)), arrays, keys_B, 4)
+    chosen_B = jax.jit(next_tokens)(logits_BV, history_of(np.full((2, 1), 30)), arrays, keys_B, 4)
     assert chosen_B.tolist() == [9, 2]

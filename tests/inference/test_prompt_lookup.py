@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.inference import decode
-from gpt2_flax.inference.prompt_lookup import look_up
+from gpt2_flax.inference.prompt_lookup import draft_tokens
 from gpt2_flax.inference.sampling import Sampling
 from gpt2_flax.model.decoding import decoder_of
 from gpt2_flax.model.gpt2 import GPT2
@@ -50,7 +50,7 @@ def test_a_draft_is_what_came_after_the_longest_and_latest_match(rows, n_drafts)
     tokens_BS = np.full((len(rows), 24), 9, np.int32)
     for row, tokens in enumerate(rows):
         tokens_BS[row, : len(tokens)] = tokens
-    found_BT = np.asarray(look_up(tokens_BS, np.array([len(row) for row in rows]), n_drafts))
+    found_BT = np.asarray(draft_tokens(tokens_BS, np.array([len(row) for row in rows]), n_drafts))
     for row, tokens in enumerate(rows):
         expected, run = naive(tokens, n_drafts)
         if run:
@@ -59,7 +59,7 @@ def test_a_draft_is_what_came_after_the_longest_and_latest_match(rows, n_drafts)
 
 def test_a_text_without_repetition_or_of_one_token_has_some_draft():
     tokens_BS = np.array([[1, 2, 3, 4, 0, 0, 0, 0], [5, 0, 0, 0, 0, 0, 0, 0]])
-    assert look_up(tokens_BS, np.array([4, 1]), 3).shape == (2, 3)
+    assert draft_tokens(tokens_BS, np.array([4, 1]), 3).shape == (2, 3)
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ def test_always_and_never_drafting_give_the_same_text(decoder, monkeypatch, samp
     prompts = [(draw.integers(VOCABULARY, size=1 + row % 4).tolist() * 6)[: 3 + 4 * row] for row in range(n_rows)]
     eos_id, found, drafts = 5, [], decode._drafts
     for least_share in (2.0, -1.0):
-        monkeypatch.setattr(decode, "_drafts", lambda n, least=least_share: drafts(n)._replace(least_right=least))
+        monkeypatch.setattr(decode, "_drafts", lambda n, least=least_share: (drafts(n)[0], least))
         found.append(decode.generate(decoder, prompts, eos_id, 40, sampling, seed=3))
         one = list(decode.generate_one(decoder, prompts[0], eos_id, 40, sampling, 3))
         assert one == found[-1][0]

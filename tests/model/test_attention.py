@@ -9,15 +9,16 @@ from support.attention_reference import assert_close, attend, draw, mesh_2x2x2, 
 
 from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.errors import UserError
-from gpt2_flax.model import attention as module
-from gpt2_flax.model.attention import attention, saves_attention
+from gpt2_flax.model import blockwise
+from gpt2_flax.model.attention import saves_attention
+from gpt2_flax.model.decoding import attention
 from gpt2_flax.model.gpt2 import GPT2
 
 CFG = ModelConfig(vocab_size=64, n_positions=2048, n_layer=2, n_head=2, n_embd=128, attn_pdrop=0.0)
 
 
 def set_block(monkeypatch, size):
-    monkeypatch.setattr(module, "QUERY_BLOCK", size)
+    monkeypatch.setattr(blockwise, "QUERY_BLOCK", size)
     jax.clear_caches()
 
 
@@ -147,7 +148,7 @@ def test_dropout_keeps_the_mean(monkeypatch):
 
 @pytest.fixture
 def cudnn(monkeypatch):
-    """Lets jax lower cuDNN calls without a GPU: all that it asks the library for is its version."""
+    """Let jax lower cuDNN calls without a GPU: it asks the library only for its version."""
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91800)
 
 

@@ -5,14 +5,14 @@ import pytest
 from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.model import attention_choice as module
-from gpt2_flax.model.attention_choice import choose
+from gpt2_flax.model.attention_choice import choose_attention
 
 NO_DROPOUT = (
     "model.attn_pdrop is 0.1, and splash attention has no dropout; "
     "plain products move 1.6 times as much memory in a layer"
 )
 CFG = ModelConfig(vocab_size=64, n_positions=2048, n_layer=2, n_head=2, n_embd=128, attn_pdrop=0.0)
-auto = partial(choose, length=1024, dropout=True, documents=True)
+auto = partial(choose_attention, length=1024, dropout=True, documents=True)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """Gradients of embeddings on a GPU: the sum of each row in one order, without a scatter that adds, on any mesh.
 
-Nothing of it needs a GPU; that is told to the look-up, or compiled for.
+No test needs a GPU: the look-up is told that it runs on one, or is compiled for one.
 """
 
 import math
@@ -15,7 +15,7 @@ from flax import nnx
 from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.model import embedding
-from gpt2_flax.model.embedding import copies, look_up, look_up_whole, sum_by_id
+from gpt2_flax.model.embedding import embed_positions, embed_tokens, replicate, sum_by_id
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 from gpt2_flax.plan.topology import devices_for
@@ -30,7 +30,7 @@ def on_gpu(monkeypatch):
 
 
 def zipf(n, n_ids, seed=0):
-    """Ids as those of words: a few make up most of a text, so that they fill blocks; many never occur."""
+    """Return ids distributed like words: a few make up most of a text and fill blocks; many never occur."""
     return (np.random.default_rng(seed).zipf(1.2, n) % n_ids).astype(np.int32)
 
 
@@ -39,7 +39,7 @@ def normal(*shape, dtype="float32"):
 
 
 def added_up(x_ND, ids_N, n_ids):
-    """Returns sums_VD in float64, and the sums of absolute values, which rounding errors are a share of."""
+    """Return sums_VD in float64, and the sums of absolute values, which bound rounding errors."""
     sums_VD, sizes_VD = np.zeros((2, n_ids, x_ND.shape[-1]))
     np.add.at(sums_VD, np.ravel(ids_N), np.asarray(x_ND, np.float64).reshape(-1, x_ND.shape[-1]))
     np.add.at(sizes_VD, np.ravel(ids_N), np.abs(np.asarray(x_ND, np.float64)).reshape(-1, x_ND.shape[-1]))
@@ -78,9 +78,10 @@ def test_gradients_on_gpus_are_the_sums_of_all_rows_of_all_devices(table, sizes,
     @jax.jit
     def gradient(table_VD, ids_BT, of_x_BTD):
         def output(table_VD):
-            x_BTD = (
-                look_up(copies(table_VD), ids_BT, "float32") if table == "tokens" else look_up_whole(table_VD, ids_BT)
-            )
+            if table == "tokens":
+                x_BTD = embed_tokens(replicate(table_VD), ids_BT, "float32")
+            else:
+                x_BTD = embed_positions(table_VD, ids_BT)
             return (x_BTD * of_x_BTD).sum(), x_BTD
 
         return jax.grad(output, has_aux=True)(table_VD)
@@ -102,7 +103,7 @@ CFG = ModelConfig(vocab_size=VOCABULARY, n_positions=64, n_layer=2, n_head=2, n_
 
 
 def gradient_of_loss():
-    """Returns the gradient of a model's loss as a function, and the shapes of its arguments."""
+    """Return the gradient of a model's loss as a function, and the shapes of its arguments."""
     ids = jax.ShapeDtypeStruct((4, 64), jnp.int32)
     model = jax.eval_shape(lambda: GPT2(CFG, rngs=nnx.Rngs(0)))
     return jax.grad(lambda model, batch: model.loss(batch).nats), (model, Batch(*[ids] * len(Batch._fields)))

@@ -2,7 +2,6 @@
 
 import math
 import re
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from support.one_device import step_and_state
 
 from gpt2_flax.data.packing import IGNORE
 from gpt2_flax.model import loss
-from gpt2_flax.model.embedding import copies, look_up
+from gpt2_flax.model.embedding import embed_tokens, replicate
 from gpt2_flax.model.loss import cross_entropy
 from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 
@@ -28,7 +27,7 @@ def on_mesh(shape):
 
 
 def example(n_rows, length, width, vocab_size, padded, ignored=0.3, seed=0):
-    """Returns x_BTD, embedding_VD, whose rows of padding are not zero, and targets_BT."""
+    """Return x_BTD, embedding_VD, whose padding rows are not zero, and targets_BT."""
     draw = np.random.default_rng(seed)
     x_BTD, embedding_VD = draw.normal(size=(n_rows, length, width)), draw.normal(size=(padded, width))
     targets_BT = draw.integers(0, vocab_size, (n_rows, length))
@@ -37,7 +36,7 @@ def example(n_rows, length, width, vocab_size, padded, ignored=0.3, seed=0):
 
 
 def expected(x_BTD, embedding_VD, targets_BT, vocab_size):
-    """Returns sums and gradients in float64, one token after the other."""
+    """Return sums and gradients in float64, one token after the other."""
     x_BTD, embedding_VD = np.asarray(x_BTD, np.float64), np.asarray(embedding_VD, np.float64)
     sums, of_x_BTD, of_embedding_VD = np.zeros(3), np.zeros_like(x_BTD), np.zeros_like(embedding_VD)
     for place in zip(*np.nonzero(targets_BT != IGNORE), strict=True):
@@ -52,15 +51,15 @@ def expected(x_BTD, embedding_VD, targets_BT, vocab_size):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Computes the loss as a GPU would: in bfloat16, training keeps float16 logits."""
+    """Compute the loss as a GPU would: in bfloat16, training keeps float16 logits."""
     monkeypatch.setattr(loss, "platform", lambda: "gpu")
 
 
 def found(x_BTD, embedding_VD, targets_BT, vocab_size):
-    """Returns sums and gradients of twice the nats."""
+    """Return the sums, and the gradients of twice the nats."""
 
     def twice(x_BTD, embedding_VD):
-        sums = cross_entropy(x_BTD, embedding_VD, targets_BT, vocab_size)
+        sums = cross_entropy(x_BTD, replicate(embedding_VD), targets_BT, vocab_size)
         return 2 * sums.nats, sums
 
     gradients_and_sums = jax.jit(jax.value_and_grad(twice, argnums=(0, 1), has_aux=True))
@@ -69,7 +68,7 @@ def found(x_BTD, embedding_VD, targets_BT, vocab_size):
 
 
 def assert_equal(arrays, expected_arrays, tolerance):
-    """Holds each array to `tolerance` of the largest number expected in it."""
+    """Hold each array to `tolerance` of the largest number expected in it."""
     for array, expected_array, factor in zip(arrays, expected_arrays, (1, 2, 2), strict=True):
         largest = np.abs(factor * expected_array).max(initial=1e-3)
         np.testing.assert_allclose(array, factor * expected_array, rtol=0, atol=tolerance * largest)
@@ -101,7 +100,7 @@ def test_sums_and_gradients_are_the_same_on_every_mesh(mesh, chunk, monkeypatch)
     arrays = example(8, 5, 16, vocab_size=65, padded=128)
     with on_mesh(MESHES[mesh]):
         arrays_found = found(*arrays, 65)
-        sums = jax.jit(partial(cross_entropy, vocab_size=65))(*arrays)
+        sums = jax.jit(lambda x, table, targets: cross_entropy(x, replicate(table), targets, 65))(*arrays)
     assert_equal(arrays_found, expected(*arrays, 65), 1e-5)
     np.testing.assert_allclose(sums, arrays_found[0], rtol=1e-6)
 
@@ -195,10 +194,10 @@ def relative_error(array, exact_array):
 
 
 def makes_float16_logits(dtype, gradients):
-    """Returns whether the traced loss has a product as wide as the vocabulary in float16, or else one in float32."""
+    """Return whether the traced loss computes logits in float16; else it computes them in float32."""
 
     def nats(x_BTD, embedding_VD):
-        return cross_entropy(x_BTD, embedding_VD, jnp.zeros(x_BTD.shape[:2], jnp.int32), 256).nats
+        return cross_entropy(x_BTD, embedding_VD[None], jnp.zeros(x_BTD.shape[:2], jnp.int32), 256).nats
 
     arrays = jax.ShapeDtypeStruct((1, 32, 64), dtype), jax.ShapeDtypeStruct((256, 64), jnp.float32)
     text = str(jax.make_jaxpr(jax.grad(nats, (0, 1)) if gradients else nats)(*arrays))
@@ -267,8 +266,8 @@ def test_look_up_takes_rows_and_adds_its_gradient_to_that_of_the_head(mesh):
 
     @jax.jit
     def both(embedding_VD):
-        embedding_RVD = copies(embedding_VD)
-        looked_up_BTD = look_up(embedding_RVD, tokens_BT, jnp.float32)
+        embedding_RVD = replicate(embedding_VD)
+        looked_up_BTD = embed_tokens(embedding_RVD, tokens_BT, jnp.float32)
         return (looked_up_BTD * x_BTD).sum() + cross_entropy(x_BTD, embedding_RVD, targets_BT, 65).nats, looked_up_BTD
 
     with on_mesh(MESHES[mesh]):
@@ -280,15 +279,15 @@ def test_look_up_takes_rows_and_adds_its_gradient_to_that_of_the_head(mesh):
 
 
 def shapes(n_tokens, width, vocab_size):
-    """Returns cross_entropy's arrays as shapes, in rows of 512 tokens."""
+    """Return cross_entropy's arrays as shapes, in rows of 512 tokens."""
     rows = n_tokens // 512
     arrays = ((rows, 512, width), jnp.bfloat16), ((vocab_size, width), jnp.float32), ((rows, 512), jnp.int32)
     return [jax.ShapeDtypeStruct(*array) for array in arrays]
 
 
 def compiled(n_tokens, width=64, vocab_size=4096, mesh=(1, 1, 1), gradients=True):
-    def nats(*arrays):
-        return cross_entropy(*arrays, vocab_size).nats
+    def nats(x_BTD, embedding_VD, targets_BT):
+        return cross_entropy(x_BTD, replicate(embedding_VD), targets_BT, vocab_size).nats
 
     with on_mesh(mesh):
         function = jax.value_and_grad(nats, argnums=(0, 1)) if gradients else nats

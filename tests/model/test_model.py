@@ -21,7 +21,7 @@ run = jax.jit(lambda model, *arguments, **more: model(*arguments, **more))
 
 @jax.jit
 def gradient(model):
-    return jax.grad(lambda m: cross_entropy(m.hidden(TOKENS_BT), m.wte.embedding[...], TOKENS_BT, 64).nats)(model)
+    return jax.grad(lambda m: cross_entropy(m.hidden(TOKENS_BT), m.wte.embedding[...][None], TOKENS_BT, 64).nats)(model)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_past_tokens_do_change_future_logits(model):
 def test_loss_equals_float64_numpy(model):
     x_BTD = model.hidden(TOKENS_BT)
     targets_BT = np.where(np.arange(16) % 3 == 0, IGNORE, TOKENS_BT)
-    sums = cross_entropy(x_BTD, model.wte.embedding[...], targets_BT, 64)
+    sums = cross_entropy(x_BTD, model.wte.embedding[...][None], targets_BT, 64)
     logits_BTV = np.asarray(x_BTD, np.float64) @ np.asarray(model.wte.embedding[...], np.float64)[:64].T
     nats_BT = np.log(np.exp(logits_BTV).sum(-1)) - np.take_along_axis(logits_BTV, TOKENS_BT[..., None], -1)[..., 0]
     counted_BT = targets_BT != IGNORE
@@ -125,7 +125,7 @@ def test_weights_round_trip_exactly(model):
 @pytest.mark.slow
 @pytest.mark.parametrize("layers", ["apart", "as they lie"])
 def test_decoding_with_a_cache_gives_the_logits_of_the_whole_sequence(model, layers):
-    """Rows read prompts of 6 and 1 tokens, padded, then two steps of 3, of which the second row takes back one."""
+    """Rows read padded prompts of 6 and 1 tokens, then two steps of 3 tokens; the second row takes back one token."""
     decoder = decoder_of(model)
     if layers == "as they lie":
         with jax.set_mesh(make_mesh(MeshSizes(), jax.devices()[:1])):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2_flax.model.norm import layer_norm
+from gpt2_flax.model.layers import layer_norm
 
 
 def draw(dtype, mean):

@@ -344,7 +344,7 @@ def test_a_body_that_does_not_come_is_given_up(port):
         assert client.recv(100).startswith(b"HTTP/1.1 408 ")
 
 
-# Turns at the device, with a generator that waits for us.
+# The queue, with a generator that waits for the test.
 
 
 class Gated:
@@ -398,7 +398,7 @@ def test_more_requests_than_places_are_turned_away_and_others_wait(gated):
     with serving(gated) as (port, server), asking(port, max_tokens=3) as first:
         until(lambda: gated.running)
         with asking(port, max_tokens=2, stream=True) as second:
-            until(lambda: server.turns.taken == 2)
+            until(lambda: server.queue.n_requests == 2)
             status, headers, answer = call(port, "POST", POST, {"prompt": "好"})
             assert (status, headers["Retry-After"], answer["error"]["type"]) == (429, "2", "rate_limit_error")
             assert call(port, "GET", "/healthz")[0] == 200
@@ -420,7 +420,7 @@ def test_a_client_that_goes_away_ends_its_generation(gated, stream):
             until(lambda: gated.made == 2)
             if stream:
                 assert connection.getresponse().readline().startswith(b"data: ")
-        until(lambda: server.turns.taken == 0)
+        until(lambda: server.queue.n_requests == 0)
         gated.allow(10**4)
         assert call(port, "POST", POST, {"prompt": "好", "max_tokens": 1})[0] == 200
     assert gated.made <= 4  # those two, the one under way, and that of the last request
@@ -430,8 +430,8 @@ def test_a_client_that_goes_away_leaves_the_queue(gated):
     with serving(gated) as (port, server), asking(port, max_tokens=2) as first:
         until(lambda: gated.running)
         with asking(port, max_tokens=40):
-            until(lambda: server.turns.taken == 2)
-        until(lambda: server.turns.taken == 1)
+            until(lambda: server.queue.n_requests == 2)
+        until(lambda: server.queue.n_requests == 1)
         gated.allow(10**4)
         assert first.getresponse().status == 200
     assert gated.made == 2
@@ -443,7 +443,7 @@ def test_a_client_that_does_not_read_holds_nobody_up(gated):
     gated.allow(10**6)
     with serving(gated, limits) as (port, server), asking(port, max_tokens=1000, n=4, stream=True):
         until(lambda: gated.made == 4000)  # 250 bytes each: much more than the buffers on the way take
-        until(lambda: server.turns.taken == 0)
+        until(lambda: server.queue.n_requests == 0)
         assert call(port, "POST", POST, {"prompt": "好", "max_tokens": 1})[0] == 200
 
 
@@ -452,7 +452,7 @@ def test_at_the_end_those_who_wait_are_told_and_what_runs_is_cut(gated):
         gated.allow(2)
         until(lambda: gated.made == 2)
         with asking(port) as second:
-            until(lambda: server.turns.taken == 2)
+            until(lambda: server.queue.n_requests == 2)
             server.should_exit = True
             time.sleep(LIMITS.closing_seconds + 0.5)
             gated.allow(1)
@@ -664,12 +664,12 @@ def test_the_page_streams_stops_and_says_what_is_wrong(gated, tmp_path, language
         until(lambda: see("output") == "这是好好好")
         assert see("generate") == stop
         page.find_element("id", "generate").click()
-        until(lambda: server.turns.taken == 0)
+        until(lambda: server.queue.n_requests == 0)
         gated.allow(1)
         assert (see("generate"), see("output")) == (generate, "这是好好好")
 
         with asking(port):
-            until(lambda: server.turns.taken == 1)
+            until(lambda: server.queue.n_requests == 1)
             page.find_element("id", "generate").click()
             until(lambda: see("problem").startswith(is_busy))
         page.find_element("id", "language").click()

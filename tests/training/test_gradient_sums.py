@@ -11,8 +11,9 @@ from flax import nnx
 from gpt2_flax.checkpoint.weights import model_from_weights, weights_of
 from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.data.packing import Batch
-from gpt2_flax.model.block import Attention, Mlp, make_norm, normed
+from gpt2_flax.model.block import Mlp
 from gpt2_flax.model.gpt2 import GPT2
+from gpt2_flax.model.layers import LayerNorm, Linear
 from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 from gpt2_flax.parallel.rules import batch_sharding, path_of, tree_shardings
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.slow
 N_TOKENS = 2**16
 CFG = ModelConfig(vocab_size=512, n_positions=128, n_layer=2, n_head=2, n_embd=64, dtype="bfloat16")
 SMALL = CFG.model_copy(update={"n_embd": 4, "n_head": 2, "n_layer": 1, "n_positions": 4})
-NORM = make_norm(SMALL, nnx.Rngs(0))
+NORM = LayerNorm(SMALL, rngs=nnx.Rngs(0))
 
 
 def gradient_of_ones(module, output, x_BTD):
@@ -34,29 +35,24 @@ def x_BTD():
 
 
 def test_the_bias_of_a_linear_layer_gets_one_from_each_token(x_BTD):
-    mlp = gradient_of_ones(Mlp(SMALL, rngs=nnx.Rngs(0)), lambda mlp, x_BTD: mlp(NORM, x_BTD), x_BTD)
+    mlp = gradient_of_ones(Mlp(SMALL, rngs=nnx.Rngs(0)), lambda mlp, x_BTD: mlp(x_BTD, NORM), x_BTD)
     np.testing.assert_array_equal(mlp.c_proj.bias[...], N_TOKENS)
 
 
 def test_the_bias_of_a_linear_layer_with_heads_gets_one_from_each_token(x_BTD):
-    def output(attention, x_BTD):
-        return attention(NORM, x_BTD, lambda qkv_BT3HK, key: (qkv_BT3HK[:, :, 0], None), None)[0]
-
-    attention = gradient_of_ones(Attention(SMALL, rngs=nnx.Rngs(0)), output, x_BTD)
-    np.testing.assert_array_equal(attention.c_proj.bias[...], N_TOKENS)
+    x_BTHK = x_BTD.reshape(*x_BTD.shape[:2], 2, 2)
+    linear = gradient_of_ones(Linear(SMALL, (2, 2), (3, 2, 2), rngs=nnx.Rngs(0)), Linear.__call__, x_BTHK)
+    np.testing.assert_array_equal(linear.bias[...], N_TOKENS)
 
 
 def test_the_kernel_of_a_linear_layer_gets_one_from_each_token():
-    def output(attention, x_BTD):
-        return attention(NORM, x_BTD, lambda qkv_BT3HK, key: (jnp.ones_like(qkv_BT3HK[:, :, 0]), None), None)[0]
-
-    tokens_BTD = jnp.ones((1, 257, SMALL.n_embd), jnp.bfloat16)  # in bfloat16, 257 is 256
-    attention = gradient_of_ones(Attention(SMALL, rngs=nnx.Rngs(0)), output, tokens_BTD)
-    np.testing.assert_array_equal(attention.c_proj.kernel[...], 257)
+    tokens_BTHK = jnp.ones((1, 257, 2, 2), jnp.bfloat16)  # in bfloat16, 257 is 256
+    linear = gradient_of_ones(Linear(SMALL, (2, 2), (4,), rngs=nnx.Rngs(0)), Linear.__call__, tokens_BTHK)
+    np.testing.assert_array_equal(linear.kernel[...], 257)
 
 
 def test_the_bias_of_a_layer_norm_gets_one_from_each_token(x_BTD):
-    norm = gradient_of_ones(NORM, normed, x_BTD)
+    norm = gradient_of_ones(NORM, LayerNorm.__call__, x_BTD)
     np.testing.assert_array_equal(norm.bias[...], N_TOKENS)
 
 
