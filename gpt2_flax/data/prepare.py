@@ -35,8 +35,8 @@ from gpt2_flax.tokenizers.survey import (
     MOST_UNKNOWN,
     PassedOver,
     encoding_lines,
-    encodings,
-    sample,
+    other_encodings,
+    sample_corpus,
     survey_lines,
     too_much_unknown,
 )
@@ -84,7 +84,7 @@ def prepare(
         with _kept_if_useful(storage):
             passed_over, where = PassedOver(), ", ".join(sources)
             units = corpus_units(_without_standard_input(storage, sources), options, unit_bytes, passed_over)
-            documents = sample(units)
+            documents = sample_corpus(units)
             for line in survey_lines(units, documents, options, passed_over, tokenizer, allow_unknown, where):
                 print(line, flush=True)
             check_exported(tokenizer, spread(documents.texts), storage.where)
@@ -105,7 +105,7 @@ def prepare_text(sources: Sequence[str], tokenizer: Tokenizer, folder: Path, opt
     Raises `UserError` as `corpus_units`.
     """
     units = corpus_units(sources, options)
-    for line in encoding_lines(encodings(units)):
+    for line in encoding_lines(other_encodings(units)):
         print(line, flush=True)
     tasks = [UnitTask(index, unit, NOTHING_DROPPED) for index, unit in enumerate(units)]
     work = UnitWork(LocalFolder(folder), tokenizer, validation_fraction=1.0, on_error=options.on_error)
@@ -204,7 +204,7 @@ def _info(
         unk_id=tokenizer.unk_id,
         tokenizer_fingerprint=tokenizer.fingerprint,
         sources=list(map(utf8_name, sources)),
-        encodings={utf8_name(path): encoding for path, encoding in encodings(units).items()},
+        encodings={utf8_name(path): encoding for path, encoding in other_encodings(units).items()},
         left_out=left_out,
         duplicates=dropped if deduplicate else None,
         shards={split: [record.shards[split] for record in records] for split in SPLITS},
