@@ -18,7 +18,7 @@ def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
 class RaggedIds:
     """The ids of B texts: element i holds the ids of text i.
 
-    `ids_T` joins the ids of all texts, in the `token_dtype` of the vocabulary; int64 `lengths_B` counts the ids of each.
+    `ids_T` joins the ids of all texts, in the `token_dtype` of the vocabulary; int64 `lengths_B` counts ids per text.
     """
 
     def __init__(self, ids_T: np.ndarray, lengths_B: np.ndarray):
