@@ -67,7 +67,7 @@ def tokenizer(
     """
     from gpt2_flax.folders import check_output, new_folder, scratch_folder
     from gpt2_flax.text.corpus import corpus_units, empty_corpus, standard_input_as_file
-    from gpt2_flax.tokenizers.survey import encoding_lines, encodings
+    from gpt2_flax.tokenizers.survey import encoding_lines, other_encodings
     from gpt2_flax.tokenizers.train import measure, sample_documents, train_sentencepiece, train_wordpiece
     from gpt2_flax.tokenizers.transformers_check import check_exported, spread
 
@@ -78,7 +78,7 @@ def tokenizer(
     with scratch_folder() as folder:
         files = standard_input_as_file(corpus, folder / "stdin.txt")
         units = corpus_units(files, CorpusOptions(format, separator, field, encoding, on_error))
-        for line in encoding_lines(encodings(units)):
+        for line in encoding_lines(other_encodings(units)):
             print(line, flush=True)
         unigram = {"training_bytes": 10_000_000} if model_type == "unigram" else {}
         sample = sample_documents(units, problems.append, **unigram)

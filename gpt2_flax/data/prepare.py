@@ -88,7 +88,7 @@ def prepare(
         with _kept_if_useful(partial):
             passed_over, where = survey.PassedOver(), ", ".join(sources)
             units = corpus_units(_without_standard_input(partial, sources), options, unit_bytes, passed_over)
-            documents = survey.sample(units)
+            documents = survey.sample_corpus(units)
             for line in survey.survey_lines(units, documents, options, passed_over, tokenizer, allow_unknown, where):
                 print(line, flush=True)
             check_exported(tokenizer, spread(documents.texts), partial)
@@ -114,7 +114,7 @@ def prepare_text(sources: Sequence[str], tokenizer: Tokenizer, folder: Path, opt
     Raises `UserError` as `corpus_units`.
     """
     units = corpus_units(sources, options)
-    for line in survey.encoding_lines(survey.encodings(units)):
+    for line in survey.encoding_lines(survey.other_encodings(units)):
         print(line, flush=True)
     job = ShardJob(LocalFolder(folder), tokenizer, validation_fraction=1.0, on_error=options.on_error)
     records = _records(job, units, [NOTHING_DROPPED] * len(units), workers=1, engine="local")
@@ -206,7 +206,7 @@ def _info(
         unk_id=tokenizer.unk_id,
         tokenizer_fingerprint=tokenizer.fingerprint,
         sources=list(map(utf8_name, sources)),
-        encodings={utf8_name(path): encoding for path, encoding in survey.encodings(units).items()},
+        encodings={utf8_name(path): encoding for path, encoding in survey.other_encodings(units).items()},
         left_out=left_out,
         duplicates=duplicates if deduplicate else None,
         shards={split: [record.shards[split] for record in records] for split in SPLITS},

@@ -21,7 +21,7 @@ from gpt2_flax.errors import io_error
 from gpt2_flax.folders import write_whole
 from gpt2_flax.text.corpus import Unit, identity
 from gpt2_flax.text.documents import Documents, Problem
-from gpt2_flax.tokenizers.ragged_ids import Encoded
+from gpt2_flax.tokenizers.ragged_ids import RaggedIds
 from gpt2_flax.tokenizers.tokenizer import Tokenizer
 
 RECORDS = "units/"
@@ -153,7 +153,7 @@ def in_validation(documents: Sequence[str], validation_fraction: float) -> np.nd
 
 
 def _frame(
-    encoded: Encoded, begins_B: np.ndarray, ends_B: np.ndarray, bos_id: int, eos_id: int
+    encoded: RaggedIds, begins_B: np.ndarray, ends_B: np.ndarray, bos_id: int, eos_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return ids_T with `bos_id` before each text that begins a document and `eos_id` after each that ends one.
 

@@ -37,21 +37,15 @@ _MARKS = (
 )
 # The detector's name for an encoding -> the codecs to try: the plain codec before its extension, which maps a few signs
 # differently. cp949 maps everything in EUC-KR alike.
-_CODECS = {
-    "gb18030": ("gb18030",),
-    "gbk": ("gb18030",),
-    "gb2312": ("gb18030",),
-    "big5": ("big5", "cp950", "big5hkscs"),
-    "cp950": ("big5", "cp950", "big5hkscs"),
-    "big5hkscs": ("big5", "cp950", "big5hkscs"),
-    "shift_jis": ("shift_jis", "cp932"),
-    "cp932": ("shift_jis", "cp932"),
-    "euc_kr": ("cp949",),
-    "cp949": ("cp949",),
+_CODECS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("gb18030", "gbk", "gb2312"), ("gb18030",)),
+    **dict.fromkeys(("big5", "cp950", "big5hkscs"), ("big5", "cp950", "big5hkscs")),
+    **dict.fromkeys(("shift_jis", "cp932"), ("shift_jis", "cp932")),
+    **dict.fromkeys(("euc_kr", "cp949"), ("cp949",)),
 }
 
 
-class Sample(NamedTuple):
+class FileSample(NamedTuple):
     """Whole lines from several places of a file."""
 
     pieces: list[bytes]
@@ -105,7 +99,7 @@ class Sample(NamedTuple):
         return re.sub(r"[\x00-\x7f]+", "", b"".join(self.pieces).decode(encoding, "replace"))
 
 
-def read_sample(file: File, packed: str) -> Sample:
+def read_sample(file: File, packed: str) -> FileSample:
     """Return up to 1 MiB of the content of a file, decompressed if `packed` names a compression.
 
     Raises:
@@ -116,14 +110,14 @@ def read_sample(file: File, packed: str) -> Sample:
         if packed:
             content = _start(Decompressed(stream, packed).read, _PIECES * _PIECE_BYTES)
             whole = len(content) < _PIECES * _PIECE_BYTES
-            return Sample([content if whole else _whole_lines(content)], whole)
+            return FileSample([content if whole else _whole_lines(content)], whole)
         if file.size <= _PIECES * _PIECE_BYTES:
-            return Sample([_start(stream.read, _PIECES * _PIECE_BYTES)], True)
+            return FileSample([_start(stream.read, _PIECES * _PIECE_BYTES)], True)
         pieces = [_whole_lines(_start(stream.read, _PIECE_BYTES))]
         for number in range(1, _PIECES):
             stream.seek(number * (file.size - _PIECE_BYTES) // (_PIECES - 1))
             pieces.append(_whole_lines(_start(stream.read, _PIECE_BYTES).partition(b"\n")[2]))
-        return Sample(pieces, False)
+        return FileSample(pieces, False)
 
 
 class AsUtf8:

@@ -1,6 +1,6 @@
 """Split text into documents, one block of a file at a time; a long document comes in slices.
 
-A slice is a run of at most `SLICE_CHARACTERS` characters of one document: what a tokenizer encodes at once.
+A slice is a run of at most `SLICE_CHARACTERS` characters of one document, which a tokenizer encodes at once.
 """
 
 import itertools
@@ -66,7 +66,7 @@ class CorpusOptions:
     separator: Separator = "line"
     """What separates two documents in a text file."""
     field: str = "text"
-    """The JSON field or Parquet column that holds the text; dots lead into nested ones."""
+    """The JSON field or Parquet column that holds the text; dots lead into nested fields."""
     encoding: str = "auto"
     """Encoding of text and JSON files; `auto` decides for each file."""
     on_error: OnError = "stop"

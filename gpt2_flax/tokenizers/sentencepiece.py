@@ -1,16 +1,16 @@
-"""SentencePiece: ids come from the `sentencepiece` library, `transformers` gets an equivalent `tokenizer.json`.
+"""SentencePiece tokenizers: the `sentencepiece` library encodes, `transformers` gets an equivalent `tokenizer.json`.
 
-A folder in the format of `LlamaTokenizer` or `T5Tokenizer` would give other ids from one version of `transformers` to
-the next; a `tokenizer.json` of our own means the same in all of them. Its ids are those of SentencePiece, but for
-these cases, of which none concerns a model trained here and texts of up to 100,000 tokens:
-- `sentencepiece` adds the scores of a unigram up in float32, `tokenizers` in float64. Where two segmentations are as
-  good as equal, such as those of a character repeated many times, or late in a long text, they may choose differently:
-  1 of 3,501 lines and 9 of 18 texts of 200 lines with one published model. `exact_scores` is our way out.
-- `tokenizers` normalizes clusters of characters by their beginning alone: combining marks are lost behind a character
-  that the map of the model replaces, such as a full-width letter.
-- A text that is a user-defined piece and nothing else lacks the leading blank of a BPE or character model; pieces
-  marked as unused are not treated as SentencePiece does.
-As everywhere in `transformers`, `<s>` written in a text is the special token unless `split_special_tokens` is set.
+A folder in the format of `LlamaTokenizer` or `T5Tokenizer` gives different ids in different versions of `transformers`;
+a `tokenizer.json` gives the same ids in all versions. They are the ids of SentencePiece, with these exceptions. None of
+them concerns a model trained here and texts of up to 100,000 tokens.
+- `sentencepiece` adds the scores of a unigram model in float32, `tokenizers` in float64. If two segmentations are
+  nearly tied, as for a character repeated many times, or late in a long text, the libraries may choose differently.
+  With one published model, 1 of 3,501 lines and 9 of 18 texts of 200 lines differ. `exact_scores` avoids this.
+- `tokenizers` normalizes a cluster of characters by its beginning alone. After a character that the model replaces,
+  such as a full-width letter, it loses combining marks.
+- A text that is nothing but a user-defined piece lacks the leading blank of a BPE or character model. Pieces marked as
+  unused are not treated as by SentencePiece.
+As always in `transformers`, `<s>` written in a text is the special token unless `split_special_tokens` is set.
 """
 
 import hashlib
@@ -19,30 +19,36 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from sentencepiece import SentencePieceProcessor
-from sentencepiece import sentencepiece_model_pb2 as protobuf
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.input_files import VOCABULARY_BYTES, read_whole
-from gpt2_flax.tokenizers.ragged_ids import Encoded
+from gpt2_flax.tokenizers.ragged_ids import RaggedIds
 from gpt2_flax.tokenizers.special_tokens import FROM_FILES, Ends, named_tokens
-from gpt2_flax.tokenizers.tokenizer_json import FastTokenizer, tokenizer_spec
+from gpt2_flax.tokenizers.tokenizer_json import JsonTokenizer, tokenizer_spec
 
-BLANK = "▁"  # what SentencePiece writes for a blank
-SCORE_STEP = 2.0**-4  # then float32 sums are exact up to 2**20: texts of more than 100,000 tokens
+BLANK = "▁"  # a blank in a piece
+SCORE_STEP = 2.0**-4  # makes float32 sums exact up to 2**20, which texts of 100,000 tokens do not reach
 
+protobuf: Any = sentencepiece_model_pb2  # its classes are made at run time, so types cannot name them
 _Piece = protobuf.ModelProto.SentencePiece
 _Spec = protobuf.TrainerSpec
 
 
 class SentencePieceTokenizer:
-    """The tokenizer of a model given as the bytes of its file; `where` names it in errors.
+    """The `tokenizer.Tokenizer` of a SentencePiece model.
 
-    See `text.tokenizer.Tokenizer` for the members. A model without a token for the begin of a document, as T5 has it,
-    uses the one for the end. `ends` may name other pieces for both. Raises `UserError` (DATA) for a file that is not a
-    BPE, unigram or character model, or has no token for the end of a document.
+    Args:
+        model: the content of its file.
+        where: the name of the model in errors.
+        ends: the pieces that begin and end documents; by default the pieces that the model names. A model without a
+            begin piece, such as T5, uses its end piece.
+
+    Raises:
+        UserError: DATA if this is not a BPE, unigram or character model, or it has no end piece.
     """
 
     def __init__(self, model: bytes, where: object, ends: Ends = FROM_FILES):
@@ -53,15 +59,16 @@ class SentencePieceTokenizer:
         if eos is None:
             fix = "train it with eos_id, or name a piece: --eos PIECE"
             raise UserError(ExitCode.DATA, "model without end of document", where, fix)
-        self._ends = Ends(ends.bos or own.bos or eos, eos)
+        bos = ends.bos or own.bos or eos
+        self._ends = Ends(bos, eos)
         self._as_trained = self._ends == Ends(own.bos or own.eos, own.eos)
-        self.bos_id, self.eos_id = map(processor.piece_to_id, self._ends)
+        self.bos_id, self.eos_id = processor.piece_to_id([bos, eos])
         self.vocab_size: int = processor.get_piece_size()
-        self.unk_id = processor.unk_id()
+        self.unk_id: int | None = processor.unk_id()
         self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else None
         if not self._as_trained:
             for token in (self.bos_id, self.eos_id):
-                self._proto.pieces[token].type = _Piece.CONTROL  # so that no text becomes it
+                self._proto.pieces[token].type = _Piece.CONTROL  # no text is encoded as such a piece
             processor = SentencePieceProcessor(model_proto=self._proto.SerializeToString(), num_threads=1)
         self._processor = processor
         spec = self._proto.trainer_spec
@@ -69,39 +76,37 @@ class SentencePieceTokenizer:
             fix = "train it as bpe, unigram or char, with blanks before words"
             raise UserError(ExitCode.DATA, "SentencePiece model of an unknown kind", where, fix)
 
-    def __reduce__(self) -> tuple[type, tuple[bytes, str, Ends]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return SentencePieceTokenizer, (self._model, self._where, self._ends)
 
     @property
     def fingerprint(self) -> str:
-        ends = "" if self._as_trained else f"{self._ends}\n"  # not in the fingerprints of old datasets
+        ends = "" if self._as_trained else f"{self._ends}\n"  # the fingerprints of old datasets do not have it
         return hashlib.sha256(f"sentencepiece\n{ends}".encode() + self._model).hexdigest()
 
     @property
-    def proto(self) -> protobuf.ModelProto:
-        """What the file holds."""
+    def proto(self) -> Any:
+        """The content of the file, a `ModelProto`."""
         return self._proto
 
-    def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        # Control pieces are never matched in text, so no special id can come out.
-        return Encoded.from_arrays(self._processor.encode(list(texts), return_type="numpy"), self.vocab_size)
+    def encode_batch(self, texts: Sequence[str]) -> RaggedIds:
+        # SentencePiece never matches control pieces in text, so there is no special id.
+        return RaggedIds.from_arrays(self._processor.encode(list(texts), return_type="numpy"), self.vocab_size)
 
     def decode(self, ids: Iterable[int]) -> str:
         special = {self.bos_id, self.eos_id, self.pad_id, self.unk_id}
         return self._processor.decode([int(token) for token in ids if token not in special])
 
     def save(self, folder: Path, model_max_length: int | None = None) -> None:
-        self._exported().save(folder, model_max_length)
-        (folder / "spiece.model").write_bytes(self._model)
-
-    def _exported(self) -> FastTokenizer:
         names = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id, "unk_token": self.unk_id}
         tokens = {name: self._proto.pieces[token].piece for name, token in names.items() if token is not None}
-        return FastTokenizer(tokenizer_spec(_backend(self._proto, self.unk_id)), tokens)
+        spec = tokenizer_spec(_backend(self._proto, self._processor.unk_id()))
+        JsonTokenizer(spec, tokens).save(folder, model_max_length)
+        (folder / "spiece.model").write_bytes(self._model)
 
 
 def read_sentencepiece(path: Path, ends: Ends = FROM_FILES) -> SentencePieceTokenizer:
-    """Return the tokenizer of a `.model`, begin and end by `named_tokens`. Raises `UserError` as that."""
+    """Return the tokenizer of a `.model`; `named_tokens` gives its begin and end pieces, and its errors."""
     model = read_whole(path, VOCABULARY_BYTES)
     proto, _ = _parsed(model, path)
     ids = {piece.piece: index for index, piece in enumerate(proto.pieces)}
@@ -110,11 +115,11 @@ def read_sentencepiece(path: Path, ends: Ends = FROM_FILES) -> SentencePieceToke
 
 
 def exact_scores(model: bytes) -> bytes:
-    """Returns a unigram model with its scores rounded to multiples of `SCORE_STEP`.
+    """Return a unigram model with its scores rounded to multiples of `SCORE_STEP`.
 
-    Sums of such numbers have no rounding errors: segmentations of the same score are then really tied, and ties are
-    broken alike in `sentencepiece` and `tokenizers`. It also makes the ids of a passage independent of what stands
-    before it. The log-likelihood of the segmentations found was within two millionths of the best.
+    Sums of such numbers have no rounding errors. Segmentations with equal scores are then exact ties, which
+    `sentencepiece` and `tokenizers` break alike, and the ids of a passage do not depend on the text before it. The
+    log-likelihood of the segmentations is within two millionths of the best.
     """
     proto = protobuf.ModelProto.FromString(model)
     for piece in proto.pieces:
@@ -122,7 +127,7 @@ def exact_scores(model: bytes) -> bytes:
     return proto.SerializeToString()
 
 
-def _parsed(model: bytes, where: object) -> tuple[protobuf.ModelProto, SentencePieceProcessor]:
+def _parsed(model: bytes, where: object) -> tuple[Any, SentencePieceProcessor]:
     try:
         proto = protobuf.ModelProto.FromString(model)
         if not proto.pieces or not all(math.isfinite(piece.score) for piece in proto.pieces):
@@ -133,34 +138,34 @@ def _parsed(model: bytes, where: object) -> tuple[protobuf.ModelProto, SentenceP
         raise UserError(ExitCode.DATA, "not a SentencePiece model", where, fix) from None
 
 
-def _backend(proto: protobuf.ModelProto, unk_id: int) -> Tokenizer:
-    """Rebuilds a model in the `tokenizers` library."""
+def _backend(proto: Any, unk_id: int) -> Tokenizer:
+    """Rebuild a model in the `tokenizers` library."""
     unigram = proto.trainer_spec.model_type == _Spec.UNIGRAM
     backend = Tokenizer(_unigram(proto, unk_id) if unigram else _bpe(proto, unk_id))
     defined = _names(proto, _Piece.USER_DEFINED)
-    # The user-defined pieces of a unigram stay in the model, which prefers them for their scores.
-    own = [] if unigram else defined
-    backend.normalizer = _normalizer(proto.normalizer_spec, defined, own)
+    # A unigram model keeps its user-defined pieces, and prefers them for their scores.
+    added = [] if unigram else defined
+    backend.normalizer = _normalizer(proto.normalizer_spec, defined, added)
     if unigram:
         backend.pre_tokenizer = pre_tokenizers.Split(_inside_reserved_names(proto), "isolated")
     backend.decoder = _decoder(proto.normalizer_spec)
     reserved = _names(proto, _Piece.CONTROL, _Piece.UNKNOWN)
     backend.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in reserved])
-    backend.add_tokens([AddedToken(piece, special=False, normalized=True) for piece in own])
+    backend.add_tokens([AddedToken(piece, special=False, normalized=True) for piece in added])
     return backend
 
 
-def _bpe(proto: protobuf.ModelProto, unk_id: int) -> models.BPE:
-    """SentencePiece merges the pair whose piece scores best; `tokenizers` wants the list of all pairs in that order.
+def _bpe(proto: Any, unk_id: int) -> models.BPE:
+    """Return the model with its merges: all pairs of pieces that join to a piece, in the order of its score.
 
-    A character model has none.
+    A character model has no merges.
     """
     pieces = proto.pieces
     ids = {piece.piece: index for index, piece in enumerate(pieces)}
     ranked = [
         (-piece.score, ids[left], ids[right], (left, right))
         for piece in pieces
-        if piece.type == _Piece.NORMAL  # "<s>" must not be made from "<" and "s>"
+        if piece.type == _Piece.NORMAL  # "<" and "s>" must not join to "<s>"
         for left, right in ((piece.piece[:cut], piece.piece[cut:]) for cut in range(1, len(piece.piece)))
         if left in ids and right in ids
     ]
@@ -169,25 +174,28 @@ def _bpe(proto: protobuf.ModelProto, unk_id: int) -> models.BPE:
     return models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback)
 
 
-def _unigram(proto: protobuf.ModelProto, unk_id: int) -> models.Unigram:
-    # SentencePiece does not use the scores that user-defined pieces have in the file.
+def _unigram(proto: Any, unk_id: int) -> models.Unigram:
+    # SentencePiece ignores the scores of user-defined pieces in the file.
     scores = [(piece.piece, -0.1 if piece.type == _Piece.USER_DEFINED else piece.score) for piece in proto.pieces]
     return models.Unigram(scores, unk_id=unk_id, byte_fallback=proto.trainer_spec.byte_fallback)
 
 
-def _normalizer(spec: protobuf.NormalizerSpec, defined: Sequence[str], own: Sequence[str]) -> normalizers.Normalizer:
-    """What SentencePiece does with a text, always as a whole, before it looks for pieces.
+def _normalizer(spec: Any, defined: Sequence[str], added: Sequence[str]) -> normalizers.Normalizer:
+    """Return what SentencePiece does with a whole text before it searches for pieces.
 
-    `defined` are pieces that SentencePiece leaves as they are. Of these `tokenizers` finds `own` in the normalized
-    text, after it has normalized each of them too; they must not get the leading blank.
+    Args:
+        spec: the `NormalizerSpec` of the model.
+        defined: user-defined pieces, which SentencePiece does not normalize.
+        added: the user-defined pieces that `tokenizers` normalizes too, and then searches in the normalized text. They
+            must not get the leading blank.
     """
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         if "nfkc" in spec.name:
-            # The map composes letters and accents too, but `tokenizers` would lose the second of two accents.
+            # The map also composes letters and accents, but `tokenizers` would lose the second of two accents.
             steps.append(normalizers.NFC())
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
-    # A line end that is a piece would become a blank: meanwhile two characters that no text has stand for it.
+    # While the text is normalized, two characters that no text has replace each piece that would change, such as LF.
     plain = normalizers.Sequence(steps)
     changed = sorted((piece for piece in defined if plain.normalize_str(piece) != piece), key=len, reverse=True)
     hidden = {piece: f"\ufdd0{chr(0xE000 + index)}" for index, piece in enumerate(changed)}
@@ -195,8 +203,8 @@ def _normalizer(spec: protobuf.NormalizerSpec, defined: Sequence[str], own: Sequ
     if spec.remove_extra_whitespaces:
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
         steps.append(normalizers.Replace(Regex(rf"\A |[ {BLANK}]+\z"), ""))
-    if spec.add_dummy_prefix:  # an empty text gets none
-        alone = "|".join(re.escape(hidden.get(piece, piece)) for piece in own)
+    if spec.add_dummy_prefix:  # an empty text gets no blank
+        alone = "|".join(re.escape(hidden.get(piece, piece)) for piece in added)
         steps.append(normalizers.Replace(Regex(rf"\A(?!(?:{alone})?\z)"), BLANK))
     if spec.escape_whitespaces:
         steps.append(normalizers.Replace(" ", BLANK))
@@ -204,21 +212,21 @@ def _normalizer(spec: protobuf.NormalizerSpec, defined: Sequence[str], own: Sequ
     return normalizers.Sequence(steps)
 
 
-def _decoder(spec: protobuf.NormalizerSpec) -> decoders.Decoder:
-    steps = [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+def _decoder(spec: Any) -> decoders.Decoder:
+    steps: list[decoders.Decoder] = [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
     if spec.remove_extra_whitespaces:
-        steps.append(decoders.Strip(" ", 2**20, 0))  # all that lead
+        steps.append(decoders.Strip(" ", 2**20, 0))  # all leading blanks
     elif spec.add_dummy_prefix:
         steps.append(decoders.Strip(" ", 1, 0))
     return decoders.Sequence(steps)
 
 
-def _inside_reserved_names(proto: protobuf.ModelProto) -> Regex:
-    """Matches a place inside each name such as `<s>` or `<0x0A>`, for cutting texts there.
+def _inside_reserved_names(proto: Any) -> Regex:
+    """Return a pattern that matches one place inside each name such as `<s>` or `<0x0A>`, where the text is split.
 
-    The unigram model of `tokenizers` would take the piece of that name; SentencePiece never does. The place is one that
-    no piece of text reaches across, and beside a known character, since unknown ones in a row are one token: so the cut
-    changes nothing else. If there is no such place, it is after the first character.
+    Otherwise the unigram model of `tokenizers` would match the piece of that name, which SentencePiece never does.
+    Splitting changes nothing else at a place that no piece of text spans, and that is beside a known character, since
+    adjacent unknown characters are one token. If there is no such place, it is after the first character.
     """
     pieces = _names(proto, _Piece.NORMAL, _Piece.USER_DEFINED)
     known, joined = set(pieces), "\0".join(pieces)
@@ -235,6 +243,6 @@ def _inside_reserved_names(proto: protobuf.ModelProto) -> Regex:
     return Regex("|".join(places))
 
 
-def _names(proto: protobuf.ModelProto, *types: int) -> list[str]:
-    """The pieces of some types, in the order of their ids."""
+def _names(proto: Any, *types: int) -> list[str]:
+    """Return the pieces of the given types, in the order of their ids."""
     return [piece.piece for piece in proto.pieces if piece.type in types]

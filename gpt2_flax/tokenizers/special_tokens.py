@@ -1,4 +1,4 @@
-"""Which tokens begin and end a document: what the user says, else what the files beside a tokenizer say."""
+"""Find the tokens that begin and end a document: as the user says, or as the files beside a tokenizer say."""
 
 import os
 import sys
@@ -15,7 +15,10 @@ _NAMES, _IDS = (CONFIG, SPECIAL_TOKENS_MAP), ("generation_config.json", "config.
 
 
 class Ends(NamedTuple):
-    """The tokens, as texts, that a user wants to begin and end documents; None: as the files say."""
+    """The tokens that begin and end documents; None leaves the choice to the files.
+
+    Fingerprints of tokenizers contain the repr of this class.
+    """
 
     bos: str | None = None
     eos: str | None = None
@@ -25,14 +28,16 @@ FROM_FILES = Ends()
 
 
 def named_tokens(file: Path, ids: Mapping[str, int], special: Collection[str], ends: Ends) -> dict[str, str]:
-    """Return the special tokens that `ends` or the files beside the tokenizer `file` name, by the name in them.
+    """Return the begin, end, padding and unknown tokens that `ends` or the files beside `file` name.
 
-    The first file that names one wins: tokenizer_config.json, special_tokens_map.json, then, for begin and end alone,
+    The first file to name a token wins: tokenizer_config.json, special_tokens_map.json, then, for begin and end only,
     the ids in generation_config.json and config.json. Files that disagree are reported on standard error.
 
     Args:
-        ids: the vocabulary.
-        special: tokens of it that an id may mean; GPT-2's config.json has the id 50256 unasked, which may be any word.
+        file: the file of the tokenizer.
+        ids: its vocabulary.
+        special: the tokens that an id in a file may mean. `transformers` writes GPT-2's 50256 into config.json by
+            default, which may be the id of any word.
 
     Raises:
         UserError: USAGE if a token of `ends` is not in `ids`, DATA if a file cannot be read.
@@ -44,28 +49,28 @@ def named_tokens(file: Path, ids: Mapping[str, int], special: Collection[str], e
         if wanted is not None and wanted not in ids:
             option = f"--{name.removesuffix('_token')} {quote(wanted)}"
             raise UserError(ExitCode.USAGE, f"{option} is no token of the vocabulary", file, "give one that it holds")
-        found[name] = wanted or _said(file.parent, files, name, ids, tokens)
+        found[name] = wanted or _from_files(file.parent, files, name, ids, tokens)
     for name in ("pad_token", "unk_token"):
         found[name] = next((token for place in _NAMES if (token := _token(files[place].get(name))) in ids), None)
     if found["pad_token"] in (found["bos_token"], found["eos_token"]):
-        found["pad_token"] = None  # as saved folders name the end token where there is no padding token
+        found["pad_token"] = None  # a saved tokenizer without a padding token names its end token
     return {name: token for name, token in found.items() if token is not None}
 
 
 def optional_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, an empty one if there is none. Raises `UserError` as `read_object`."""
+    """Return the JSON object in a file, or an empty one if there is no file. Raises `UserError` as `read_object`."""
     return read_object(path, VOCABULARY_BYTES, "restore or delete it") if os.path.lexists(path) else {}
 
 
-def _said(
+def _from_files(
     folder: Path, files: Mapping[str, Any], name: str, ids: Mapping[str, int], tokens: Mapping[int, str]
 ) -> str | None:
-    """Return the token that the first of `files` to do so calls `name`; `tokens` are what an id may mean."""
-    found: dict[str, str] = {}  # by file
+    """Return the token that the first of `files` calls `name`; `tokens` are the tokens that an id may mean."""
+    found: dict[str, str] = {}  # by the name of the file
     remarks = []
     for place in _NAMES:
         token = _token(files[place].get(name))
-        if token in ids:
+        if token is not None and token in ids:
             found[place] = token
         elif token is not None:
             remarks.append(f"{place} says {quote(token)}, which the vocabulary lacks")
@@ -85,6 +90,6 @@ def _said(
 
 
 def _token(value: object) -> str | None:
-    """Return the text of a token that is a string or an AddedToken in JSON."""
+    """Return the text of a token: a string, or an AddedToken in JSON."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None

@@ -1,5 +1,6 @@
-"""A look at a corpus before all of it is read: its files, and whether a sample of its documents suits a vocabulary."""
+"""Examine a corpus before it is read: its files, and whether a vocabulary suits a sample of its documents."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -11,22 +12,23 @@ from gpt2_flax.tokenizers.tokenizer import Tokenizer
 from gpt2_flax.tokenizers.train import measure
 
 MOST_UNKNOWN = 0.2
-"""Share of tokens above which a vocabulary is taken for the wrong one."""
+"""Share of unknown tokens above which the vocabulary counts as the wrong one."""
 MUCH_UNKNOWN = 0.01
-"""Share of tokens above which there is a warning."""
+"""Share of unknown tokens above which there is a warning."""
 
-_UNITS, _CHARACTERS = 16, 2**17  # of the sample, at most: encoding them takes a fraction of a second
-_ASKED = 5000  # the most frequent characters of the sample, which may be unknown
+_UNITS, _CHARACTERS = 16, 2**17  # most in the sample: encoding it takes a fraction of a second
+_ASKED = 5000  # the most frequent characters of the sample, which are tested for being unknown
 _SHOWN, _SHOWN_CHARACTERS = 10, 20
-# From these on, documents look like the paragraphs of files.
+# With more files, more lines a file and shorter lines than these, lines look like paragraphs of documents.
 _SEVERAL_FILES, _LINES_A_FILE, _SHORT_LINE = 3, 10, 200
 
 
 class PassedOver:
-    """Counts what `corpus_units` leaves out; call it with a path and the reason."""
+    """A `files.PassOver` that counts the files that `corpus_units` leaves out, and keeps a few examples."""
 
     def __init__(self) -> None:
-        self.count, self.examples = 0, []
+        self.count = 0
+        self.examples: list[str] = []
 
     def __call__(self, path: str, why: str) -> None:
         self.count += 1
@@ -34,29 +36,29 @@ class PassedOver:
             self.examples.append(printable(f"{path} ({why})"))
 
 
-def encodings(units: Sequence[Unit]) -> dict[str, str]:
-    """Returns the encodings of the files that are not read as UTF-8."""
+def other_encodings(units: Sequence[Unit]) -> dict[str, str]:
+    """Return the encoding of each file, by path, that is not read as UTF-8."""
     return {file.path: file.encoding for unit in units for file in unit.files if file.encoding != "utf-8"}
 
 
 def encoding_lines(found: dict[str, str]) -> Iterator[str]:
-    """Yields one line with the number of files in each encoding, if there are any in another than UTF-8."""
+    """Yield one line with the number of files in each of the `other_encodings` found, if there are any."""
     if found:
         counts = Counter(found.values()).most_common()
         read = ", ".join(f"{count:,} file{'s' * (count > 1)} as {encoding.upper()}" for encoding, count in counts)
         yield f"read {read}; first {printable(next(iter(found)))}"
 
 
-class Sample(NamedTuple):
-    """Documents of a corpus, or their beginnings."""
+class CorpusSample(NamedTuple):
+    """Documents of a corpus, or the beginnings of documents."""
 
     texts: list[str]
     n_all: float
-    """About how many documents the corpus has."""
+    """Estimated number of documents in the corpus."""
 
 
-def sample(units: Sequence[Unit]) -> Sample:
-    """Returns documents of units spread over the corpus; equal for equal units."""
+def sample_corpus(units: Sequence[Unit]) -> CorpusSample:
+    """Return documents from units spread over the corpus. The sample depends on the units alone."""
     step = -(-len(units) // _UNITS)
     chosen = units[::step]
     limit, texts, n_read, n_bytes = _CHARACTERS // len(chosen), [], 0, 0
@@ -66,7 +68,7 @@ def sample(units: Sequence[Unit]) -> Sample:
             for batch in unit.batches(lambda problem: None):
                 n_bytes += batch.n_bytes
                 n_read += len(batch.texts)
-                every = max(1, -(-sum(map(len, batch.texts)) // room))  # of the whole batch, not of its beginning
+                every = max(1, -(-sum(map(len, batch.texts)) // room))  # from the whole batch, not only its beginning
                 for text in batch.texts[::every]:
                     if room:
                         texts.append(text[:room])
@@ -74,30 +76,30 @@ def sample(units: Sequence[Unit]) -> Sample:
                 if not room:
                     break
         except UserError:
-            pass  # the pass over the whole corpus says it
-    return Sample(texts, n_read * sum(unit.size for unit in units) / max(1, n_bytes))
+            pass  # reading the whole corpus reports it
+    return CorpusSample(texts, n_read * sum(unit.size for unit in units) / max(1, n_bytes))
 
 
 def survey_lines(
     units: Sequence[Unit],
-    documents: Sample,
+    documents: CorpusSample,
     options: CorpusOptions,
     passed_over: PassedOver,
     tokenizer: Tokenizer,
     allow_unknown: bool,
     where: str,
 ) -> Iterator[str]:
-    """Yields what there is to say before the work begins.
+    """Yield the lines to print before the corpus is read. Faults in the corpus are not reported here.
 
-    Raises `UserError` (DATA) when the sample has too many unknown tokens, unless `allow_unknown`. Faults of the corpus
-    are for its readers to report.
+    Raises:
+        UserError: DATA if the sample has too many unknown tokens, unless `allow_unknown`.
     """
     files = {file.path for unit in units for file in unit.files}
     yield f"reading {len(files):,} file{'s' * (len(files) != 1)}"
     if passed_over.count:
         more = ", ..." if passed_over.count > len(passed_over.examples) else ""
         yield f"passed over {passed_over.count:,}: {', '.join(passed_over.examples)}{more}"
-    yield from encoding_lines(encodings(units))
+    yield from encoding_lines(other_encodings(units))
     texts = documents.texts
     if options.separator == "line":
         yield from _paragraph_lines(units, documents)
@@ -110,12 +112,12 @@ def survey_lines(
 
 
 def too_much_unknown(what: str, where: str) -> UserError:
-    """The error of a vocabulary that lacks most of the corpus."""
+    """Return the error for a vocabulary to which too much of the corpus is unknown."""
     fix = "give the --tokenizer that is meant for this text, or add --allow-unknown"
     return UserError(ExitCode.DATA, what, where, fix)
 
 
-def _paragraph_lines(units: Sequence[Unit], documents: Sample) -> Iterator[str]:
+def _paragraph_lines(units: Sequence[Unit], documents: CorpusSample) -> Iterator[str]:
     ranges = [one for unit in units if isinstance(unit, FileUnit) for one in unit.ranges]
     files = {one.file.path for one in ranges if one.format == "text"}
     if len(files) < _SEVERAL_FILES or len(files) < len({one.file.path for one in ranges}):
@@ -129,14 +131,13 @@ def _paragraph_lines(units: Sequence[Unit], documents: Sample) -> Iterator[str]:
 
 
 def _unknown(tokenizer: Tokenizer, texts: Sequence[str]) -> str:
-    """The most frequent characters that the vocabulary lacks; words, where it has all characters."""
-    for pieces in (texts, map(str.split, texts)):
-        counts: Counter[str] = Counter()
-        for piece in pieces:
-            counts.update(piece)
-        asked = [piece for piece, _ in counts.most_common(_ASKED) if not piece.isspace()]
+    """Return the most frequent unknown characters, or unknown words if the vocabulary has all characters."""
+    unknown: list[str] = []
+    for split in (list, str.split):  # into characters, into words
+        counts = Counter(itertools.chain.from_iterable(map(split, texts)))
+        asked = [one for one, _ in counts.most_common(_ASKED) if not one.isspace()]
         ids = tokenizer.encode_batch(asked)
-        unknown = [piece for piece, ids_T in zip(asked, ids, strict=True) if (ids_T == tokenizer.unk_id).any()]
+        unknown = [one for one, ids_T in zip(asked, ids, strict=True) if (ids_T == tokenizer.unk_id).any()]
         if unknown:
             break
-    return " ".join(printable(piece[:_SHOWN_CHARACTERS]) for piece in unknown[:_SHOWN])
+    return " ".join(printable(one[:_SHOWN_CHARACTERS]) for one in unknown[:_SHOWN])

@@ -1,4 +1,4 @@
-"""One small interface to every tokenizer, and the way from a path to the right one."""
+"""Define the interface of tokenizers, and load the tokenizer at a path."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -6,21 +6,18 @@ from typing import Protocol
 
 from gpt2_flax.errors import ExitCode, UserError, io_error
 from gpt2_flax.input_files import MOST_TOKENS
-from gpt2_flax.tokenizers.ragged_ids import Encoded
+from gpt2_flax.tokenizers.ragged_ids import RaggedIds
 from gpt2_flax.tokenizers.sentencepiece import read_sentencepiece
 from gpt2_flax.tokenizers.special_tokens import CONFIG, FROM_FILES, Ends, optional_object
-from gpt2_flax.tokenizers.tokenizer_json import MERGES, VOCABULARY, read_fast_tokenizer
+from gpt2_flax.tokenizers.tokenizer_json import MERGES, VOCABULARY, read_tokenizer_json
 from gpt2_flax.tokenizers.wordpiece import read_wordpiece
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. The special ids stand around a document and are never made from its text.
-
-    Can be pickled.
-    """
+    """Turns text into ids and back. Special ids surround a document; text never gives them. Can be pickled."""
 
     vocab_size: int
-    """One more than the largest id."""
+    """The largest id plus 1."""
     bos_id: int
     eos_id: int
     pad_id: int | None
@@ -28,29 +25,33 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of all that decides ids, the same before `save` and after `load_tokenizer`."""
+        """A sha256 of everything that determines ids; `save` and `load_tokenizer` do not change it."""
         ...
 
-    def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        """Returns the ids of each text, without special ids."""
+    def encode_batch(self, texts: Sequence[str]) -> RaggedIds:
+        """Return the ids of each text, without special ids."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of `ids`, special ids and unknown tokens left out, as `transformers` with
-        `skip_special_tokens`."""
+        """Return the text of `ids` without special and unknown tokens, as `skip_special_tokens` of `transformers`."""
         ...
 
     def save(self, folder: Path, model_max_length: int | None = None) -> None:
-        """Writes files into `folder`, which exists, that `transformers.AutoTokenizer` loads with the same ids."""
+        """Write files into an existing folder, from which `transformers.AutoTokenizer` gives the same ids."""
         ...
 
 
 def load_tokenizer(path: Path, lowercase: bool | None = None, ends: Ends = FROM_FILES) -> Tokenizer:
     """Return the tokenizer of a `vocab.txt`, a SentencePiece `.model`, a `tokenizer.json`, or a folder that has one.
 
-    A `vocab.json` with a `merges.txt` beside it is one too. `lowercase` is for a `vocab.txt` alone: by default what the
-    folder's tokenizer_config.json says, else True. `ends` begin and end documents; by default the files say which.
-    Raises `UserError`: NO_INPUT when there is none, DATA when it is damaged, USAGE when it has no such `ends`.
+    A `vocab.json` with a `merges.txt` beside it is a tokenizer too.
+
+    Args:
+        lowercase: for a `vocab.txt` only; by default what tokenizer_config.json beside it says, otherwise True.
+        ends: the tokens that begin and end documents; by default the tokens that the files name.
+
+    Raises:
+        UserError: NO_INPUT if there is no tokenizer, DATA if it is damaged, USAGE if it lacks a token of `ends`.
     """
     try:
         file = _tokenizer_file(path)
@@ -60,7 +61,7 @@ def load_tokenizer(path: Path, lowercase: bool | None = None, ends: Ends = FROM_
         elif file.suffix == ".model":
             tokenizer = read_sentencepiece(file, ends)
         else:
-            tokenizer = read_fast_tokenizer(file, ends)
+            tokenizer = read_tokenizer_json(file, ends)
     except OSError as error:
         raise io_error(error, path) from None
     if tokenizer.vocab_size > MOST_TOKENS:
@@ -77,7 +78,7 @@ def _tokenizer_file(path: Path) -> Path:
     if not path.exists():
         raise UserError(ExitCode.NO_INPUT, "tokenizer not found", path, fix)
     if path.is_dir():
-        # The originals come first: a tokenizer.json beside them was made from them.
+        # Originals first: a tokenizer.json beside an original was made from it.
         for name in ("vocab.txt", "spiece.model", "tokenizer.model", "tokenizer.json"):
             if (path / name).is_file():
                 return path / name
@@ -94,7 +95,7 @@ def _tokenizer_file(path: Path) -> Path:
 
 
 def _lowercase(vocabulary: Path) -> bool:
-    """What the configuration beside a `vocab.txt` says about lower-casing."""
+    """Return whether the configuration beside a `vocab.txt` says to lower-case text."""
     path = vocabulary.with_name(CONFIG)
     lowercase = optional_object(path).get("do_lower_case", True)
     if not isinstance(lowercase, bool):

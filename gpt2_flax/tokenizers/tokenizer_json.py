@@ -1,8 +1,7 @@
 """Tokenizers that a `tokenizer.json` describes, run by the `tokenizers` library, and their `transformers` folders.
 
 A saved folder holds `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`. The post-processor puts
-the begin-of-document token before a prompt and nothing after it: a model that has seen the end token starts another
-document.
+the begin token before a prompt, and nothing after it: after an end token, a model would start another document.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.input_files import VOCABULARY_BYTES, read_object
-from gpt2_flax.tokenizers.ragged_ids import Encoded
+from gpt2_flax.tokenizers.ragged_ids import RaggedIds
 from gpt2_flax.tokenizers.special_tokens import (
     CONFIG,
     FROM_FILES,
@@ -27,7 +26,7 @@ from gpt2_flax.tokenizers.special_tokens import (
     optional_object,
 )
 
-# The begin, end, padding and unknown tokens of the families we know, by the names that `transformers` gives them.
+# The begin, end, padding and unknown tokens of known families, by their names in `transformers`.
 FAMILIES = (
     {"bos_token": "[CLS]", "eos_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"},
     {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
@@ -36,13 +35,15 @@ FAMILIES = (
 )
 _KNOWN_ENDS = [(family["bos_token"], family["eos_token"]) for family in FAMILIES]
 
-VOCABULARY, MERGES = "vocab.json", "merges.txt"  # of byte-level BPE, as GPT-2 was published
+VOCABULARY, MERGES = "vocab.json", "merges.txt"  # byte-level BPE, as GPT-2 was published
 
 
-class FastTokenizer:
-    """A tokenizer made from `spec`, the content of a `tokenizer.json`; see `text.tokenizer.Tokenizer` for the members.
+class JsonTokenizer:
+    """A `tokenizer.Tokenizer` made from the content of a `tokenizer.json`.
 
-    `special_tokens` has the names and tokens of special_tokens_map.json, with `bos_token` and `eos_token` at least.
+    Args:
+        spec: the content.
+        special_tokens: token by name, as in special_tokens_map.json; "bos_token" and "eos_token" must be there.
     """
 
     def __init__(self, spec: Mapping[str, Any], special_tokens: Mapping[str, str]):
@@ -50,39 +51,40 @@ class FastTokenizer:
         backend = tokenizers.Tokenizer.from_str(json.dumps(self._spec))
         backend.encode_special_tokens = True  # "[CLS]" written in a text is text
         self._backend, self.special_tokens = backend, dict(special_tokens)
-        ids = {name: backend.token_to_id(token) for name, token in special_tokens.items()}
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        ids = {name: vocabulary[token] for name, token in special_tokens.items()}
         self.bos_id, self.eos_id = ids["bos_token"], ids["eos_token"]
         self.pad_id, self.unk_id = ids.get("pad_token"), ids.get("unk_token")
         self._spec["post_processor"] = _begin_of_document(special_tokens["bos_token"], self.bos_id)
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        special = {token["content"] for token in self._spec["added_tokens"] if token["special"]}
-        special_ids = set(map(backend.token_to_id, special)) | set(ids.values())
+        self.vocab_size = max(vocabulary.values()) + 1
+        special_ids = {vocabulary[token["content"]] for token in self._spec["added_tokens"] if token["special"]}
+        special_ids |= set(ids.values())
         self._special_ids = np.array(sorted(special_ids - {self.unk_id}), np.int32)
 
-    def __reduce__(self) -> tuple[type, tuple[Mapping[str, Any], Mapping[str, str]]]:
-        return FastTokenizer, (self._spec, self.special_tokens)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return JsonTokenizer, (self._spec, self.special_tokens)
 
     @property
     def fingerprint(self) -> str:
-        """Of the parsed file, so that neither its layout nor the version of `tokenizers` matters."""
+        """A sha256 of the parsed file, so that neither its layout nor the version of `tokenizers` matters."""
         digest = hashlib.sha256(json.dumps(self._spec, sort_keys=True).encode())
         bos, eos = self.special_tokens["bos_token"], self.special_tokens["eos_token"]
-        if (bos, eos) not in _KNOWN_ENDS:  # the file has the begin in its post-processor; a known begin tells the end
+        if (bos, eos) not in _KNOWN_ENDS:  # the post-processor has the begin token, which implies a known end
             digest.update(f"\neos {eos}".encode())
         return digest.hexdigest()
 
-    def encode_batch(self, texts: Sequence[str]) -> Encoded:
+    def encode_batch(self, texts: Sequence[str]) -> RaggedIds:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        encoded = Encoded.from_lists([encoding.ids for encoding in encodings], self.vocab_size)
+        encoded = RaggedIds.from_lists([encoding.ids for encoding in encodings], self.vocab_size)
         return self._without_special(encoded)
 
-    def _without_special(self, encoded: Encoded) -> Encoded:
-        """A model may hold "<s>" as a piece of text too."""
+    def _without_special(self, encoded: RaggedIds) -> RaggedIds:
+        """Remove special ids: the model of a tokenizer may also produce "<s>" from text."""
         special_T = np.isin(encoded.ids_T, self._special_ids)
         return encoded.select(~special_T) if special_T.any() else encoded
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Leaves out the unknown token too where it is a special one, as `skip_special_tokens` in `transformers`."""
+        """Return the text of `ids` without special tokens. The unknown token, if special, is left out too."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def save(self, folder: Path, model_max_length: int | None = None) -> None:
@@ -92,25 +94,27 @@ class FastTokenizer:
         _write_json(folder / SPECIAL_TOKENS_MAP, self.special_tokens)
 
     def _config(self) -> dict[str, Any]:
-        """What tokenizer_config.json holds."""
+        """Return the content of tokenizer_config.json."""
         return {
-            # transformers 5 makes tokenizers of most other classes anew, BertTokenizer with [SEP] behind every prompt.
-            # The price: `BertTokenizer.from_pretrained` of 4.57, which does the right thing, warns of another class.
+            # transformers 5 rebuilds tokenizers of most other classes; BertTokenizer would put [SEP] after a prompt.
+            # `BertTokenizer.from_pretrained` of 4.57 warns about this class, but gives the right ids.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 would add an embedding for token_type_ids
-            "padding_side": "left",  # on the right, a batch would be continued behind its padding
-            "pad_token": self.special_tokens["eos_token"],  # where there is no other, as in generation_config.json
+            "padding_side": "left",  # with "right", generation would continue after the padding
+            "pad_token": self.special_tokens["eos_token"],  # unless there is another; as in generation_config.json
             **self.special_tokens,
         }
 
 
-def read_fast_tokenizer(path: Path, ends: Ends = FROM_FILES) -> FastTokenizer:
+def read_tokenizer_json(path: Path, ends: Ends = FROM_FILES) -> JsonTokenizer:
     """Return the tokenizer of a `tokenizer.json`, or of a `vocab.json` that has a `merges.txt` beside it.
 
-    `named_tokens` gives the begin and end tokens, else a known family does. Without a begin token the end token serves.
-    Raises `UserError`: DATA for a file that `tokenizers` does not understand, or whose end of document nothing tells,
-    and as `named_tokens`.
+    The begin and end tokens come from `named_tokens`, otherwise from a known family. Without a begin token, the end
+    token begins documents too.
+
+    Raises:
+        UserError: DATA if `tokenizers` cannot read the file, or nothing names an end token; as `named_tokens`.
     """
     try:
         spec = _byte_level_spec(path) if path.name == VOCABULARY else read_object(path, VOCABULARY_BYTES)
@@ -133,28 +137,28 @@ def read_fast_tokenizer(path: Path, ends: Ends = FROM_FILES) -> FastTokenizer:
         raise UserError(ExitCode.DATA, "tokenizer without begin and end of document", path, fix)
     named = {"bos_token": named["eos_token"]} | named
     if named.get("unk_token") in (named["bos_token"], named["eos_token"], named.get("pad_token")):
-        named.pop("unk_token", None)  # as in the folder of GPT-2, whose vocabulary leaves nothing unknown
+        named.pop("unk_token", None)  # as in the folder of GPT-2, to which no text is unknown
     pair = (named["bos_token"], named["eos_token"])
     if pair not in _KNOWN_ENDS or not added.keys() >= set(pair):
         spec["added_tokens"] = _with_special(added, ids, pair)
-    return FastTokenizer(spec, named)
+    return JsonTokenizer(spec, named)
 
 
 def _check_ids(ids: Mapping[str, int], added: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError for ids that programs would read in different ways, or that a damaged file has."""
+    """Raise ValueError for ids that programs would read differently, or that show a damaged file."""
     tokens: dict[int, str] = {}
     for token, number in ids.items():
         if (other := tokens.setdefault(number, token)) != token:
             raise ValueError(f"tokens {other!r} and {token!r} have the same id {number}")
-    for entry in added:  # `tokenizers` gives what does not follow the vocabulary another id
+    for entry in added:  # `tokenizers` changes the id of an added token that does not follow the vocabulary
         if (number := ids.get(entry["content"])) != entry["id"]:
             raise ValueError(f"added token {entry['content']!r} cannot have the id {entry['id']}, but {number}")
     if (largest := max(tokens, default=0)) >= 2 * len(tokens):
         raise ValueError(f"the largest id is {largest}, but there are {len(tokens)} tokens")
 
 
-def _with_special(added: Mapping[str, Any], ids: Mapping[str, int], tokens: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the added tokens with `tokens` among them as special ones, which no text can hold."""
+def _with_special(added: dict[str, Any], ids: Mapping[str, int], tokens: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the added tokens with `tokens` among them as special tokens, which text is never encoded as."""
     new = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     special = {token: {"id": ids[token], "content": token} | new | added.get(token, {}) for token in tokens}
     special = {token: entry | {"special": True} for token, entry in special.items()}
@@ -162,14 +166,15 @@ def _with_special(added: Mapping[str, Any], ids: Mapping[str, int], tokens: Sequ
 
 
 def _byte_level_spec(path: Path) -> dict[str, Any]:
-    """Return the tokenizer.json that `transformers` makes of the vocab.json and merges.txt of a GPT-2."""
+    """Return the tokenizer.json that `transformers` makes from the vocab.json and merges.txt of a GPT-2."""
     backend = tokenizers.Tokenizer(models.BPE.from_file(str(path), str(path.with_name(MERGES))))
     config = optional_object(path.with_name(CONFIG))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))
     backend.decoder = decoders.ByteLevel()
-    known = [token for ends in _KNOWN_ENDS for token in ends if backend.token_to_id(token) is not None]
-    backend.add_special_tokens(sorted(set(known), key=backend.token_to_id))
-    # Tokens that were added to the vocabulary: in old folders with their ids, in newer ones as `tokenizers` has them.
+    ids = backend.get_vocab()
+    known = {token for ends in _KNOWN_ENDS for token in ends if token in ids}
+    backend.add_special_tokens(sorted(known, key=ids.__getitem__))
+    # Tokens added to the vocabulary: old folders give their ids, newer folders also their options.
     added = {index: {"content": token} for token, index in optional_object(path.with_name("added_tokens.json")).items()}
     added |= {int(index): entry for index, entry in config.get("added_tokens_decoder", {}).items()}
     for index, entry in sorted(added.items()):
@@ -181,12 +186,12 @@ def _byte_level_spec(path: Path) -> dict[str, Any]:
 
 
 def tokenizer_spec(backend: tokenizers.Tokenizer) -> dict[str, Any]:
-    """Returns what the `tokenizer.json` of `backend` holds."""
+    """Return the content of the `tokenizer.json` of `backend`."""
     return json.loads(backend.to_str())
 
 
 def _begin_of_document(token: str, token_id: int) -> dict[str, Any]:
-    """The post-processor that puts `token` before every text, or pair of texts."""
+    """Return the post-processor that puts `token` before each text, or pair of texts."""
     special = {"SpecialToken": {"id": token, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     return {

@@ -1,7 +1,7 @@
-"""Vocabularies from one's own text.
+"""Train tokenizers on a sample of the documents of a corpus.
 
-Training reads a sample of the documents, chosen by their hash, so that it takes the same time and memory for any corpus
-and gives the same vocabulary for the same text.
+The sample has a bounded size, so that training takes the same time and memory for any corpus. It is chosen by the
+hashes of the documents, so that the same text gives the same vocabulary.
 """
 
 import hashlib
@@ -28,38 +28,46 @@ from gpt2_flax.tokenizers.wordpiece import LONGEST_WORD, MASK, SPECIAL_TOKENS, W
 ModelType = Literal["bpe", "unigram", "char"]
 
 WHERE = "tokenizer training"
-RESERVED = 4 + 256  # the special pieces and bytes of SentencePiece
+RESERVED = 4 + 256  # special pieces and bytes in a SentencePiece vocabulary
 TRAINING_BYTES = 50_000_000
 MEASURING_BYTES = 1_000_000
 
-Word = list[str]  # as pieces
+Word = list[str]  # its pieces
 Pair = tuple[str, str]
 
 
-class Sample(NamedTuple):
-    """Documents, or parts of long ones, in the order of their hashes."""
+class TrainingSample(NamedTuple):
+    """Documents, or slices of long documents, in the order of their hashes."""
 
     training: list[str]
     held: list[str]
-    """For measuring; not in `training`, unless the corpus has no more than fits."""
+    """Documents for measuring; `training` has them too only if it holds the whole corpus."""
 
 
 class Coverage(NamedTuple):
-    """How well a vocabulary fits a text."""
+    """How well a vocabulary suits a text."""
 
     characters_per_token: float
     unknown_rate: float
-    """Share of tokens that are the unknown one."""
+    """Share of the tokens that are unknown."""
 
 
 def sample_documents(
     units: Sequence[Unit], report: Report, training_bytes: int = TRAINING_BYTES, held_bytes: int = MEASURING_BYTES
-) -> Sample:
-    """Reads the corpus once and returns the documents with the smallest hashes, as many as fit in both sizes.
+) -> TrainingSample:
+    """Read a corpus once and return the documents with the smallest hashes, as many as fit in both sizes.
 
-    The smallest of all are held, the others are for training. When the whole corpus fits, all of it is for training.
-    The sample depends on the documents alone, not on their order or units; equal documents stay together. Memory is
-    that of the sample in UTF-8 and a batch of the corpus. Raises what the units raise; `report` gets their problems.
+    The documents with the smallest hashes of all are held. If the whole corpus fits, all of it is for training. The
+    sample depends only on the documents, not on their order or units; equal documents stay together. The memory used is
+    the sample in UTF-8 and one batch of the corpus.
+
+    Args:
+        report: called with each fault in the corpus.
+        training_bytes: size of the sample for training, in UTF-8.
+        held_bytes: size of the sample for measuring, in UTF-8.
+
+    Raises:
+        UserError: as `Unit.batches`.
     """
     reservoir = _Reservoir(training_bytes + held_bytes)
     with progress_bar("reading", sum(unit.size for unit in units), "B") as advance:
@@ -72,11 +80,11 @@ def sample_documents(
     boundary = _boundary(documents, held_bytes)
     everything = reservoir.complete or boundary == len(documents)
     training = documents[0 if everything else boundary :]
-    return Sample(_texts(training), _texts(documents[:boundary]))
+    return TrainingSample(_texts(training), _texts(documents[:boundary]))
 
 
 def measure(tokenizer: Tokenizer, documents: Sequence[str]) -> Coverage:
-    """Encodes `documents` and counts; line ends and blanks are characters too."""
+    """Encode `documents` and count tokens and characters; line ends and blanks are characters too."""
     ids_T = tokenizer.encode_batch(documents).ids_T
     n_tokens = max(1, len(ids_T))
     n_unknown = 0 if tokenizer.unk_id is None else np.count_nonzero(ids_T == tokenizer.unk_id)
@@ -89,10 +97,15 @@ def train_sentencepiece(
     model_type: ModelType = "bpe",
     character_coverage: float = 0.9995,
 ) -> SentencePieceTokenizer:
-    """Returns a SentencePiece tokenizer that keeps every text as it is: no normalization, rare characters as bytes.
+    """Train a SentencePiece tokenizer that decodes to the original text: no normalization, rare characters as bytes.
 
-    A `char` model may have fewer tokens than `vocab_size`; of more characters it takes the most frequent. Raises
-    `UserError` (DATA) when the text is empty, or does not suit `vocab_size`.
+    Args:
+        vocab_size: number of tokens. A `char` model has fewer if there are fewer characters; otherwise it takes the
+            most frequent characters.
+        character_coverage: share of the characters of the text that get pieces.
+
+    Raises:
+        UserError: DATA if the text is empty, or does not suit `vocab_size`.
     """
     if vocab_size <= RESERVED:
         fix = f"take more than {RESERVED}, the number of special tokens and bytes"
@@ -114,12 +127,12 @@ def train_sentencepiece(
             unk_id=1,
             bos_id=2,
             eos_id=3,
-            max_sentence_length=2**30,  # bytes; longer lines would be left out without a word
-            num_threads=16,  # the sums of unigram training, hence its pieces, depend on this number
+            max_sentence_length=2**30,  # in bytes; SentencePiece silently drops longer lines
+            num_threads=16,  # the sums in unigram training depend on this number, and with them the pieces
             minloglevel=2,
         )
     except RuntimeError as error:
-        if failures:  # SentencePiece has wrapped what the iterator raised
+        if failures:  # SentencePiece wraps what the iterator raises
             raise failures[0] from None
         raise _sentencepiece_error(str(error), vocab_size) from None
     trained = exact_scores(model.getvalue()) if model_type == "unigram" else model.getvalue()
@@ -129,12 +142,17 @@ def train_sentencepiece(
 def train_wordpiece(
     documents: Iterable[str], vocab_size: int, lowercase: bool = True, merges: bool = True
 ) -> WordPieceTokenizer:
-    """Returns a BERT tokenizer with at most `vocab_size` tokens: the special ones, then characters, then longer pieces.
+    """Train a BERT tokenizer: special tokens, then characters, then pieces of words found by byte-pair merging.
 
-    Characters that occur twice or more are taken first, the most frequent first; what room is left goes to pieces of
-    words found by byte-pair merging, unless `merges` is off. The `tokenizers` library has a trainer too, but it gives
-    another vocabulary each time and more tokens than asked for. Raises `UserError` (DATA) for an empty text, or no room
-    for any.
+    Characters that occur at least twice come first, by frequency. The trainer of the `tokenizers` library is not used:
+    its vocabulary differs from run to run, even on one thread, and can exceed the given size.
+
+    Args:
+        vocab_size: most tokens in the vocabulary.
+        merges: whether there are pieces of several characters.
+
+    Raises:
+        UserError: DATA if the text is empty, or `vocab_size` leaves no room for a character.
     """
     counts = _count_words(documents, lowercase)
     if not counts:
@@ -157,16 +175,16 @@ def train_wordpiece(
 
 
 class _Reservoir:
-    """The documents with the smallest hashes, as many as fit in `limit` bytes of UTF-8, whatever order they come in."""
+    """Keeps the documents with the smallest hashes, as many as fit in `limit` bytes of UTF-8, added in any order."""
 
     def __init__(self, limit: int):
         self._limit, self._size = limit, 0
-        self._heap: list[tuple[int, bytes]] = []  # hash, negative so that the largest comes first, and document
-        self._end = 2**64  # documents whose hashes reach this do not fit
+        self._heap: list[tuple[int, bytes]] = []  # documents, with negative hashes to have the largest hash first
+        self._end = 2**64  # documents with this hash or a larger one do not fit
 
     @property
     def complete(self) -> bool:
-        """Whether it has everything that was added."""
+        """Whether no document that was added has been dropped."""
         return self._end == 2**64
 
     def add(self, document: str) -> None:
@@ -179,16 +197,16 @@ class _Reservoir:
         self._size += len(encoded)
         while self._size > self._limit:
             negative, encoded = heapq.heappop(self._heap)
-            self._end = -negative  # for good: what comes later leaves less room, not more
+            self._end = -negative  # for good, since later documents only leave less room
             self._size -= len(encoded)
 
     def documents(self) -> list[tuple[int, bytes]]:
-        """Returns hashes and documents, in their order."""
+        """Return hashes and documents, in the order of the hashes."""
         return sorted((-negative, encoded) for negative, encoded in self._heap)
 
 
 def _boundary(documents: Sequence[tuple[int, bytes]], n_bytes: int) -> int:
-    """Returns the first index that has at least `n_bytes` before it, and the same document neither before nor after."""
+    """Return the first index after at least `n_bytes` bytes that does not separate equal documents."""
     size = 0
     for index, (number, encoded) in enumerate(documents):
         if size >= n_bytes and number != documents[index - 1][0]:
@@ -226,37 +244,37 @@ def _no_text() -> UserError:
 
 
 def _count_words(documents: Iterable[str], lowercase: bool) -> Counter[str]:
-    """Counts the words that WordPiece will see."""
+    """Count the words that WordPiece will encode."""
     normalizer, pre_tokenizer = bert_normalizer(lowercase), pre_tokenizers.BertPreTokenizer()
-    chunks: Counter[str] = Counter()
+    spans: Counter[str] = Counter()  # between blanks
     for document in documents:
-        chunks.update(normalizer.normalize_str(document).split())
+        spans.update(normalizer.normalize_str(document).split())
     words: Counter[str] = Counter()
-    for chunk, count in chunks.items():  # the slow part once for each distinct chunk
-        for word, _ in pre_tokenizer.pre_tokenize_str(chunk):
+    for span, count in spans.items():  # pre-tokenizing is slow, so only once for each distinct span
+        for word, _ in pre_tokenizer.pre_tokenize_str(span):
             if len(word) <= LONGEST_WORD:
                 words[word] += count
     return words
 
 
 def _in_characters(counts: Counter[str]) -> list[tuple[Word, int]]:
-    """Splits words into single characters, with `##` before all but the first; in the order of the alphabet.
+    """Split words into characters, all but the first with `##`; in alphabetical order.
 
     Equal pieces are one object, which halves time and memory.
     """
-    inner = {character: "##" + character for character in set().union(*counts)}
+    inner = {character: "##" + character for word in counts for character in word}
     return [([word[0], *map(inner.__getitem__, word[1:])], counts[word]) for word in sorted(counts)]
 
 
 def _merge(words: Iterable[tuple[Word, int]], room: int, known: set[str]) -> list[str]:
-    """Returns up to `room` new pieces: again and again, the two neighbours that occur most often become one.
+    """Return up to `room` new pieces, by repeatedly joining the pair of neighbours that occurs most often.
 
-    Words with a character that is not in `known` are left out: they are unknown as a whole. Equal counts are decided by
-    the alphabet, so the result depends on the text alone. Changes the words.
+    Of pairs that occur equally often, the alphabetically first is joined, so that the result depends on the text alone.
+    Words with a character that is not in `known` are ignored, since they are unknown as a whole. Changes `words`.
     """
     split = [(word, count) for word, count in words if len(word) > 1 and known.issuperset(word)]
     pairs: Counter[Pair] = Counter()
-    places: defaultdict[Pair, set[int]] = defaultdict(set)  # the words that have the pair, or had it
+    places: defaultdict[Pair, set[int]] = defaultdict(set)  # the words that have or had the pair
     for place, (word, count) in enumerate(split):
         for pair in itertools.pairwise(word):
             pairs[pair] += count
@@ -267,7 +285,7 @@ def _merge(words: Iterable[tuple[Word, int]], room: int, known: set[str]) -> lis
     while heap and len(merged) < room:
         count, pair = heapq.heappop(heap)
         if -count != pairs[pair]:
-            continue  # counted anew since; the right entry is in the heap too
+            continue  # outdated; the heap also has an entry with the right count
         if -count < 2:
             break
         piece = pair[0] + pair[1].removeprefix("##")
@@ -289,7 +307,7 @@ def _merge(words: Iterable[tuple[Word, int]], room: int, known: set[str]) -> lis
 
 
 def _join(word: Word, pair: Pair, piece: str) -> Iterator[tuple[Pair, Pair]]:
-    """Replaces every occurrence of `pair` in `word` by `piece`, from the left; yields what neighbours become others."""
+    """Replace each `pair` in `word` by `piece`, from the left; yield each changed pair of neighbours, old and new."""
     at = 0
     while at < len(word) - 1:
         if (word[at], word[at + 1]) == pair:

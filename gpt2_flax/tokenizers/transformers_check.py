@@ -1,4 +1,4 @@
-"""Whether a tokenizer means the same to `transformers`: its ids compared with the ids of its saved `tokenizer.json`."""
+"""Check that `transformers` will give the ids of a tokenizer, from the `tokenizer.json` that it saves."""
 
 import math
 import sys
@@ -20,16 +20,21 @@ ODD_TEXTS = (
     "emoji 😀, (brackets) and internationalization",
     "a line\nand\tanother\n\n  indented  one ",
 )
-SAMPLES, SAMPLE_CHARACTERS = 200, 2000  # texts of a corpus that are compared, and how much of each
+SAMPLES, SAMPLE_CHARACTERS = 200, 2000  # texts of a corpus to compare, and most characters of each
 _TIES = 0.02
-"""Share of sample texts of a foreign unigram model that may be cut otherwise: see `text.spm`."""
+"""Share of the sample texts that a foreign unigram model may segment differently: see `tokenizers.sentencepiece`."""
 
 
 def check_exported(tokenizer: Tokenizer, samples: Sequence[str], where: object) -> None:
-    """Compare the ids of the odd texts and `samples` with the saved `tokenizer.json`, which `AutoTokenizer` runs.
+    """Compare the ids of `ODD_TEXTS` and `samples` with the saved `tokenizer.json`, which `AutoTokenizer` runs.
 
-    Of a SentencePiece model a few samples may differ; a warning on standard error says how many do.
-    Raises `UserError` (DATA) if more differ: what is trained with it could not be exported.
+    A few samples may differ for a SentencePiece model; a warning on standard error gives their number.
+
+    Args:
+        where: the name of the tokenizer in errors.
+
+    Raises:
+        UserError: DATA if more texts differ, since a model trained with the tokenizer could not be exported.
     """
     fix = "a model trained with it could not be exported: use another one, or make one with `gpt2-flax tokenizer`"
     with scratch_folder() as folder:
@@ -39,7 +44,7 @@ def check_exported(tokenizer: Tokenizer, samples: Sequence[str], where: object) 
             saved.encode_special_tokens = True
             different = differing_texts(tokenizer, lambda texts: _encoded(saved, texts), samples)
         except BaseException as error:
-            # `tokenizers` raises plain Exception; its panics are no Exception at all.
+            # `tokenizers` raises plain Exception; its panics are not even that.
             if type(error) is not Exception and type(error).__name__ != "PanicException":
                 raise
             what = f"tokenizer cannot be saved for transformers ({quote(str(error))})"
@@ -55,23 +60,23 @@ def check_exported(tokenizer: Tokenizer, samples: Sequence[str], where: object) 
 def differing_texts(
     tokenizer: Tokenizer, encode: Callable[[Sequence[str]], Sequence[Sequence[int]]], samples: Sequence[str]
 ) -> list[str]:
-    """Return the odd texts and the `samples` for which `encode`, the exported tokenizer, gives other ids."""
+    """Return the texts among `ODD_TEXTS` and `samples` for which `encode`, the saved tokenizer, gives other ids."""
     texts = [*ODD_TEXTS, *samples]
     ours, theirs = tokenizer.encode_batch(texts), encode(texts)
-    # A corpus may hold "<s>" as text. By default that is the special token in `transformers`; here it is left out.
+    # A corpus may hold "<s>" as text, by default a special token in `transformers`. Ids of special tokens do not count.
     special = [token for token in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) if token is not None]
     kept = (ids[~np.isin(ids, special)] for ids in map(np.asarray, theirs))
     return [text for text, one, other in zip(texts, ours, kept, strict=True) if not np.array_equal(one, other)]
 
 
 def too_many(tokenizer: Tokenizer, different: Sequence[str], samples: Sequence[str]) -> bool:
-    """Return whether the texts in `different` are more than ties between segmentations explain."""
+    """Return whether more texts are `different` than ties between segmentations can explain."""
     allowed = math.ceil(_TIES * len(samples)) if isinstance(tokenizer, SentencePieceTokenizer) else 0
     return len(different) > allowed or not set(ODD_TEXTS).isdisjoint(different)
 
 
 def spread(texts: Sequence[str], count: int = SAMPLES) -> list[str]:
-    """Return the beginnings of up to `count` texts, evenly spread."""
+    """Return the beginnings of up to `count` evenly spread texts."""
     count = min(count, len(texts))
     return [texts[index * len(texts) // count][:SAMPLE_CHARACTERS] for index in range(count)]
 

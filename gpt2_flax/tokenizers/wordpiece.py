@@ -1,4 +1,4 @@
-"""BERT WordPiece from a `vocab.txt`: the ids of `transformers.BertTokenizer`, without special tokens."""
+"""BERT WordPiece tokenizers from a `vocab.txt`, with the ids of `transformers.BertTokenizer`."""
 
 import codecs
 import hashlib
@@ -12,9 +12,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.input_files import VOCABULARY_BYTES, read_whole
 from gpt2_flax.tokenizers.bert_table import BertTable
-from gpt2_flax.tokenizers.ragged_ids import Encoded
+from gpt2_flax.tokenizers.ragged_ids import RaggedIds
 from gpt2_flax.tokenizers.special_tokens import FROM_FILES, Ends, named_tokens
-from gpt2_flax.tokenizers.tokenizer_json import FastTokenizer, tokenizer_spec
+from gpt2_flax.tokenizers.tokenizer_json import JsonTokenizer, tokenizer_spec
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -25,19 +25,24 @@ SPECIAL_TOKENS = {
     "sep_token": "[SEP]",
 }
 _ENDS = Ends(SPECIAL_TOKENS["bos_token"], SPECIAL_TOKENS["eos_token"])
-MASK = "[MASK]"  # kept when a vocabulary has it, not needed by us
-TABLE_PAYS_AFTER = 2**18  # characters; to encode them without a table takes about as long as to make one
-LONGEST_WORD = 100  # characters; a longer one is [UNK], as in `transformers` (Google's own code says 200)
+MASK = "[MASK]"  # special if a vocabulary has it; not needed here
+TABLE_PAYS_AFTER = 2**18  # characters; encoding them without a table takes about as long as building the table
+LONGEST_WORD = 100  # characters; a longer word is [UNK], as in `transformers` (Google's own code says 200)
 
-# Chinese characters, kana, and the punctuation and full-width forms that go with them: no blanks stand there.
+# Chinese characters, kana, and their punctuation and full-width forms, which are written without blanks between them.
 _CJK = "\u2e80-\u9fff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff—…“”‘’·"
 
 
-class WordPieceTokenizer(FastTokenizer):
-    """The tokenizer of a vocabulary given as the bytes of `vocab.txt`; `where` names it in errors.
+class WordPieceTokenizer(JsonTokenizer):
+    """The tokenizer of a BERT vocabulary.
 
-    [CLS] begins a document and [SEP] ends it, unless `ends` names other tokens of the vocabulary.
-    Raises `UserError` (DATA) for a vocabulary that cannot be read without doubt.
+    Args:
+        vocabulary: the content of `vocab.txt`.
+        where: the name of the vocabulary in errors.
+        ends: the tokens that begin and end documents; by default [CLS] and [SEP].
+
+    Raises:
+        UserError: DATA if the vocabulary is damaged or ambiguous.
     """
 
     def __init__(self, vocabulary: bytes, where: object, lowercase: bool = True, ends: Ends = FROM_FILES):
@@ -46,19 +51,19 @@ class WordPieceTokenizer(FastTokenizer):
         ids = read_vocabulary(vocabulary, where)
         trimmed = "\n".join(ids).encode()
         if vocabulary.removesuffix(b"\n") != trimmed:
-            self._vocabulary = trimmed + b"\n"  # so that every program that reads the saved file finds the same tokens
+            self._vocabulary = trimmed + b"\n"  # every program reads the same tokens from the saved file
         special_tokens = SPECIAL_TOKENS | ({"mask_token": MASK} if MASK in ids else {})
         given = {"bos_token": ends.bos, "eos_token": ends.eos}
         special_tokens |= {name: token for name, token in given.items() if token is not None}
         super().__init__(tokenizer_spec(_backend(ids, special_tokens, lowercase)), special_tokens)
 
-    def __reduce__(self) -> tuple[type, tuple[bytes, str, bool, Ends]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return WordPieceTokenizer, (self._vocabulary, self._where, self._lowercase, self._ends)
 
     @property
     def fingerprint(self) -> str:
         settings = f"wordpiece lowercase={self._lowercase}\n"
-        if self._ends != _ENDS:  # not in the fingerprints of old datasets
+        if self._ends != _ENDS:  # the fingerprints of old datasets do not have it
             settings += f"{self._ends}\n"
         return hashlib.sha256(settings.encode() + self._vocabulary).hexdigest()
 
@@ -71,13 +76,13 @@ class WordPieceTokenizer(FastTokenizer):
         """The content of `vocab.txt`."""
         return self._vocabulary
 
-    def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        """The table gives the same ids as without it; a prompt does not wait until it is made."""
+    def encode_batch(self, texts: Sequence[str]) -> RaggedIds:
+        # The table gives the same ids. A prompt does not wait until the table is built.
         self._encoded_characters += sum(map(len, texts))
         if self._encoded_characters < TABLE_PAYS_AFTER:
             return super().encode_batch(texts)
         encoded = self._table.encode(texts)
-        return encoded if self._ends == _ENDS else self._without_special(encoded)  # no text becomes [CLS] or [SEP]
+        return encoded if self._ends == _ENDS else self._without_special(encoded)  # no text gives [CLS] or [SEP]
 
     @cached_property
     def _table(self) -> BertTable:
@@ -92,19 +97,21 @@ class WordPieceTokenizer(FastTokenizer):
 
 
 def read_wordpiece(path: Path, lowercase: bool, ends: Ends = FROM_FILES) -> WordPieceTokenizer:
-    """Return the tokenizer of a `vocab.txt`, begin and end by `named_tokens`. Raises `UserError` as that."""
+    """Return the tokenizer of a `vocab.txt`; `named_tokens` gives its begin and end tokens, and its errors."""
     vocabulary = read_whole(path, VOCABULARY_BYTES)
     named = named_tokens(path, read_vocabulary(vocabulary, path), {*SPECIAL_TOKENS.values()}, ends)
     return WordPieceTokenizer(vocabulary, path, lowercase, Ends(named.get("bos_token"), named.get("eos_token")))
 
 
 def read_vocabulary(content: bytes, where: object) -> dict[str, int]:
-    """Returns token -> id of a `vocab.txt`: one token a line, its id the number of the line.
+    """Return the id of each token in a `vocab.txt`, which has one token a line, in the order of ids.
 
-    Only LF ends a line: some published vocabularies hold U+2028 as a token, which `str.splitlines` takes for an end.
-    Blanks behind a token are no part of it, as for `transformers.BertTokenizer` 5; lines of blanks alone stay.
-    Raises `UserError` (DATA) naming the line of a byte order mark, bad UTF-8, a carriage return or a second occurrence,
-    and for missing special tokens.
+    Only LF ends a line: some published vocabularies have the token U+2028, at which `str.splitlines` splits. Blanks
+    after a token are removed, as by `transformers.BertTokenizer` 5, unless the line is nothing but blanks.
+
+    Raises:
+        UserError: DATA with the line of a byte order mark, bad UTF-8, a carriage return or a repeated token; DATA if a
+            special token is missing.
     """
     if content.startswith(codecs.BOM_UTF8):
         raise _vocabulary_error("byte order mark in the vocabulary", where, 1, "save it as UTF-8 without BOM")
@@ -130,7 +137,10 @@ def read_vocabulary(content: bytes, where: object) -> dict[str, int]:
 
 
 def bert_normalizer(lowercase: bool) -> normalizers.Normalizer:
-    """Removes control characters, puts blanks around Chinese characters; lower-casing also strips accents."""
+    """Return BERT's normalizer, which removes control characters and puts blanks around Chinese characters.
+
+    Lower-casing also removes accents.
+    """
     return normalizers.BertNormalizer(clean_text=True, handle_chinese_chars=True, lowercase=lowercase)
 
 

@@ -22,7 +22,7 @@ from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export.transformers_folder import export_folder
 from gpt2_flax.formats.gguf import GGUF, remarks
 from gpt2_flax.tokenizers.sentencepiece import SentencePieceTokenizer
-from gpt2_flax.tokenizers.tokenizer_json import read_fast_tokenizer
+from gpt2_flax.tokenizers.tokenizer_json import read_tokenizer_json
 from gpt2_flax.tokenizers.train import train_sentencepiece, train_wordpiece
 from gpt2_flax.tokenizers.wordpiece import WordPieceTokenizer
 
@@ -272,7 +272,7 @@ def byte_level_tokenizer(folder):
 def test_gguf_of_byte_level_bpe_has_its_merges(tmp_path):
     pytest.importorskip("gguf")
     file = byte_level_tokenizer(tmp_path)
-    tokenizer = read_fast_tokenizer(file)
+    tokenizer = read_tokenizer_json(file)
     export(tmp_path / "out", tokenizer, format="gguf", verify=True)
     fields, _ = gguf_of(tmp_path / "out")
     model = json.loads(file.read_text())["model"]
@@ -298,7 +298,7 @@ def test_gguf_refuses_byte_level_bpe_unlike_that_of_gpt2(tmp_path, part, change)
     (spec if part is None else spec[part]).update(change)
     file.write_text(json.dumps(spec))
     with pytest.raises(UserError, match="GGUF has no tokenizer of this kind") as caught:
-        export(tmp_path / "out", read_fast_tokenizer(file), format="gguf")
+        export(tmp_path / "out", read_tokenizer_json(file), format="gguf")
     assert caught.value.exit_code == ExitCode.USAGE
     assert not (tmp_path / "out").exists()
 
@@ -306,7 +306,7 @@ def test_gguf_refuses_byte_level_bpe_unlike_that_of_gpt2(tmp_path, part, change)
 def test_gguf_refuses_a_tokenizer_that_it_does_not_know(tmp_path, wordpiece):
     pytest.importorskip("gguf")
     wordpiece.save(tmp_path)
-    tokenizer = read_fast_tokenizer(tmp_path / "tokenizer.json")
+    tokenizer = read_tokenizer_json(tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match="GGUF has no tokenizer of this kind") as caught:
         export(tmp_path / "out", tokenizer, format="gguf")
     assert caught.value.exit_code == ExitCode.USAGE

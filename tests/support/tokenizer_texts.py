@@ -1,4 +1,4 @@
-"""Texts that tokenizers are tried on."""
+"""Texts to test tokenizers with."""
 
 from pathlib import Path
 
@@ -30,12 +30,13 @@ UNICODE = st.lists(
 
 
 def real_lines(count: int) -> list[str]:
-    """The first lines of two corpora, blank ones too."""
+    """Return the first lines of two corpora, including blank lines."""
     names = ("CLUECorpusSmall_sampled.txt", "news-commentary-v13-en-zh_sampled.txt")
     return [line for name in names for line in (DATA / name).read_bytes().decode().split("\n")[: count // 2]]
 
 
 def ids_of(tokenizer, text: str) -> list[int]:
+    """Return the ids of one text, after checking their dtype."""
     (ids,) = tokenizer.encode_batch([text])
     assert ids.dtype == (np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     return ids.tolist()

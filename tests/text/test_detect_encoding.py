@@ -1,4 +1,4 @@
-"""The encoding of each file: byte order marks, UTF-8, and what the detector is sure of; the documents are the same."""
+"""Encodings are detected by byte order mark, as UTF-8, or by a detector that is sure; the documents stay the same."""
 
 import itertools
 import json
@@ -64,7 +64,7 @@ def encoding_of(path: Path, **options: str) -> str:
 
 
 def marked(text: str, encoding: str) -> bytes:
-    """With a byte order mark: Python writes none for encodings that name the order."""
+    """Encode with a byte order mark, which Python does not write for encodings that name the byte order."""
     return ("\ufeff" + text).encode(encoding) if encoding[-2:] in ("le", "be") else text.encode(encoding)
 
 
@@ -143,7 +143,7 @@ def test_a_wrong_choice_is_rarer_than_one_in_a_thousand():
     for encoding, length in itertools.product(["gb18030", "big5"], [120, 200, 1000]):
         starts = [draw.randrange(len(text) - length) for _ in range(300)]
         contents = (text[start : start + length].encode(encoding, "ignore") for start in starts)
-        found = [detect_encoding.Sample([content], whole=True).encoding for content in contents]
+        found = [detect_encoding.FileSample([content], whole=True).encoding for content in contents]
         assert set(found) <= {"utf-8", encoding}
         assert length < 200 or found.count(encoding) > 270
 
@@ -181,7 +181,7 @@ def test_a_large_file_is_decided_from_a_sample_and_cut_as_ever(write, monkeypatc
     assert encoding_of(path) == "gb18030"
     assert len(corpus_units([str(path)], unit_bytes=2000)) > 5
     assert read_texts(path, unit_bytes=2000) == lines
-    # ASCII for long, and a fault where the sample has not been.
+    # ASCII at the beginning, then a fault outside the sample.
     assert encoding_of(write(b"ascii\n" * 2000 + content)) == "gb18030"
     number = len(content[:4000].split(b"\n"))
     fault = content[:4000] + b"\xff\xff" + content[4000:]

@@ -1,4 +1,4 @@
-"""Bytes to documents: line ends, encodings, faults, long documents, damaged streams; always in bounded memory."""
+"""Reading documents from bytes: line ends, encodings, faults, long documents, damaged streams, bounded memory."""
 
 import functools
 import re
@@ -107,7 +107,7 @@ def contents(draw, encoding: str) -> bytes:
 
 
 def expected(content: bytes, encoding: str, separator: str, on_error: str) -> list[str]:
-    """The documents, found the plain way."""
+    """Return the documents, found in the simplest way."""
     found: list[str | None] = []  # lines; None is one that cannot be decoded
     for index, line in enumerate(content.split(b"\n")):
         try:
@@ -302,7 +302,7 @@ MEASURE = textwrap.dedent(
     """
     import re, sys
     from gpt2_flax.text.corpus import CorpusOptions, corpus_units
-    # Not getrusage, whose maximum begins with that of the parent.
+    # Not getrusage, whose maximum starts at the maximum of the parent.
     memory = lambda: int(re.search(r"VmHWM:[^0-9]*([0-9]+)", open("/proc/self/status").read())[1])
     before, n_bytes, characters = memory(), 0, 0
     problems = []

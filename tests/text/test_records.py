@@ -1,4 +1,4 @@
-"""JSON lines and Parquet: the text of each record, and every way in which one can be broken."""
+"""Reading documents from JSON and Parquet: the text of each record, and each way in which a record can be faulty."""
 
 import itertools
 import json

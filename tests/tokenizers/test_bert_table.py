@@ -1,4 +1,4 @@
-"""The table gives the ids of the tokenizer that it stands in for, on any text."""
+"""The table gives the ids of its tokenizer for any text."""
 
 import pickle
 import random
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, normalizers
 
 from gpt2_flax.tokenizers import bert_table, wordpiece
 from gpt2_flax.tokenizers.bert_table import BertTable
-from gpt2_flax.tokenizers.ragged_ids import Encoded
+from gpt2_flax.tokenizers.ragged_ids import RaggedIds
 from gpt2_flax.tokenizers.wordpiece import WordPieceTokenizer
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -24,8 +24,8 @@ ALPHABET = "abcdefghinopstuz今天气很好中文字一。，！.,!'-#012１２�
 JAMO = [chr(unit) for unit in (*range(0x1100, 0x1113), *range(0x1161, 0x1176), *range(0x11A8, 0x11C3))]
 SMALL = [*dict.fromkeys([*SPECIAL, *WORDS, *ALPHABET, *JAMO, *(f"##{piece}" for piece in (*ALPHABET, *JAMO))])]
 
-# Surrogates' neighbours, ends of planes, blanks of all kinds, characters that are removed, marks in and out of order,
-# characters that become several or other ones, full-width and private ones, Hangul as syllables and as jamo.
+# Neighbours of surrogates, ends of planes, blanks of all kinds, characters that are removed, marks in and out of order,
+# characters that become several or other characters, full-width and private characters, Hangul as syllables and jamo.
 HARD_CHARACTERS = (
     "\ud7ff\ue000\uf8ff\ufffc\ufffd\ufffe\uffff\U0001fffe\U0002fa1d\U000e0001\U000f0000\U0010ffff"
     "\t\n\v\f\r\x1c\x1f \x85\xa0\u1680\u180e\u2000\u2028\u2029\u202f\u205f\u3000\ufeff"
@@ -62,7 +62,7 @@ def vocabulary(name: str) -> tuple[str, ...]:
 
 @cache
 def backend_of(tokens: tuple[str, ...], lowercase: bool) -> Tokenizer:
-    """What `tokenizers` itself makes of the vocabulary."""
+    """Return the tokenizer that the `tokenizers` library makes from the vocabulary."""
     tokenizer = WordPieceTokenizer("\n".join(tokens).encode(), "vocab.txt", lowercase)
     backend = Tokenizer.from_str(tokenizer._backend.to_str())
     backend.encode_special_tokens = True
@@ -81,7 +81,7 @@ def transformers_of(tokens: tuple[str, ...], lowercase: bool):
     return transformers.BertTokenizer(ids, do_lower_case=lowercase, split_special_tokens=True)
 
 
-def rows(encoded: Encoded) -> list[list[int]]:
+def rows(encoded: RaggedIds) -> list[list[int]]:
     return [row.tolist() for row in encoded]
 
 
@@ -126,8 +126,8 @@ def test_every_character_of_the_other_planes_gives_the_same_ids_alone_and_betwee
     tokens = tuple(SMALL)
     for start in range(0x10000, 0x110000, 0x100):
         block = "".join(map(chr, range(start, start + 0x100)))
-        # Most are unassigned, and letters to the tokenizer, or private, and dropped. Such a block stays one word with
-        # what is beside it; any other reading of one of its characters would show as further tokens.
+        # Most characters are unassigned, which the tokenizer takes as letters, or private, which it drops. A block of
+        # such characters is one word with its neighbours; reading one of them differently would give more tokens.
         whole = expected_rows(tokens, True, [f"a{block}b"])
         if whole in ([[tokens.index("[UNK]")]], expected_rows(tokens, True, ["ab"])):
             texts = [f"a{block}b中{block}文"]
@@ -214,7 +214,7 @@ def test_a_run_may_become_more_tokens_than_it_has_units():
 
 @pytest.fixture
 def table():
-    """Knows no run yet."""
+    """A table that knows no runs."""
     table = table_of(tuple(SMALL), True)
     table._forget()
     return table

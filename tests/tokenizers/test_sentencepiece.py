@@ -1,4 +1,4 @@
-"""SentencePiece: our ids are those of the `sentencepiece` package, and so are those of the exported folders."""
+"""SentencePiece tokenizers and their exported folders give the ids of the `sentencepiece` package."""
 
 import io
 import unicodedata
@@ -14,7 +14,7 @@ from gpt2_flax.tokenizers.sentencepiece import SentencePieceTokenizer
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 from gpt2_flax.tokenizers.train import train_sentencepiece
 
-# Longer repetitions than any piece, whose segmentations are tied.
+# Repetitions longer than any piece, with tied segmentations.
 REPEATED = ["好" * count + "啊" * (count % 7) + "今天" * (count % 3) for count in range(1, 120)]
 OTHERS = ["Việt が ぱ", "a<sb<sc<sd<se>>"] * 5  # pieces that normalization makes, and a part of "<s>"
 OWN = "<|user|>"
@@ -43,7 +43,7 @@ CHARACTERS = {"model_type": "char", "byte_fallback": False, "remove_extra_whites
 
 
 def trained(**options) -> SentencePieceTokenizer:
-    """A model as others make them."""
+    """Return a model trained by the `sentencepiece` package with these options."""
     model = io.BytesIO()
     lines = iter([*TEXTS, *REPEATED, *OTHERS])
     SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, minloglevel=2, **options)
@@ -51,7 +51,7 @@ def trained(**options) -> SentencePieceTokenizer:
 
 
 def may_join(character: str) -> bool:
-    """Whether it may form a cluster with the character before or after it."""
+    """Return whether a character may form a cluster with its neighbours."""
     category = unicodedata.category(character)
     return category[0] == "M" or category in ("Cf", "Sk", "Lm") or (category == "Lo" and not "一" <= character <= "鿿")
 
@@ -62,7 +62,7 @@ def processor_of(tokenizer, folder) -> SentencePieceProcessor:
 
 
 def exported(tokenizer, folder):
-    """What AutoTokenizer makes of it, reading names of special tokens as text."""
+    """Save a tokenizer and load it with AutoTokenizer, which reads names of special tokens as text."""
     transformers = pytest.importorskip("transformers")
     tokenizer.save(folder)
     return transformers.AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
@@ -86,7 +86,7 @@ def folder(ours, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["llama", "characters", "t5"])
 def theirs(request):
-    """A model with the options of a published one."""
+    """A model with the options of a published model."""
     options = {"llama": LLAMA, "characters": LLAMA | CHARACTERS, "t5": T5}[request.param]
     return trained(**options, vocab_size={"llama": 430, "characters": 110, "t5": 132}[request.param])
 
@@ -102,7 +102,7 @@ def their_folder(theirs, tmp_path_factory):
     return exported(theirs, tmp_path_factory.mktemp(kind))
 
 
-# Ids are those of the package.
+# Ids equal the ids of the package.
 
 
 @settings(max_examples=150)
@@ -130,7 +130,7 @@ def test_any_text_comes_back(ours, text):
     assert ours.decode(ids_of(ours, text)) == text
 
 
-# So are the ids of the exported folders.
+# The ids of exported folders do too.
 
 
 @settings(max_examples=150)
@@ -169,7 +169,7 @@ def test_models_of_real_text_are_exported_exactly(tmp_path, model_type):
 @example("▁ a ▁")
 @example("  ")
 def test_exported_ids_of_a_given_model_are_those_of_sentencepiece(theirs, their_folder, text):
-    assume(text != OWN)  # see spm.py for the exceptions
+    assume(text != OWN)  # see sentencepiece.py for the exceptions
     if "t5" in their_folder.name_or_path:
         assume(not any(map(may_join, text)))
     assert their_folder.encode(text, add_special_tokens=False) == ids_of(theirs, text)

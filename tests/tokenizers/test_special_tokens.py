@@ -1,4 +1,4 @@
-"""Which tokens begin and end documents: what the files of a folder name, in their order; transformers agrees."""
+"""The tokens that begin and end documents are the tokens that the files of a folder name, as in `transformers`."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ def byte_level(special=SPECIAL) -> Tokenizer:
 
 
 def write(folder: Path, tokenizer: Tokenizer | None = None, **files: object) -> Path:
-    """A folder with a tokenizer.json and files by their names without `.json`."""
+    """Write a tokenizer.json and other JSON files, named without `.json`, into a folder."""
     (tokenizer or byte_level()).save(str(folder / "tokenizer.json"))
     for name, values in files.items():
         (folder / f"{name}.json").write_text(json.dumps(values), encoding="utf-8")
@@ -61,11 +61,11 @@ NAMED = [
     ({"generation_config": {"eos_token_id": [50256, 6]}}, ("<|im_end|>", "<|im_end|>")),
     ({"config": {"bos_token_id": 0, "eos_token_id": 0}}, ("<|endoftext|>", "<|endoftext|>")),
     ({"config": {"bos_token_id": 5, "eos_token_id": 5}}, ("</s>", "</s>")),
-    # What GPT2Config writes unasked is no token here, nor is an id of a piece of text.
+    # The default ids of GPT2Config are not tokens of this vocabulary, and an id of a piece of text does not count.
     ({"config": {"bos_token_id": 50256, "eos_token_id": 50256}}, ("[CLS]", "[SEP]")),
     ({"config": {"bos_token_id": 300, "eos_token_id": 300}}, ("[CLS]", "[SEP]")),
     ({"config": {"bos_token_id": True, "eos_token_id": "5"}}, ("[CLS]", "[SEP]")),
-    # From several files, and the first to name one.
+    # From several files; the first file to name a token wins.
     (
         {"tokenizer_config": {"eos_token": "<|im_end|>"}, "config": {"bos_token_id": 0, "eos_token_id": 0}},
         ("<|endoftext|>", "<|im_end|>"),
@@ -112,7 +112,7 @@ def test_transformers_names_the_same_tokens_of_the_original_folder(tmp_path, fil
         assert theirs.bos_token == ours.special_tokens["bos_token"]
 
 
-def test_what_is_passed_over_is_said(tmp_path, capsys):
+def test_files_that_disagree_are_reported(tmp_path, capsys):
     values = {"bos_token_id": 0, "eos_token_id": [10, 6]}
     load_tokenizer(write(tmp_path, tokenizer_config={"bos_token": "<bos>"}, generation_config=values))
     said = capsys.readouterr().err.splitlines()

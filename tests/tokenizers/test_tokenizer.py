@@ -1,4 +1,4 @@
-"""Every kind of tokenizer behind one interface; WordPiece and `tokenizer.json` against their references."""
+"""Tests of all kinds of tokenizers, and of WordPiece and `tokenizer.json` against their references."""
 
 import itertools
 import json
@@ -67,14 +67,14 @@ def folder(tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(folder):
-    """What `transformers` makes of the folder, reading names of special tokens as text."""
+    """The tokenizer that `transformers` loads from the folder, which reads names of special tokens as text."""
     transformers = pytest.importorskip("transformers")
     return transformers.AutoTokenizer.from_pretrained(folder, split_special_tokens=True, model_max_length=2**30)
 
 
 @pytest.fixture(scope="module")
 def vocabulary(wordpiece, tmp_path_factory) -> Path:
-    """The published Chinese vocabulary where it is at hand, else a small one of our own."""
+    """The published Chinese vocabulary if it is available, otherwise a small vocabulary trained here."""
     if (path := DATA / "google_zh_vocab.txt").is_file():
         return path
     folder = tmp_path_factory.mktemp("vocabulary")

@@ -1,4 +1,4 @@
-"""Vocabularies made from a sample of a corpus."""
+"""Training tokenizers on a sample of a corpus."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ LINES = [f"{index:09d}" for index in range(4000)]
 
 
 class Unit(NamedTuple):
-    """A part of a corpus that is in memory."""
+    """Documents in memory, as a unit of a corpus."""
 
     texts: list[str]
     size: int = 10
@@ -125,7 +125,7 @@ def test_wordpiece_can_be_made_of_characters_alone():
 
 
 def test_wordpiece_counts_pairs_that_overlap_themselves(tmp_path):
-    # "##a##a" is in "aaaa" twice as a pair of neighbours, but only once to be joined.
+    # In "aaaa", "##a" and "##a" are neighbours twice, but are joined only once.
     train_wordpiece(["aaaa"] * 3 + ["baab"] * 2, 100).save(tmp_path)
     tokens = (tmp_path / "vocab.txt").read_text().splitlines()
     assert tokens[5:] == ["##a", "a", "##b", "b", "##aa", "##aaa", "aaaa", "##aab", "baab"]
@@ -176,7 +176,7 @@ def test_training_on_no_text_is_an_error_and_errors_of_the_corpus_arrive(train):
 
     def damaged():
         yield "text"
-        raise UserError(ExitCode.DATA, "not UTF-8", "file.txt:7", "mend it")
+        raise UserError(ExitCode.DATA, "not UTF-8", "file.txt:7", "fix it")
 
     with pytest.raises(UserError, match=r"file\.txt:7"):
         train(damaged(), 300)

@@ -1,4 +1,4 @@
-"""A tokenizer that cannot be exported exactly is refused before anything is trained with it."""
+"""A tokenizer that cannot be exported exactly is refused before a model is trained with it."""
 
 import io
 import json
@@ -15,9 +15,9 @@ from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.text.corpus import corpus_units
 from gpt2_flax.text.documents import CorpusOptions
 from gpt2_flax.tokenizers import transformers_check as module
-from gpt2_flax.tokenizers.ragged_ids import Encoded
+from gpt2_flax.tokenizers.ragged_ids import RaggedIds
 from gpt2_flax.tokenizers.sentencepiece import SentencePieceTokenizer
-from gpt2_flax.tokenizers.survey import sample
+from gpt2_flax.tokenizers.survey import sample_corpus
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 from gpt2_flax.tokenizers.train import train_sentencepiece, train_wordpiece
 from gpt2_flax.tokenizers.transformers_check import ODD_TEXTS, SAMPLE_CHARACTERS, SAMPLES, check_exported, spread
@@ -25,7 +25,7 @@ from gpt2_flax.tokenizers.wordpiece import WordPieceTokenizer
 
 
 class Wrong(WordPieceTokenizer):
-    """Its own ids of texts with a mountain are others than the ids of its saved form."""
+    """A tokenizer whose ids of texts with a mountain differ from the ids of its saved tokenizer.json."""
 
     def encode_batch(self, texts):
         return cut(texts, super().encode_batch(texts))
@@ -35,7 +35,7 @@ class Wrong(WordPieceTokenizer):
 
 
 class Tied(SentencePieceTokenizer):
-    """As `Wrong`, of a kind in which ties may be broken otherwise."""
+    """As `Wrong`, but a SentencePiece tokenizer, in which a few ties may be broken differently."""
 
     def encode_batch(self, texts):
         return cut(texts, super().encode_batch(texts))
@@ -43,7 +43,7 @@ class Tied(SentencePieceTokenizer):
 
 def cut(texts, encoded):
     rows = [ids[:-1] if "山" in text else ids for text, ids in zip(texts, encoded, strict=True)]
-    return Encoded.from_arrays(rows, 2**16)
+    return RaggedIds.from_arrays(rows, 2**16)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_one_text_with_other_ids_is_enough_for_a_refusal(vocabulary):
     check_exported(Wrong(vocabulary, "test"), ["今天"], "here")
 
 
-def test_few_ties_of_sentencepiece_are_said_and_more_are_refused(tmp_path, capsys):
+def test_few_ties_of_sentencepiece_are_reported_and_more_are_refused(tmp_path, capsys):
     train_sentencepiece([*TEXTS, "山河"], 350).save(tmp_path)
     tied = Tied((tmp_path / "spiece.model").read_bytes(), "test")
     check_exported(tied, [*["今天"] * 98, "山河", "山"], "here")
@@ -81,7 +81,7 @@ def test_few_ties_of_sentencepiece_are_said_and_more_are_refused(tmp_path, capsy
 
 def test_a_panic_of_the_library_is_one_sentence(vocabulary, monkeypatch):
     class PanicException(BaseException):
-        """As pyo3 makes it."""
+        """The exception that pyo3 raises for a panic."""
 
     def panic(self, folder):
         raise PanicException("AddedVocabulary bad split")
@@ -130,7 +130,7 @@ def test_samples_come_from_the_whole_corpus_and_are_bounded(tmp_path):
     (tmp_path / "corpus.txt").write_text("\n".join([*lines, "y" * 10_000]))
     for unit_bytes in (500, 5000, 50_000, None):
         units = corpus_units([str(tmp_path / "corpus.txt")], unit_bytes=unit_bytes)
-        texts = spread(sample(units).texts)
+        texts = spread(sample_corpus(units).texts)
         assert SAMPLES / 2 <= len(texts) <= 2 * SAMPLES
         numbers = [int(text.split()[0]) for text in texts if "x" in text]
         assert min(numbers) < 100
@@ -143,7 +143,7 @@ def test_samples_come_from_the_whole_corpus_and_are_bounded(tmp_path):
 
 def test_what_cannot_be_read_is_left_to_what_reads_it_all(tmp_path):
     (tmp_path / "corpus.txt").write_bytes(b"\xff\n")
-    assert sample(corpus_units([str(tmp_path / "corpus.txt")], CorpusOptions(on_error="stop"))).texts == []
+    assert sample_corpus(corpus_units([str(tmp_path / "corpus.txt")], CorpusOptions(on_error="stop"))).texts == []
 
 
 # User-defined pieces of SentencePiece that its normalization would change.
@@ -174,7 +174,7 @@ def test_line_ends_that_are_pieces_are_exported_exactly(kind, rule, extra, tmp_p
     draw = random.Random(0)
     pieces = [*OWN, "a", "t", "he", " ", "  ", "今天", "Ａ", "①", "\r", "。"]
     texts = ["".join(draw.choices(pieces, k=draw.randrange(12))) for _ in range(500)]
-    texts = [text for text in texts if text.strip() not in ("", *OWN)]  # see spm.py for the exception
+    texts = [text for text in texts if text.strip() not in ("", *OWN)]  # see sentencepiece.py for the exception
     for text in texts:
         assert saved.encode(text, add_special_tokens=False).ids == package.encode(text), text
     assert any("\n" in text for text in texts)
