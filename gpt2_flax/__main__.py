@@ -1,11 +1,12 @@
-"""The program: runs a command, tells what went wrong in one line, and exits with a code that scripts can trust."""
+"""The program: run a command, report a failure in one line, and exit with a code that scripts can rely on."""
 
+import io
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from types import CoroutineType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from gpt2_flax.errors import ExitCode, UserError, io_error, naming_file, printable
 from gpt2_flax.folders import speak_utf8
@@ -13,12 +14,12 @@ from gpt2_flax.interruption import catch_signals, finish
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Runs a command and exits with a code of `ExitCode`; every failure is one line on stderr."""
+    """Run a command and exit with a code of `ExitCode`. Every failure is one line on stderr."""
     if arguments is None:
-        catch_signals()  # before the imports of what runs a command, which take a second
+        catch_signals()  # before the imports for a command, which take a second
         sys.unraisablehook = _unraisable
         speak_utf8()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in cast("list[io.TextIOWrapper]", [sys.stdout, sys.stderr]):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     from gpt2_flax.accelerators import silence_what_is_not_here
     from gpt2_flax.compilation_cache import keep_compiled_programs
@@ -29,23 +30,23 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _unraisable(unraisable: Any) -> None:
-    """Hide tracebacks of tensorstore's callbacks, and of reads still under way when one failed: both raise as well."""
+    """Hide tracebacks of tensorstore's callbacks, and of other reads after a failed one; the errors are raised too."""
     if unraisable.object is not None and not isinstance(unraisable.object, CoroutineType):
         sys.__unraisablehook__(unraisable)
 
 
 def _exit_code(arguments: Sequence[str] | None) -> int:
-    """Runs a command, prints what went wrong, and returns the exit code."""
+    """Run a command, print its failure, and return the exit code."""
     from gpt2_flax.cli import DEBUG, app
 
     try:
         code = app(arguments, prog_name="gpt2-flax", standalone_mode=False)
         with naming_file("standard output"):
-            sys.stdout.flush()  # here, where a full disk still becomes an error
+            sys.stdout.flush()  # here, so that a full disk is reported
         return finish(code if isinstance(code, int) else ExitCode.OK)
-    except (BrokenPipeError, SystemExit):  # the reader of a pipe has seen enough; typer makes the latter of it
+    except (BrokenPipeError, SystemExit):  # the reader closed the pipe; typer raises SystemExit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return finish(128 + signal.SIGPIPE)  # not OK: a training run that ends here is not finished
+        return finish(128 + signal.SIGPIPE)  # not OK, because the command did not finish
     except Exception as error:
         failure = _failure(error, sys.argv[1:] if arguments is None else arguments)
         finish(failure.exit_code)
@@ -65,17 +66,17 @@ _SMALLER = {
     "generate": "lower --max-new-tokens",
     "serve": "lower --max-tokens",
 }
-"""What makes a command need less memory."""
+"""How a command needs less memory."""
 
 
 def _failure(error: BaseException, arguments: Sequence[str]) -> UserError:
-    """Returns what the user is told of `error`; the traceback of one that should not have come up is kept in a file."""
+    """Return the failure that the user reads. The traceback of a bug is kept in a file."""
     import typer
 
     if isinstance(error, UserError):
         return error
-    # typer brings its own click since 0.26, and names only this part of it.
-    if isinstance(error, typer.BadParameter.__base__):
+    # The class of all errors of usage, which typer does not name.
+    if isinstance(error, cast("type[typer.BadParameter]", typer.BadParameter.__base__)):
         command = error.ctx.command_path if error.ctx else "gpt2-flax"
         return UserError(ExitCode.USAGE, error.format_message().rstrip("."), command, f"see `{command} --help`")
     from gpt2_flax.memory import out_of_memory

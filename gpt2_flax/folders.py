@@ -1,4 +1,4 @@
-"""What a user's path means, in UTF-8; folders that appear whole or not at all, and that one process works in."""
+"""Paths that users give, in UTF-8; folders that appear whole or not at all; locks on folders."""
 
 import contextlib
 import errno
@@ -13,17 +13,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO
 
 from gpt2_flax.errors import ExitCode, UserError, io_error, naming_file
 from gpt2_flax.interruption import cleaned_up
 
 
 def speak_utf8() -> None:
-    """Starts this program anew in Python's UTF-8 mode if the locale has another encoding.
+    """Restart this program in Python's UTF-8 mode if the locale has another encoding.
 
-    Else paths and prompts would be read by the locale, and libraries in C++ would write other names than Python does.
+    Otherwise Python would decode paths and prompts by the locale, and libraries in C++ would write other file names.
     """
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
@@ -31,25 +31,26 @@ def speak_utf8() -> None:
 
 
 def is_utf8(text: str) -> bool:
-    """Returns whether it came as UTF-8; of other bytes Python makes lone surrogates, which few libraries can name."""
+    """Return whether `text` came as UTF-8. Python turns other bytes into surrogates, which few libraries accept."""
     return text == text.encode(errors="replace").decode()
 
 
 def utf8_name(path: str) -> str:
-    """Returns what can be written of a file's name."""
+    """Return a file name with bytes that are not UTF-8 escaped."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def is_address(path: str) -> bool:
-    """Returns whether `fsspec` is asked for it, and not this machine."""
+    """Return whether `path` is an address for `fsspec`, not a path of this machine."""
     return "://" in path
 
 
 def local_path(given: str) -> str:
-    """Returns a path as its user means it, with `~` and `~user` expanded, which a shell does not do after a `=`.
+    """Return a path with `~` and `~user` expanded, which a shell does not do after a `=`.
 
-    Raises `ValueError` for an address, which would become a path below a folder `s3:`, for an unknown home folder, and
-    for what is no path.
+    Raises:
+        ValueError: For an address, which would become a path below a folder `s3:`, for an unknown home folder, and for
+            a name that is not UTF-8.
     """
     if is_address(given):
         raise ValueError(f"{given} is an address, and only a path of this machine works here")
@@ -62,19 +63,19 @@ def local_path(given: str) -> str:
 
 
 def cache_folder() -> Path | None:
-    """Returns where this program keeps what it can make again, None for a user without a home folder."""
+    """Return the folder for files that this program can make again, None for a user without a home folder."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - as in `local_path`
     return None if base.startswith("~") else Path(base, "gpt2_flax")
 
 
 def file_sha256(path: Path) -> str:
-    """Returns the hexadecimal sha256 of a file's bytes, read in pieces."""
+    """Return the hexadecimal sha256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all, also after a power failure; makes its folder, keeps links."""
+    """Write a file whole or not at all, even if the power fails. Make its folder; write through links."""
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -87,7 +88,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` survive a power failure, as fsync does for the content of a file."""
+    """Make the names in `folder` survive a power failure, as fsync does for the content of a file."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -96,17 +97,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_link(output: Path) -> None:
-    """Raises `UserError` (CANT_CREATE) for a link that leads nowhere; of others, what they lead to is written."""
+    """Raise `UserError` (CANT_CREATE) for a link that leads nowhere. The target of other links is written."""
     if output.is_symlink() and not output.exists():
         fix = f"make the folder {os.path.realpath(output)}, or remove the link"
         raise UserError(ExitCode.CANT_CREATE, "output is a link that leads nowhere", output, fix)
 
 
 def check_output(output: Path, marker: str, overwrite: bool) -> None:
-    """Raises `UserError` when `output` cannot be written, or may not: it exists and overwriting was not asked, or it is
-    not ours.
+    """Raise `UserError` (CANT_CREATE) if `output` cannot be written, or exists and may not be replaced.
 
-    `marker` is a file that every finished folder of this kind holds; a folder without it is never replaced.
+    Args:
+        marker: A file in every finished folder of this kind. A folder without it is never replaced.
+        overwrite: Whether the user allows to replace a folder.
     """
     if not output.name:
         raise UserError(ExitCode.CANT_CREATE, "output has no name", output.absolute(), "give the name of a new folder")
@@ -133,45 +135,52 @@ def check_output(output: Path, marker: str, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def new_folder(output: Path, marker: str, overwrite: bool = False) -> Iterator[Path]:
-    """Yields an empty folder beside `output` that takes its name when the block ends without an exception.
+    """Yield an empty folder beside `output`, and rename it to `output` if the block raises nothing.
 
-    If `output` is a link to a folder, that folder is replaced and the link stays. Nothing is left behind when the
-    block fails; what a killed process left, the next call for `output` removes. Raises `UserError` as `check_output`
-    does, or when the place cannot be written.
+    If `output` is a link to a folder, that folder is replaced and the link stays. The folder is removed if the block
+    fails; the next call for `output` removes the folder of a killed process.
+
+    Raises:
+        UserError: As `check_output`; CANT_CREATE if the folder cannot be made; IO if writing fails.
     """
     check_output(output, marker, overwrite)
     place = Path(os.path.realpath(output))
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        claim = _claim(place.parent, f".{place.name}.tmp-")
-        temporary = Path(claim.name).with_suffix("")
-        temporary.mkdir()
-    except OSError as error:
-        what = "output folder cannot be made"
-        fix = f"check the path and its permissions ({error.strerror})"
-        raise UserError(ExitCode.CANT_CREATE, what, output, fix) from None
-    try:
-        with cleaned_up(lambda: (_remove(temporary), Path(claim.name).unlink(missing_ok=True))):
-            yield temporary
-        if not (temporary / marker).is_file():
-            raise RuntimeError(f"{temporary} was finished without {marker}")
-        check_output(output, marker, overwrite)  # again: the work may have taken hours
-        if place.is_dir():
-            shutil.rmtree(place)
-        temporary.rename(place)
-    except OSError as error:
-        raise io_error(error, output) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        with contextlib.suppress(FileNotFoundError):  # another process came before the lock was held
-            claim.close()
+    with contextlib.ExitStack() as stack:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            temporary = stack.enter_context(_locked_folder(place.parent, f".{place.name}.tmp-"))
+        except OSError as error:
+            fix = f"check the path and its permissions ({error.strerror})"
+            raise UserError(ExitCode.CANT_CREATE, "output folder cannot be made", output, fix) from None
+        try:
+            with _removed_on_signal(temporary):
+                yield temporary
+            if not (temporary / marker).is_file():
+                raise RuntimeError(f"{temporary} was finished without {marker}")
+            check_output(output, marker, overwrite)  # again: the work may have taken hours
+            if place.is_dir():
+                shutil.rmtree(place)
+            temporary.rename(place)
+        except OSError as error:
+            raise io_error(error, output) from error
 
 
-def _claim(parent: Path, prefix: str) -> IO[bytes]:
-    """Opens and locks a new file NAME.lock in `parent`, removed when it is closed, for a temporary folder NAME.
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yield an empty folder in the system's folder for temporary files, and remove it after the block.
 
-    Folders of this user whose lock nobody holds are removed first: the kernel unlocks the file however its process
-    dies, and on another host the process may have any id.
+    The next call removes the folder of a killed process.
+    """
+    with _locked_folder(Path(tempfile.gettempdir()), "gpt2-flax-", 0o700) as folder, _removed_on_signal(folder):
+        yield folder
+
+
+@contextlib.contextmanager
+def _locked_folder(parent: Path, prefix: str, mode: int = 0o777) -> Iterator[Path]:
+    """Make a folder NAME in `parent` with a locked file NAME.lock beside it, and remove both after the block.
+
+    First remove folders of this user whose lock nobody holds. The kernel unlocks the file however its process dies,
+    and a process id would mean nothing on another host.
     """
     for left in parent.glob(f"{glob.escape(prefix)}*.lock"):
         with contextlib.suppress(OSError):
@@ -183,54 +192,49 @@ def _claim(parent: Path, prefix: str) -> IO[bytes]:
                     shutil.rmtree(folder)
                 left.unlink()
     claim = tempfile.NamedTemporaryFile("wb", prefix=prefix, suffix=".lock", dir=parent)  # noqa: SIM115
-    with contextlib.suppress(OSError):  # a file system without locks: what is left there stays
-        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return claim
-
-
-def _is_mount_point(folder: Path) -> bool:
-    """Returns whether a volume, which may be part of the same file system, is mounted at an absolute path."""
-    try:
-        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
-    except OSError:
-        return folder.is_mount()
-    # The fifth field is the place; in it blanks, line ends and backslashes are octal.
-    name = re.sub(rb"[\\ \t\n]", lambda found: b"\\%03o" % found[0][0], os.fsencode(folder))
-    return any(mount.split()[4] == name for mount in mounts)
-
-
-@contextlib.contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """Yields an empty folder in the system's place for temporary files, which is gone after the block.
-
-    What a killed process left there, the next call removes.
-    """
-    claim = _claim(Path(tempfile.gettempdir()), "gpt2-flax-")
     folder = Path(claim.name).with_suffix("")
     try:
-        with cleaned_up(lambda: (_remove(folder), Path(claim.name).unlink(missing_ok=True))):
-            folder.mkdir(mode=0o700)
-            yield folder
+        with contextlib.suppress(OSError):  # on a file system without locks, folders of killed processes stay
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder.mkdir(mode=mode)
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(FileNotFoundError):  # another process came before the lock was held
+        with contextlib.suppress(FileNotFoundError):  # another process removed the file before it was locked
             claim.close()
 
 
+def _removed_on_signal(folder: Path) -> AbstractContextManager[None]:
+    lock = folder.with_name(f"{folder.name}.lock")
+    return cleaned_up(lambda: (_remove(folder), lock.unlink(missing_ok=True)))
+
+
 def _remove(folder: Path) -> None:
-    """Removes a folder in which another thread may still make files."""
+    """Remove a folder in which another thread may still make files."""
     for _ in range(100):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
             return
 
 
+def _is_mount_point(folder: Path) -> bool:
+    """Return whether a volume is mounted at an absolute path; it may belong to the same file system as the parent."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return folder.is_mount()
+    # The fifth field is the path; blanks, line ends and backslashes in it are octal.
+    name = re.sub(rb"[\\ \t\n]", lambda found: b"\\%03o" % found[0][0], os.fsencode(folder))
+    return any(mount.split()[4] == name for mount in mounts)
+
+
 @contextlib.contextmanager
 def folder_lock(folder: Path, in_use: str) -> Iterator[None]:
-    """Keeps other processes out of `folder` until the block ends; the kernel lets go however this process dies.
+    """Keep other processes out of `folder` until the block ends. The kernel unlocks it however this process dies.
 
-    Raises `UserError` (CANT_CREATE) that says `in_use`, and by whom, when another process holds the file `lock`, and
-    where the file system has no locks.
+    Raises:
+        UserError: CANT_CREATE that begins with `in_use` and names the process that holds the file `lock`, or if the
+            file system has no locks.
     """
     with open(folder / "lock", "a+", encoding="utf-8") as file:
         try:

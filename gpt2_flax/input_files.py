@@ -1,6 +1,6 @@
-"""How much a user may ask for, and files that a user gives, read without trusting them.
+"""Limits on the numbers of users, and readers for files of users that trust nothing in them.
 
-No file is waited for, and none fills memory or the stack.
+The readers wait for no file, and no file fills memory or the stack.
 """
 
 import json
@@ -13,27 +13,29 @@ from typing import Any
 
 from gpt2_flax.errors import ExitCode, UserError, quote
 
-# Far above any real run: what is computed from these fits int32 and int64, and a slip of the pen is named.
+# These limits are far above any real run. They catch slips of the pen, and keep results within int32 and int64.
 MOST_STEPS = 2**31 - 1  # optax counts steps in int32
-MOST_TOKENS = 2**24  # of a vocabulary
+MOST_TOKENS = 2**24  # in a vocabulary
 MOST_POSITIONS = MOST_ROWS = 2**20  # tokens in a row, rows in a batch
 
 CONFIG_BYTES = 2**20
 VOCABULARY_BYTES = 2**28  # the largest published tokenizer.json have 2**25
 
-_DEEPEST = 32  # of values inside one another
+_DEEPEST = 32  # levels of nesting
 _TOO_DEEP = "it is nested too deeply"
-# tomllib takes minutes for a key of 100,000 parts. A string may hold as many words with dots behind them, but does not.
+# A key of 256 names or more; tomllib takes minutes for 100,000. A string could match too, but real configs hold none.
 _LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){256}""", re.ASCII)
 
 
 def read_whole(path: Path, limit: int, code: ExitCode = ExitCode.DATA) -> bytes:
-    """Returns what a file of at most `limit` bytes holds; also an unnamed pipe, such as `<(command)` in a shell.
+    """Return the content of a file or of an unnamed pipe, such as `<(command)` in a shell.
 
-    Raises `OSError`, and `UserError`: NO_INPUT for a folder, a named pipe, a socket or a device, `code` when there is
-    more.
+    Raises:
+        OSError: If the file cannot be read.
+        UserError: NO_INPUT for a folder, a named pipe, a socket or a device; `code` if there are more than `limit`
+            bytes.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # else a named pipe is waited for
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # do not wait for a named pipe
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISFIFO(mode) and os.path.realpath(path).startswith("/proc/"):
@@ -51,7 +53,7 @@ def read_whole(path: Path, limit: int, code: ExitCode = ExitCode.DATA) -> bytes:
 
 
 def read_object(path: Path, limit: int = CONFIG_BYTES, fix: str = "copy or download it again") -> dict[str, Any]:
-    """Returns the JSON object in a file; raises as `read_whole`, and `UserError` (DATA, `fix`) for anything else."""
+    """Return the JSON object in a file. Raises as `read_whole`, and `UserError` (DATA, `fix`) for other content."""
     content = read_whole(path, limit)
     try:
         values = json.loads(content, object_pairs_hook=_unique)
@@ -65,7 +67,7 @@ def read_object(path: Path, limit: int = CONFIG_BYTES, fix: str = "copy or downl
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Returns the values of a TOML text; raises `ValueError` with the reason when it is none, or far from a config."""
+    """Return the values of a TOML text. Raises `ValueError` with the reason if it is not TOML or nested too deeply."""
     if _LONG_KEY.search(text):
         raise ValueError(_TOO_DEEP)
     try:
@@ -74,7 +76,7 @@ def parse_toml(text: str) -> dict[str, Any]:
         raise ValueError(_TOO_DEEP) from None
     except tomllib.TOMLDecodeError:
         raise
-    except ValueError:  # by `int`
+    except ValueError:  # raised by `int`
         raise ValueError("a number has thousands of digits") from None
     _check_depth(values)
     return values
@@ -88,7 +90,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_depth(values: Any) -> None:
-    """Raises ValueError for what may be too deep for functions that call themselves."""
+    """Raise ValueError for values that are nested too deeply for recursive functions."""
     level = [[values]]
     for _ in range(_DEEPEST):
         inner = (one.values() if isinstance(one, dict) else one for one in level)

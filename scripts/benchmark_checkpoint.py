@@ -20,7 +20,7 @@ import numpy as np
 
 from gpt2_flax.checkpoint.device_checksum import checksums
 from gpt2_flax.checkpoint.store import CheckpointStore
-from gpt2_flax.config import parse_config
+from gpt2_flax.config.parse import parse_config
 from gpt2_flax.parallel.mesh import make_mesh
 from gpt2_flax.training.step import TrainState, state_layout
 

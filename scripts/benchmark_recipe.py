@@ -38,7 +38,8 @@ import numpy as np
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.source import load_source
-from gpt2_flax.config import Config, parse_config
+from gpt2_flax.config.parse import parse_config
+from gpt2_flax.config.schema import Config
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import RowLayout

@@ -1,15 +1,14 @@
-"""Convert a GPT-2 of UER-py to a transformers file by the well-known command line, but exactly.
+"""Convert GPT-2 models of UER-py to files for transformers, with the flags of UER-py's script and an exact result.
 
     python3 scripts/convert_gpt2_from_uer_to_huggingface.py --input_model_path models/gpt2.bin-250000 \
         --output_model_path pytorch_model.bin --layers_num 12
 
-writes a state dict for `GPT2LMHeadModel.load_state_dict`. UER-py's script of this name only renames tensors. This
-script also converts UER-py's layer norm to the layer norm of transformers: gains times sqrt((n - 1) / n), and
-layer_norm_epsilon 1e-7 in config.json. It writes config.json beside the output unless one exists, and compares the
-logits before it writes anything. `gpt2-flax convert` writes a complete folder: tokenizer, safetensors and model card
-too.
+writes a state dict for `GPT2LMHeadModel.load_state_dict`. UER-py's script of the same name only renames tensors. This
+script also converts UER-py's layer norm: gains times sqrt((n - 1) / n), and layer_norm_epsilon 1e-7 in config.json,
+which it writes beside the output if there is none. It compares the logits before it writes anything. `gpt2-flax
+convert` writes a complete folder instead, with tokenizer, safetensors and model card.
 
-The input may also be a run of this project: its folder, a checkpoint, or the checkpoint's name in UER-py.
+The input may also be a run of this project: its folder, a checkpoint, or UER-py's name of a checkpoint.
 """
 
 import io
@@ -20,10 +19,9 @@ from uer_command_line import Flags, exit_code, named_model, user_path
 
 from gpt2_flax.checkpoint.huggingface import CONFIG, to_hf_config, to_state_dict
 from gpt2_flax.checkpoint.source import Source, load_source
-from gpt2_flax.checkpoint.uer import read_uer
-from gpt2_flax.errors import ExitCode, UserError, io_error
-from gpt2_flax.export.uer_file import compare_with_uer
+from gpt2_flax.errors import ExitCode, UserError, io_error, missing_package
 from gpt2_flax.folders import write_whole
+from gpt2_flax.formats.uer import compare, read_uer
 from gpt2_flax.input_files import read_object
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 
@@ -35,11 +33,9 @@ def main() -> None:
     flags = Flags(__doc__, {})
     flags.add_argument("--input_model_path", type=user_path, default=Path("models/input_model.bin"))
     flags.add_argument("--output_model_path", type=user_path, default=Path("models/output_model.bin"))
-    flags.add_argument("--layers_num", type=int, help="compared with the file")
-    flags.add_argument("--uer_config", type=user_path, help="UER-py config.json of the model, for the number of heads")
-    flags.add_argument(
-        "--vocab_path", type=user_path, help="vocab.txt for the ids in config.json; default: google_zh_vocab.txt's ids"
-    )
+    flags.add_argument("--layers_num", type=int, help="compared with the number of layers in the file")
+    flags.add_argument("--uer_config", type=user_path, help="its UER-py config.json, with the number of heads")
+    flags.add_argument("--vocab_path", type=user_path, help="vocab.txt, for the token ids in config.json")
     options = flags.parse(None)
     convert(
         named_model(options.input_model_path),
@@ -51,15 +47,14 @@ def main() -> None:
 
 
 def convert(path: Path, output: Path, layers: int | None, uer_config: Path | None, vocabulary: Path | None) -> None:
-    """Write `output` completely or not at all, and config.json beside it unless one exists."""
+    """Write `output` whole or not at all, and config.json beside it unless there is one."""
     try:
         import torch
     except ImportError:
-        fix = "run: pip install 'gpt2_flax[export]'"
-        raise UserError(ExitCode.USAGE, "torch is not installed", output, fix) from None
+        raise missing_package("the conversion", "torch", "export", output) from None
     if path.is_file():
         source = Source(f"UER-py file {path}", *read_uer(path, uer_config), Path())
-        print(f"{path}: {compare_with_uer(path, source)}")
+        print(f"{path}: {compare(path, source.weights, source.model)}")
     else:
         source = load_source(path)
         vocabulary = vocabulary or source.tokenizer_folder
@@ -67,7 +62,7 @@ def convert(path: Path, output: Path, layers: int | None, uer_config: Path | Non
         what = f"--layers_num is {layers} but there are {source.model.n_layer} layers"
         raise UserError(ExitCode.USAGE, what, path, "leave --layers_num out, or give another file")
     tensors = {name: torch.from_numpy(array.copy()) for name, array in to_state_dict(source.weights).items()}
-    # load_state_dict requires a head; torch stores a tied head and the embedding once.
+    # load_state_dict needs a head; a tied head is stored once.
     tensors.setdefault("lm_head.weight", tensors["transformer.wte.weight"])
     buffer = io.BytesIO()
     torch.save(tensors, buffer)

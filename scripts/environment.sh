@@ -17,7 +17,7 @@ make_environment() {
     local folder=$1 extras=$2 python made_from quiet=()
     python=$(find_python) || return
     # Install again only if the Python version, the requirements or the extras have changed.
-    made_from=$("$python" --version; echo "$extras"; cat pyproject.toml scripts/constraints.txt)
+    made_from=$("$python" --version; echo "$extras"; cat setup.cfg pyproject.toml scripts/constraints.txt)
     unset PYTHONPATH PYTHONHOME
     if [ "$made_from" != "$(cat "$folder/made-from" 2>/dev/null)" ]; then
         echo "installing into $folder (takes some minutes the first time)"

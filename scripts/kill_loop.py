@@ -119,7 +119,7 @@ def prepare_parent(folder: Path) -> None:
 
 def make_config(folder: Path, training: Mapping[str, int] = MappingProxyType({}), schedule: str = "cosine") -> Path:
     """Write a small corpus, its dataset and a config into `folder`; return the config's path."""
-    from gpt2_flax.config import dump_config, parse_config
+    from gpt2_flax.config.parse import dump_config, parse_config
     from gpt2_flax.data.prepare import prepare
     from gpt2_flax.tokenizers.tokenizer import load_tokenizer
     from gpt2_flax.tokenizers.train import train_wordpiece

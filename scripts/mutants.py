@@ -71,15 +71,15 @@ MUTANTS = (
     Mutant(
         "optimizer forgotten",
         "training/start.py",
-        'state = TrainState(restored["model"], restored["opt_state"], count, skipped)',
-        'state = TrainState(restored["model"], jax.tree.map(jnp.zeros_like, restored["opt_state"]), count, skipped)',
+        'TrainState(restored["model"], restored["opt_state"],',
+        'TrainState(restored["model"], jax.tree.map(jnp.zeros_like, restored["opt_state"]),',
         "training/test_training.py::test_a_run_that_was_stopped_goes_on_with_the_same_bits",
     ),
     Mutant(
         "samples forgotten",
         "training/start.py",
-        'return Start(state, meta["samples_seen"],',
-        "return Start(state, 0,",
+        'progress = Progress(step, meta["samples_seen"],',
+        "progress = Progress(step, 0,",
         "training/test_training.py::test_a_run_that_was_stopped_goes_on_with_the_same_bits",
     ),
     Mutant(
@@ -98,17 +98,17 @@ MUTANTS = (
     ),
     Mutant(
         "the same order in every epoch",
-        "data/loader.py",
+        "data/batches.py",
         "key = _mix(_mix(np.uint64(seed)) + np.uint64(epoch))",
         "key = _mix(_mix(np.uint64(seed)))",
-        "data/test_loader.py::test_epochs_and_seeds_give_different_orders",
+        "data/test_batches.py::test_epochs_and_seeds_give_different_orders",
     ),
     Mutant(
         "each host begins a batch anew",
-        "data/loader.py",
+        "data/batches.py",
         "[start : start + last - first]",
         "[: last - first]",
-        "data/test_loader.py::test_hosts_that_take_parts_of_a_batch_see_the_whole_batch",
+        "data/test_batches.py::test_hosts_that_take_parts_of_a_batch_see_the_whole_batch",
     ),
     Mutant(
         "other training data taken",
@@ -141,7 +141,7 @@ def main() -> int:
         return 1
     with tempfile.TemporaryDirectory(prefix="gpt2-flax-mutants-") as folder:
         copy = Path(folder)
-        for name in ("gpt2_flax", "tests", "scripts", "docs", "configs", "pyproject.toml", "README.md"):
+        for name in ("gpt2_flax", "tests", "scripts", "docs", "configs", "setup.cfg", "pyproject.toml", "README.md"):
             source = ROOT / name
             (shutil.copytree if source.is_dir() else shutil.copyfile)(source, copy / name)
         print(f"the tests of {len(chosen)} mutants, unchanged", flush=True)

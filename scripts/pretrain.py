@@ -1,13 +1,13 @@
-"""Train from the flags of UER-py's pretrain.py for GPT-2: write a config, print the `gpt2-flax train` command, run it.
+"""UER-py's pretrain.py for GPT-2, with the same flags: write a config, then print and run `gpt2-flax train`.
 
     python3 pretrain.py --dataset_path cluecorpussmall_lm_seq128_dataset.pt --vocab_path models/google_zh_vocab.txt \
         --config_path models/gpt2/config.json --output_model_path models/cluecorpussmall_gpt2_seq128_model.bin \
         --world_size 8 --gpu_ranks 0 1 2 3 4 5 6 7 --total_steps 1000000 --save_checkpoint_steps 100000 \
         --report_steps 50000 --learning_rate 1e-4 --batch_size 64
 
-The run is the folder models/cluecorpussmall_gpt2_seq128_model, and the config beside it ends in .toml instead of .bin.
---pretrained_model_path and convert_gpt2_from_uer_to_huggingface.py accept UER-py's name of a checkpoint,
-models/cluecorpussmall_gpt2_seq128_model.bin-1000000. The same command resumes after a stop. docs/from_uer.md lists the
+The run is the folder models/cluecorpussmall_gpt2_seq128_model; the config is beside it, with .toml for .bin.
+--pretrained_model_path and convert_gpt2_from_uer_to_huggingface.py accept UER-py's name of a checkpoint:
+models/cluecorpussmall_gpt2_seq128_model.bin-1000000. After a stop, the same command resumes. docs/from_uer.md lists the
 differences.
 """
 
@@ -24,12 +24,13 @@ from uer_command_line import Flags, exit_code, named_model, run_before, run_fold
 
 from gpt2_flax.checkpoint.huggingface import CONFIG, from_hf_config
 from gpt2_flax.checkpoint.run_folder import RunFolder
-from gpt2_flax.checkpoint.step_meta import Damaged, read_meta
-from gpt2_flax.checkpoint.uer import LAYER_NORM_EPSILON, model_values
-from gpt2_flax.config import parse_config
+from gpt2_flax.checkpoint.step_meta import DamagedCheckpoint, read_meta
+from gpt2_flax.config.parse import parse_config
 from gpt2_flax.data.dataset_info import read_info
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import write_whole
+from gpt2_flax.formats.uer import LAYER_NORM_EPSILON
+from gpt2_flax.formats.uer_config import model_values
 from gpt2_flax.input_files import read_object
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 
@@ -66,7 +67,7 @@ _INSTEAD = {
     "--remove_attention_scale": _OTHER_MODEL,
     "--remove_transformer_bias": _OTHER_MODEL,
 }
-# Flags of older versions that are fields of models/gpt2/config.json today; they are checked like these fields.
+# Flags of old versions for fields of models/gpt2/config.json, checked like those fields.
 _MODEL_LISTS = ("embedding", "target")
 _MODEL_WORDS = ("encoder", "mask", "layernorm_positioning", "layernorm", "feed_forward", "data_processor")
 _MODEL_SWITCHES = ("remove_embedding_layernorm", "tie_weights")
@@ -95,34 +96,32 @@ def main() -> None:
 
 def _flags() -> Flags:
     flags = Flags(__doc__, _INSTEAD)
-    flags.add_argument(
-        "--dataset_path",
-        type=user_path,
-        default=Path("dataset.pt"),
-        help="folder made by preprocess.py or gpt2-flax prepare",
-    )
-    flags.add_argument("--seq_length", type=int, help="tokens in a row; default: the --seq_length of preprocess.py")
+    dataset = Path("dataset.pt")
+    flags.add_argument("--dataset_path", type=user_path, default=dataset, help="folder made by preprocess.py")
+    flags.add_argument("--seq_length", type=int, help="tokens in a row; default: as given to preprocess.py")
     flags.add_argument("--vocab_path", type=user_path, help="compared with the vocabulary of the dataset")
-    flags.add_argument("--spm_model_path", type=user_path, help="like --vocab_path")
-    flags.add_argument("--tokenizer", choices=["bert", "xlmroberta"], help="ignored: the dataset's tokenizer is used")
+    flags.add_argument("--spm_model_path", type=user_path, help="as --vocab_path")
+    flags.add_argument("--tokenizer", choices=["bert", "xlmroberta"], help="without effect: the dataset's is used")
     flags.add_argument("--do_lower_case", choices=["true", "false"], default="true")
     flags.add_argument("--config_path", type=user_path, required=True, help="config.json of a UER-py GPT-2")
     flags.add_argument(
         "--pretrained_model_path",
         type=user_path,
-        help="a run, its NAME.bin-STEP, a UER-py .bin file, or a transformers folder",
+        help="a run, a checkpoint NAME.bin-STEP, a UER-py .bin file, a transformers folder",
     )
-    flags.add_argument("--output_model_path", type=user_path, required=True, help="run folder, with or without .bin")
-    flags.add_argument("--world_size", type=int, default=1, help="number of all GPUs, which sets the batch size")
-    flags.add_argument("--gpu_ranks", type=int, nargs="+", default=[], help="ranks of the GPUs on this host")
+    flags.add_argument(
+        "--output_model_path", type=user_path, required=True, help="the run folder, with or without .bin"
+    )
+    flags.add_argument("--world_size", type=int, default=1, help="total number of GPUs, which multiplies --batch_size")
+    flags.add_argument("--gpu_ranks", type=int, nargs="+", default=[], help="ranks of the GPUs of this host")
     flags.add_argument("--master_ip", default="tcp://localhost:12345", help="address of the first of several hosts")
     flags.add_argument("--backend", help="accepted without effect")
-    flags.add_argument("--instances_buffer_size", help="accepted without effect: the whole dataset is shuffled")
+    flags.add_argument("--instances_buffer_size", help="without effect: the whole dataset is shuffled")
     flags.add_argument("--total_steps", type=int, default=100_000)
     flags.add_argument("--save_checkpoint_steps", type=int, default=10_000)
     flags.add_argument("--report_steps", type=int, default=100)
     flags.add_argument("--accumulation_steps", type=int, default=1)
-    flags.add_argument("--batch_size", type=int, default=32, help="rows on one GPU")
+    flags.add_argument("--batch_size", type=int, default=32, help="rows for each GPU")
     flags.add_argument("--learning_rate", type=float, default=2e-5)
     flags.add_argument("--warmup", type=float, default=0.1, help="share of all steps")
     flags.add_argument("--beta1", type=float, default=0.9)
@@ -132,10 +131,8 @@ def _flags() -> Flags:
     flags.add_argument("--dropout", type=float)
     flags.add_argument("--seed", type=int, default=7)
     flags.add_argument("--fp16", action="store_true", help="bfloat16, which needs no loss scaling")
-    flags.add_argument("--fp16_opt_level", choices=["O0", "O1", "O2", "O3"], help="accepted without effect")
-    flags.add_argument(
-        "--deep_init", action="store_true", help="divide initial residual projections by sqrt(2 * layers)"
-    )
+    flags.add_argument("--fp16_opt_level", choices=["O0", "O1", "O2", "O3"], help="without effect")
+    flags.add_argument("--deep_init", action="store_true", help="divide residual projections by sqrt(2 layers)")
     for name in _MODEL_LISTS:
         flags.add_argument(f"--{name}", nargs="+")
     for name in _MODEL_WORDS:
@@ -143,7 +140,7 @@ def _flags() -> Flags:
     flags.add_argument("--max_seq_length", type=int, help="number of positions")
     for name in _MODEL_SWITCHES:
         flags.add_argument(f"--{name}", action="store_true")
-    flags.add_argument("--translate_only", action="store_true", help="write the config, print the command, and end")
+    flags.add_argument("--translate_only", action="store_true", help="write the config, print the command, and exit")
     return flags
 
 
@@ -151,9 +148,10 @@ def _config(options: argparse.Namespace, output: Path, init_from: Path | None, e
     total, microbatches = options.total_steps, options.accumulation_steps
     if min(total, microbatches, options.save_checkpoint_steps, options.report_steps, options.batch_size) < 1:
         raise UserError(ExitCode.USAGE, "steps and batch size must be above 0", "pretrain.py", "correct the command")
-    # UER-py counts each microbatch as a step.
-    steps = (total, options.save_checkpoint_steps, options.report_steps)
-    total, save, report = (max(1, n // microbatches) for n in steps)
+    # UER-py counts microbatches as steps.
+    total, save, report = (
+        max(1, n // microbatches) for n in (total, options.save_checkpoint_steps, options.report_steps)
+    )
     start = {} if init_from is None else {"init_from": str(init_from)}
     return {
         "output": str(output),
@@ -222,19 +220,19 @@ def _seq_length(options: argparse.Namespace) -> int:
 
 
 def _imported(file: Path, output: Path, options: argparse.Namespace, hosts: list[str]) -> Path:
-    """Import a UER-py file into a folder beside the run, and return the folder."""
+    """Import a file of UER-py into a folder beside the run, and return the folder."""
     folder = output.with_name(output.name + "_pretrained")
     vocabulary = str(options.vocab_path or options.dataset_path / "tokenizer")
     command = ["import", str(file), str(folder), "--tokenizer", vocabulary, "--uer-config", str(options.config_path)]
     if hosts:
-        fix = f"import it once before, and give the folder: {shown(command)}"
+        fix = f"import it once before, and name the folder: {shown(command)}"
         raise UserError(ExitCode.USAGE, "several hosts cannot import one file", file, fix)
     run_before(*command, "--overwrite")
     return folder
 
 
 def _epsilon(init_from: Path) -> float:
-    """Return the layer norm epsilon of a run, one of its checkpoints, or a `transformers` folder."""
+    """Return the layer norm epsilon of a run, a checkpoint, or a `transformers` folder."""
     if (init_from / CONFIG).is_file():
         return from_hf_config(read_object(init_from / CONFIG), init_from / CONFIG).layer_norm_epsilon
     run = RunFolder(init_from.parent.parent if init_from.parent.name == "checkpoints" else init_from)
@@ -246,12 +244,12 @@ def _epsilon(init_from: Path) -> float:
         raise UserError(ExitCode.NO_INPUT, "no model found", init_from, fix)
     try:
         return read_meta(imported, 0)["model"]["layer_norm_epsilon"]
-    except Damaged as error:
+    except DamagedCheckpoint as error:
         raise UserError(ExitCode.IO, f"checkpoint is damaged ({error})", imported, "import the model again") from None
 
 
 def _hosts(options: argparse.Namespace) -> list[str]:
-    """Return the options of `gpt2-flax train` for several hosts with equally many GPUs; none for a single host."""
+    """Return the options of `gpt2-flax train` for several hosts with the same number of GPUs; none for one host."""
     here, total = len(options.gpu_ranks), options.world_size
     ranks_fit = total == 1 or set(options.gpu_ranks) <= set(range(total))
     if here > total or not ranks_fit or total < 1:
@@ -268,7 +266,7 @@ def _hosts(options: argparse.Namespace) -> list[str]:
 
 
 def _visible_devices(options: argparse.Namespace) -> dict[str, str]:
-    """Return the GPUs that UER-py would use: the named one, or one for each rank."""
+    """Return the variable for the GPUs that UER-py would use: the given rank, or as many GPUs as ranks."""
     ranks = options.gpu_ranks
     if not ranks or "CUDA_VISIBLE_DEVICES" in os.environ:
         return {}

@@ -1,4 +1,4 @@
-"""Shared by the scripts with UER-py's names: flags, paths, and the gpt2-flax commands that replace UER-py's."""
+"""Shared by the scripts with UER-py's names: their flags, their file names, and the gpt2-flax commands they run."""
 
 import argparse
 import os
@@ -17,9 +17,10 @@ _STEP = re.compile(r"(?P<name>.+)\.bin-(?P<step>\d+)")
 
 
 class Flags(argparse.ArgumentParser):
-    """Flags of a UER-py program; `instead` says what to do in place of an unsupported flag.
+    """The flags of a UER-py program.
 
-    A name in `instead` that ends in an underscore stands for all flags that begin with it.
+    Args:
+        instead: Advice for each flag that is not supported. A name that ends in an underscore is a prefix.
     """
 
     def __init__(self, description: str, instead: Mapping[str, str]):
@@ -27,7 +28,7 @@ class Flags(argparse.ArgumentParser):
         self._instead = instead
 
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
-        """Parse the command line; raise `UserError` (USAGE) for each flag or value that is not understood."""
+        """Parse the arguments. Raises `UserError` (USAGE) for every flag or value that is not understood."""
         options, unknown = self.parse_known_args(arguments)
         for flag in unknown:
             name = flag.partition("=")[0]
@@ -41,7 +42,7 @@ class Flags(argparse.ArgumentParser):
 
 
 def user_path(given: str) -> Path:
-    """Return a path with `~` expanded, as in gpt2-flax commands; refuse an address."""
+    """Return an expanded path, and reject addresses, as gpt2-flax commands do."""
     try:
         return Path(local_path(given))
     except ValueError as error:
@@ -49,14 +50,14 @@ def user_path(given: str) -> Path:
 
 
 def run_folder(output_model_path: Path) -> Path:
-    """Return the run folder for UER-py's `--output_model_path NAME.bin`: NAME."""
+    """Return the run folder NAME for UER-py's `--output_model_path NAME.bin`."""
     return output_model_path.with_suffix("") if output_model_path.suffix == ".bin" else output_model_path
 
 
 def named_model(path: Path) -> Path:
     """Return the model for a path of UER-py: NAME.bin-STEP is the checkpoint STEP of the run NAME.
 
-    A file or folder with exactly that name takes precedence.
+    An existing file or folder with the same name takes precedence.
     """
     if path.exists():
         return path
@@ -66,13 +67,13 @@ def named_model(path: Path) -> Path:
 
 
 def shown(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
-    """Return the gpt2-flax command as a user would type it."""
+    """Return a gpt2-flax command in the form for a shell."""
     variables = [f"{name}={value}" for name, value in (environment or {}).items()]
     return " ".join([*variables, shlex.join(["gpt2-flax", *arguments])])
 
 
 def run_before(*arguments: str) -> None:
-    """Print a gpt2-flax command and run it in a new process; exit with its code if it fails."""
+    """Print and run a gpt2-flax command as a child process. Exit if it fails."""
     print(shown(arguments), flush=True)
     code = subprocess.run([sys.executable, "-m", "gpt2_flax", *arguments], check=False).returncode
     if code:
@@ -80,13 +81,13 @@ def run_before(*arguments: str) -> None:
 
 
 def run_instead(*arguments: str, **environment: str) -> NoReturn:
-    """Print a gpt2-flax command and replace this process by it, so that signals and the exit code are the command's."""
+    """Print a gpt2-flax command and replace this process with it, so that signals and the exit code are shared."""
     print(shown(arguments, environment), flush=True)
     os.execve(sys.executable, [sys.executable, "-m", "gpt2_flax", *arguments], os.environ | environment)
 
 
 def exit_code(main: Callable[[], None]) -> int:
-    """Run a script and return its exit code; print a `UserError` as one line."""
+    """Run a script, and print a failure that the user can fix as one line."""
     speak_utf8()
     try:
         main()

@@ -83,7 +83,7 @@ def dataset_folder(corpus, tokenizer_folder, tmp_path_factory):
 @pytest.fixture
 def config(dataset_folder, tmp_path):
     """A run of a tiny model on the small corpus, in float32 and without dropout."""
-    from gpt2_flax.config import parse_config
+    from gpt2_flax.config.parse import parse_config
 
     values = {
         "output": str(tmp_path / "run"),

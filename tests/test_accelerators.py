@@ -16,6 +16,7 @@ from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 HERE = accelerators._exists(accelerators.TPU_FILES + accelerators.GPU_FILES) or accelerators._nvidia_on_the_bus()
 
 
+@pytest.mark.multiprocess
 @pytest.mark.skipif(HERE, reason="has an accelerator")
 @pytest.mark.parametrize("software", ["libtpu", "jax_plugins.xla_cuda12"])
 def test_a_command_prints_nothing_of_accelerators_that_are_not_there(software, corpus, tokenizer_folder, tmp_path):

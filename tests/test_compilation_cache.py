@@ -10,7 +10,7 @@ import pytest
 from support.configs import changed
 
 from gpt2_flax.compilation_cache import keep_compiled_programs
-from gpt2_flax.config import dump_config
+from gpt2_flax.config.parse import dump_config
 
 NAMES = (
     "JAX_COMPILATION_CACHE_DIR",
@@ -61,6 +61,8 @@ def test_what_the_user_says_counts(environment):
     assert os.environ[NAMES[0]] == ""
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("folder", ["cache", "", "/proc/none"])
 def test_a_second_start_reads_what_the_first_has_compiled(config, tmp_path, folder):
     path = tmp_path / "config.toml"

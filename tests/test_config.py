@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2_flax.config import Config, config_keys, dump_config, parse_config
-from gpt2_flax.config_file import load_config, load_stages
+from gpt2_flax.config.file import load_config, load_stages
+from gpt2_flax.config.parse import config_keys, dump_config, parse_config
+from gpt2_flax.config.schema import Config
 from gpt2_flax.errors import ExitCode, UserError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
@@ -252,6 +253,7 @@ def paths(**sizes):
     return st.text(**sizes).filter(lambda text: not text.startswith("~") and "://" not in text and "\0" not in text)
 
 
+@pytest.mark.slow
 @given(
     st.builds(
         dict,

@@ -32,6 +32,7 @@ def faults(how):
     return int(subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parent.parent).stdout)
 
 
+@pytest.mark.multiprocess
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
 def test_pages_are_mapped_once():
     kept = faults("keep")
@@ -69,7 +70,7 @@ tune_cpu()
 import jax
 import jax.numpy as jnp
 
-from gpt2_flax.config import parse_config
+from gpt2_flax.config.parse import parse_config
 from gpt2_flax.training.optimizer import make_optimizer
 
 values = {"output": "run", "model": {}, "data": {"dataset": "d"}, "training": {"total_steps": 9}}
@@ -89,6 +90,8 @@ print(sum("= f32[64,64,64]" in line and " fusion(" in line for line in entry.spl
 """
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_adamw_is_one_pass():
     command = [sys.executable, "-c", ADAMW]
     done = subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parent.parent)

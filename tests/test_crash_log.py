@@ -22,6 +22,7 @@ def run(folder, body):
     return subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE])
 def test_a_fatal_signal_leaves_the_stacks_of_all_threads(tmp_path, number):
     body = f"threading.Thread(target=threading.Event().wait).start(); os.kill(os.getpid(), {number})"
@@ -35,12 +36,14 @@ def test_a_fatal_signal_leaves_the_stacks_of_all_threads(tmp_path, number):
     assert re.search(r"^Current thread 0x\w+ .*\n  File \"<string>\", line 3 in <module>$", text, re.MULTILINE)
 
 
+@pytest.mark.multiprocess
 def test_nothing_is_left_of_a_process_that_ends_well(tmp_path):
     done = run(tmp_path, f"print(*os.listdir({str(tmp_path)!r}))")
     assert re.fullmatch(r"crash-\d{8}-\d{6}-3\.log\n", done.stdout)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.multiprocess
 def test_empty_logs_of_killed_processes_are_removed_but_not_of_living_ones(tmp_path):
     assert run(tmp_path, "os.kill(os.getpid(), 9)").returncode == -signal.SIGKILL
     (dead,) = tmp_path.iterdir()

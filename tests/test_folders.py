@@ -44,6 +44,7 @@ def names(folder) -> list[str]:
     return sorted(path.name for path in folder.rglob("*"))
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("name", ["out", "an [odd] *name.v1"])
 def test_the_folder_of_a_killed_process_is_removed_by_the_next_one(tmp_path, name):
     (tmp_path / ".bystander.tmp-1").mkdir()
@@ -55,6 +56,7 @@ def test_the_folder_of_a_killed_process_is_removed_by_the_next_one(tmp_path, nam
     assert names(tmp_path) == sorted([".bystander.tmp-1", name, "marker"])
 
 
+@pytest.mark.multiprocess
 def test_the_folder_of_a_living_process_is_left_alone(tmp_path):
     with filling(tmp_path / "out") as process:
         before = set(names(tmp_path))
@@ -66,6 +68,7 @@ def test_the_folder_of_a_living_process_is_left_alone(tmp_path):
     assert (tmp_path / "out" / "marker").read_text() == "ours"
 
 
+@pytest.mark.multiprocess
 def test_where_nothing_can_be_locked_folders_are_made_and_none_is_removed(tmp_path, monkeypatch):
     with filling(tmp_path / "out") as process:
         process.kill()
@@ -92,6 +95,7 @@ with scratch_folder() as folder:
 """
 
 
+@pytest.mark.multiprocess
 def test_the_scratch_folder_of_a_killed_process_is_removed_by_the_next_one(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

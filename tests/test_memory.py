@@ -94,6 +94,7 @@ def test_the_memory_of_the_machine_is_at_most_what_the_system_has():
     assert 0 < memory.host_bytes() <= int(total.split()[1]) * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -152,6 +153,7 @@ def test_every_command_ends_with_71_and_one_line(capsys, monkeypatch, corpus, tm
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.multiprocess
 def test_a_worker_of_prepare_says_it_through_its_parent(corpus, tokenizer_folder, tmp_path):
     (tmp_path / "greedy.py").write_text(
         "import numpy as np\n"
@@ -172,10 +174,12 @@ def test_a_worker_of_prepare_says_it_through_its_parent(corpus, tokenizer_folder
     assert err.endswith("): gpt2-flax prepare; lower --workers\n")
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_a_real_limit_is_met_and_named(dataset_folder, config, tmp_path):
     """A batch for whose activations the process may not have the memory."""
-    from gpt2_flax.config import dump_config
+    from gpt2_flax.config.parse import dump_config
 
     path = tmp_path / "config.toml"
     path.write_text(dump_config(changed(config, data__global_batch_size=2**18)), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""SHA256SUMS, the file that says whether a folder is still as it was written; `sha256sum -c` reads it too."""
+"""SHA256SUMS, the checksums of the files of a folder; `sha256sum -c` reads it too."""
 
 import re
 from collections.abc import Iterable
@@ -14,18 +14,16 @@ _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
 def write_sums(folder: Path) -> None:
-    """Writes the sums of all files of `folder`, sorted by name."""
+    """Write the checksums of all files in `folder`, sorted by name."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != SUMS)
     lines = [f"{file_sha256(folder / name)}  {name}\n" for name in names]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def check_sums(folder: Path, names: Iterable[str]) -> None:
-    """Raises `UserError` (DATA) for the first of `names` that differs from its sum; what has no sum is not checked."""
+    """Raise `UserError` (DATA) for the first of `names` that differs from its checksum, if it has one."""
     path = folder / SUMS
-    if not path.is_file():
-        return
-    expected = read_sums(path)
+    expected = read_sums(path) if path.is_file() else {}
     for name in names:
         if name in expected and file_sha256(folder / name) != expected[name]:
             fix = f"copy or export it again; if it was changed on purpose, delete {SUMS}"
@@ -33,7 +31,7 @@ def check_sums(folder: Path, names: Iterable[str]) -> None:
 
 
 def read_sums(path: Path) -> dict[str, str]:
-    """Returns file name -> sum of a SHA256SUMS. Raises `UserError` (DATA) for anything else."""
+    """Return the checksums in a SHA256SUMS by file name. Raises `UserError` (DATA) for other content."""
     fix = "copy or export the folder again, or delete this file"
     try:
         lines = read_whole(path, CONFIG_BYTES).decode().removesuffix("\n").split("\n")

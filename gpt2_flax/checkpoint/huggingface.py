@@ -1,7 +1,7 @@
-"""GPT-2 in the names and shapes of `transformers`: one table that serves both directions.
+"""Translate GPT-2 weights and configs from and to `transformers`, with one table for both directions.
 
-Weights are the flat dict of the model tree (path -> float32, blocks stacked). `transformers` keeps one tensor a layer
-and flattens heads; its Conv1D is [in, out] like Flax, so that reshapes are all it takes.
+Our weights are a flat dict of the model tree (path -> float32, blocks stacked). `transformers` has one tensor for each
+layer and flattens the heads. Its Conv1D is [in, out] like Flax, so a reshape translates every tensor.
 
 Dimension key: V vocab_size, N n_positions, D n_embd, H n_head, K head size, F 4 * n_embd; 3 is q, k, v.
 """
@@ -15,13 +15,9 @@ import numpy as np
 from safetensors import SafetensorError
 
 from gpt2_flax.checkpoint.checksums import check_sums
-from gpt2_flax.checkpoint.tensor_files import (
-    Tensor,
-    check_finite,
-    check_tensors,
-    open_tensors,
-)
-from gpt2_flax.config import ModelConfig, parse_model
+from gpt2_flax.checkpoint.tensor_files import Tensor, check_finite, check_tensors, open_tensors
+from gpt2_flax.config.parse import parse_model
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.input_files import read_object
 
@@ -29,7 +25,7 @@ CONFIG = "config.json"
 
 
 class Entry(NamedTuple):
-    """One parameter: our path, their name (`{}` is the layer) and its axes, in groups that are one axis of theirs."""
+    """A parameter: our path, the name in `transformers` (`{}` is the layer), and our axes, grouped by their axes."""
 
     path: str
     name: str
@@ -59,16 +55,16 @@ TABLE = (
     Entry("ln_f/bias", "ln_f.bias", "D"),
 )
 
-HEAD = Entry("lm_head/embedding", "lm_head.weight", "V D")  # only of a head that is not the token embedding
+HEAD = Entry("lm_head/embedding", "lm_head.weight", "V D")  # for a head that is not tied to the token embedding
 
 _PREFIX = "transformer."
-_MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks that old versions stored
+_MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, which old versions stored
 
 _SAME_FIELDS = (
     *("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"),
     *("embd_pdrop", "attn_pdrop", "resid_pdrop", "layer_norm_epsilon", "initializer_range", "tie_word_embeddings"),
 )
-# What our model computes; the first value is what a config without the field means.
+# The values that our model computes. The first value is the default of a missing field.
 _ONLY = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh approximation
     "scale_attn_weights": (True,),
@@ -76,7 +72,7 @@ _ONLY = {
     "add_cross_attention": (False,),
     "quantization_config": (None,),
 }
-# What a config.json of 2019 or early 2020, which has no model_type, may hold if it is of a GPT-2 and no relative of it.
+# The fields of a GPT-2 config.json of 2019 or early 2020. It has no model_type; other fields show another model.
 _OLD_FIELDS = {
     *(*_SAME_FIELDS, *_ONLY, "n_inner", "n_ctx", "vocab_size_or_config_json_file", "architectures"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "eos_token_ids", "finetuning_task", "id2label"),
@@ -88,12 +84,12 @@ _OLD_FIELDS = {
 
 
 def table(tied: bool) -> tuple[Entry, ...]:
-    """Returns the parameters of a model whose head is the token embedding, or is not."""
+    """Return the parameters of a model with a tied or an untied head."""
     return TABLE if tied else (*TABLE, HEAD)
 
 
 def to_state_dict(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns `weights` under the names of GPT2LMHeadModel: contiguous, a tied head stored once, as wte."""
+    """Return the state dict of GPT2LMHeadModel: contiguous arrays, a tied head stored once, as wte."""
     state_dict = {}
     for entry in table(tied=HEAD.path not in weights):
         stack = weights[entry.path] if entry.stacked else weights[entry.path][None]
@@ -103,23 +99,12 @@ def to_state_dict(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return state_dict
 
 
-def from_state_dict(
-    state_dict: Mapping[str, np.ndarray], config: ModelConfig, where: object = "state dict"
-) -> dict[str, np.ndarray]:
-    """Returns float32 weights; names may lack `transformer.`, stored causal masks are left out.
-
-    The head of a model whose head is the token embedding may be there, with the same numbers.
-    Raises `UserError` (DATA) that names the first tensors that are missing, surplus or of another shape or type.
-    """
-    tensors = {name: Tensor(a.shape, a.dtype.name, lambda a=a: a) for name, a in state_dict.items()}
-    return assemble(tensors, config, where)
-
-
 def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
-    """Returns the config and float32 weights of a `transformers` GPT-2 folder; data is read after all else fits.
+    """Return the config and float32 weights of a GPT-2 folder; data is read after everything else was checked.
 
-    Raises `UserError`: NO_INPUT when a file is missing, DATA when one is damaged, hostile or of another model,
-    USAGE when only pytorch_model.bin is there and torch is not installed.
+    Raises:
+        UserError: NO_INPUT if a file is missing; DATA if a file is damaged, hostile or of another model; USAGE if
+            there is only pytorch_model.bin and torch is not installed.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -140,7 +125,7 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns our paths and the shapes of the arrays there, blocks stacked."""
+    """Return the shapes of our arrays by path, blocks stacked."""
     sizes, stacks = _sizes(config), {True: (config.n_layer,), False: ()}
     return {
         entry.path: (*stacks[entry.stacked], *(sizes[axis] for axis in entry.axes.replace(" ", "")))
@@ -149,7 +134,7 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def to_hf_config(config: ModelConfig, bos_id: int, eos_id: int, pad_id: int | None) -> dict[str, Any]:
-    """Returns what config.json of an exported model holds."""
+    """Return the content of config.json."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -157,10 +142,10 @@ def to_hf_config(config: ModelConfig, bos_id: int, eos_id: int, pad_id: int | No
         **{field: getattr(config, field) for field in _SAME_FIELDS},
         "n_inner": None,
         "use_cache": True,
-        # Left out, they would mean 50256, an id that most vocabularies lack: generation would never stop.
+        # The default is 50256, an id that most vocabularies lack: generation would never stop.
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
-        # transformers 5 warns of each text that begins or ends with it, so begin and end are not named as padding here.
+        # transformers 5 warns about each text that begins or ends with the padding token.
         "pad_token_id": None if pad_id in (bos_id, eos_id) else pad_id,
         "dtype": "float32",
         "torch_dtype": "float32",  # the name of `dtype` before transformers 4.56
@@ -168,14 +153,15 @@ def to_hf_config(config: ModelConfig, bos_id: int, eos_id: int, pad_id: int | No
 
 
 def from_hf_config(values: Mapping[str, Any], where: object) -> ModelConfig:
-    """Returns the config of a model that computes what config.json says.
+    """Return the config of a model that computes the same as config.json.
 
-    Raises `UserError` (DATA) naming the field that is malformed, or that asks for what our model does not compute.
+    Raises:
+        UserError: DATA that names a field that is malformed, or whose value our model does not compute.
     """
     if "model_type" not in values and {"n_embd", "n_head", "n_layer"} <= values.keys() <= _OLD_FIELDS:
         old_names = {"vocab_size": "vocab_size_or_config_json_file", "n_positions": "n_ctx"}
         old = {field: values[name] for field, name in old_names.items() if name in values}
-        values = {"model_type": "gpt2"} | old | values
+        values = {"model_type": "gpt2"} | old | dict(values)
     if values.get("model_type") != "gpt2":
         raise _unsupported("model_type", values.get("model_type"), ("gpt2",), where)
     for field, allowed in _ONLY.items():
@@ -183,9 +169,9 @@ def from_hf_config(values: Mapping[str, Any], where: object) -> ModelConfig:
             raise _unsupported(field, values[field], allowed, where)
     fields = {"vocab_size": 50257} | {field: values[field] for field in _SAME_FIELDS if field in values}
     fix = "the file is damaged or of another model"
-    config = parse_model(fields, where, fix)
-    if config.vocab_size is None:
+    if fields["vocab_size"] is None:
         raise UserError(ExitCode.DATA, "bad value of vocab_size: null", where, fix)
+    config = parse_model(fields, where, fix)
     if values.get("n_inner") not in (None, 4 * config.n_embd):
         raise _unsupported("n_inner", values["n_inner"], (None, 4 * config.n_embd), where)
     return config
@@ -197,9 +183,14 @@ def _unsupported(field: str, value: object, allowed: tuple, where: object) -> Us
 
 
 def assemble(tensors: Mapping[str, Tensor], config: ModelConfig, where: object) -> dict[str, np.ndarray]:
-    """Check names, shapes and types of all tensors, then load them into stacked float32 arrays by our paths.
+    """Check the names, shapes and dtypes of all tensors, then load them into stacked float32 arrays by our paths.
 
-    Raises `UserError` (DATA) as `from_state_dict`, and naming a tensor whose numbers are not finite.
+    Names may lack the prefix `transformer.`. Stored causal masks are ignored. A tied head may be stored too, with the
+    numbers of the token embedding.
+
+    Raises:
+        UserError: DATA that names the first tensors that are missing, surplus, of another shape or dtype, or not
+            finite.
     """
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(_MASKS)}
     found = {name.removeprefix(_PREFIX): tensor for name, tensor in kept.items()}
@@ -219,7 +210,7 @@ def assemble(tensors: Mapping[str, Tensor], config: ModelConfig, where: object) 
 
 
 def _check_head(found: Mapping[str, Tensor], tied: bool, where: object) -> None:
-    """A head is there if it is not tied; if it is, it may be there with the token embedding's numbers."""
+    """Raise `UserError` (DATA) if an untied head is missing, or a tied head differs from the token embedding."""
     if not tied and HEAD.name not in found:
         what = f"tie_word_embeddings is false but {HEAD.name} is missing"
         raise UserError(ExitCode.DATA, what, where, "save the model again, or correct config.json")
@@ -235,7 +226,7 @@ def _check_head(found: Mapping[str, Tensor], tied: bool, where: object) -> None:
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Their name, without prefix -> shape; of a head too, which may be missing."""
+    """Return the shapes in `transformers` by name without prefix, and the shape of the head, which may be missing."""
     sizes, shapes = _sizes(config), {}
     for entry in table(tied=False):
         shape = _grouped(entry, [sizes[axis] for axis in entry.axes.replace(" ", "")])
@@ -244,7 +235,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _grouped(entry: Entry, sizes: Any) -> tuple[int, ...]:
-    """Returns their shape from the size of each of our axes, the layer left out."""
+    """Return the shape in `transformers` from the sizes of our axes without the layer."""
     remaining = iter(sizes)
     return tuple(math.prod(next(remaining) for _ in group) for group in entry.axes.split())
 

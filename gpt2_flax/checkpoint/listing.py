@@ -1,22 +1,22 @@
-"""What `gpt2-flax checkpoints` shows: every step of a run, whether it can be used, and those that were set aside."""
+"""List the checkpoints of a run and their state, for `gpt2-flax checkpoints`."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
-from gpt2_flax.checkpoint.step_meta import VALIDATION_LOSS, Damaged, committed_steps, read_meta
+from gpt2_flax.checkpoint.step_meta import VALIDATION_LOSS, DamagedCheckpoint, committed_steps, read_meta
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.progress import progress_bar
 
 
 class Listed(NamedTuple):
-    """A checkpoint of a run; None stands for what it does not say."""
+    """A checkpoint of a run; None means that the checkpoint does not say."""
 
     step: int
     path: str
     time: float | None
-    """When it was saved, in seconds since 1970."""
+    """When the checkpoint was saved, in seconds since 1970."""
     train_loss: float | None
     validation_loss: float | None
     bytes: int
@@ -27,10 +27,13 @@ class Listed(NamedTuple):
 
 
 def list_checkpoints(run: RunFolder, verify: bool = False) -> list[Listed]:
-    """Return the checkpoints of a run by step, then those that were set aside.
+    """Return the checkpoints of a run by step, then the checkpoints that were set aside.
 
-    verify: Read every array and compare it with its checksum.
-    Raises `UserError` (NO_INPUT) when there are none.
+    Args:
+        verify: Read every array and compare it with its checksum.
+
+    Raises:
+        UserError: NO_INPUT if there are none.
     """
     steps = committed_steps(run.checkpoints)
     aside = [path for path in sorted(run.damaged.glob("*-*")) if path.name.split("-")[0].isdecimal()]
@@ -53,7 +56,7 @@ def _listed(path: Path, step: int, size: int, check: Callable[[int], str]) -> Li
     try:
         meta = read_meta(path, step)
         state = check(step) if "arrays" in meta else "no checksums"
-    except Damaged as error:
+    except DamagedCheckpoint as error:
         damage = str(error)
     metrics = meta.get("metrics", {})
     losses = metrics.get("train/loss"), metrics.get(VALIDATION_LOSS)
@@ -61,7 +64,7 @@ def _listed(path: Path, step: int, size: int, check: Callable[[int], str]) -> Li
 
 
 def _verifier(run: RunFolder) -> Callable[[int], str]:
-    import jax  # here: a list without --verify is shown at once
+    import jax  # here, so that a list without --verify appears at once
 
     from gpt2_flax.checkpoint.store import CheckpointStore
 
@@ -74,7 +77,7 @@ def _verifier(run: RunFolder) -> Callable[[int], str]:
             item, _, name = path.partition("/")
             struct = jax.ShapeDtypeStruct(tuple(array["shape"]), array["dtype"], sharding=device)
             items.setdefault(item, {})[name] = struct
-        for item, arrays in items.items():  # one after the other: together they may not fit into memory
+        for item, arrays in items.items():  # one at a time: both may not fit into memory
             store.restore(step, **{item: arrays})
         return "verified"
 

@@ -1,7 +1,4 @@
-"""What a user may name where a model is wanted: a run, a checkpoint of one, a `transformers` folder, a file of others.
-
-The files are checkpoints of UER-py, TencentPretrain and nanoGPT.
-"""
+"""Load a model from any place that a user may name: a run, a checkpoint, a `transformers` folder, a file of others."""
 
 import dataclasses
 import math
@@ -9,33 +6,33 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt2_flax.checkpoint.huggingface import read_folder
-from gpt2_flax.checkpoint.nanogpt import from_nanogpt, open_nanogpt
-from gpt2_flax.checkpoint.run_folder import RunFolder, check_model
-from gpt2_flax.checkpoint.step_meta import VALIDATION_LOSS, Damaged
+from gpt2_flax.checkpoint.run_folder import RunFolder, check_model, run_of_checkpoint
+from gpt2_flax.checkpoint.step_meta import VALIDATION_LOSS, DamagedCheckpoint
 from gpt2_flax.checkpoint.store import CheckpointStore
-from gpt2_flax.checkpoint.tensor_files import check_finite
-from gpt2_flax.checkpoint.uer import read_uer
+from gpt2_flax.checkpoint.tensor_files import check_finite, read_torch
 from gpt2_flax.checkpoint.weights import Weights, abstract_model, model_from_weights, weights_of
-from gpt2_flax.config import Config, ModelConfig, parse_config, parse_model
+from gpt2_flax.config.parse import parse_config, parse_model
+from gpt2_flax.config.schema import Config, ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import new_folder
+from gpt2_flax.formats.registry import FORMATS, reader, recognize
 from gpt2_flax.parallel.mesh import make_mesh
 from gpt2_flax.tokenizers.special_tokens import FROM_FILES, Ends
 from gpt2_flax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
-IMPORTED = "checkpoints/0/_CHECKPOINT_METADATA"  # in a run that `save_as_run` made
+IMPORTED = "checkpoints/0/_CHECKPOINT_METADATA"  # a file of every run that `save_as_run` made
 
 
 @dataclass(frozen=True)
 class Source:
-    """Weights in memory and what belongs to them; what only a run can say is empty for other sources."""
+    """Weights in memory and what belongs to them. Facts that only a run knows are empty for other sources."""
 
     origin: str
     model: ModelConfig
@@ -46,12 +43,13 @@ class Source:
     metrics: Mapping[str, float] = field(default_factory=dict)
     hardware: str | None = None
     ends: Ends = FROM_FILES
-    kind: Literal["run", "transformers", "uer", "nanogpt"] = "run"
+    format: str | None = None
+    """The name in `FORMATS` of a file of another program."""
     tokenizer_fingerprint: str | None = None
-    """Which the tokenizer must have."""
+    """The fingerprint that the tokenizer must have."""
 
     def tokenizer(self) -> Tokenizer:
-        """Read the tokenizer; raises `UserError` as `load_tokenizer`, and DATA when it has another fingerprint."""
+        """Read the tokenizer. Raises `UserError` as `load_tokenizer`, and DATA if its fingerprint differs."""
         tokenizer = load_tokenizer(self.tokenizer_folder, ends=self.ends)
         if self.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
             what = f"tokenizer is damaged or not the one of {self.origin} (its fingerprint differs)"
@@ -68,39 +66,54 @@ def load_source(
     ends: Ends = FROM_FILES,
     best: bool = False,
 ) -> Source:
-    """Reads the model at `path`; of a run the newest whole checkpoint, `step`, or the `best` by validation loss.
+    """Read the model at `path`; of a run, the newest checkpoint that is not damaged.
 
-    `tokenizer` stands in for the one beside the model; a UER-py `.bin` and a nanoGPT `ckpt.pt` have none, so it must be
-    given. `uer_config` is as in `read_uer`, `ends` as in `load_tokenizer`.
-    Raises `UserError`: NO_INPUT when there is nothing of the kind, DATA or IO when it is damaged or its numbers are not
-    finite, USAGE for a `step`, `best` or `uer_config` of what has none, or a missing `tokenizer`.
+    Args:
+        step: The checkpoint of a run to read.
+        tokenizer: A tokenizer in place of the one beside the model. A file of another program has none.
+        uer_config: The config.json of a UER-py `.bin`.
+        ends: As in `load_tokenizer`.
+        best: Read the checkpoint with the lowest validation loss.
+
+    Raises:
+        UserError: NO_INPUT if there is no model; DATA or IO if it is damaged or holds numbers that are not finite;
+            USAGE if `step`, `best` or `uer_config` does not fit the kind of model, or `tokenizer` is missing.
     """
     check_model(path)
-    is_checkpoint = path.parent.name == "checkpoints" and path.name.isdecimal()
+    run = run_of_checkpoint(path)
     is_file, is_folder = path.is_file(), (path / "config.json").is_file()
     if step is not None and best:
         raise UserError(ExitCode.USAGE, "--step and --best name a checkpoint each", path, "give one of them")
-    if (step is not None or best) and (is_checkpoint or is_folder or is_file):
+    if (step is not None or best) and (run is not None or is_folder or is_file):
         option = "--best" if best else "--step"
         raise UserError(ExitCode.USAGE, f"{option} is for a run folder", path, f"leave {option} out, or name the run")
-    if is_file:
-        return _file_source(path, tokenizer, uer_config, ends)
-    if uer_config is not None:
+    if uer_config is not None and not is_file:
         raise _no_uer_config(path)
-    if is_folder:
-        model, weights = read_folder(path)
-        return Source(f"transformers folder {path}", model, weights, tokenizer or path, ends=ends, kind="transformers")
-    run = RunFolder(path.parent.parent if is_checkpoint else path)
-    source = _run_source(run, int(path.name) if is_checkpoint else step, best)
+    if is_file:
+        source = _file_source(path, tokenizer, uer_config)
+    elif is_folder:
+        source = Source(f"transformers folder {path}", *read_folder(path), path)
+    else:
+        source = _run_source(RunFolder(run or path), int(path.name) if run else step, best)
     if tokenizer is not None:
         source = dataclasses.replace(source, tokenizer_folder=tokenizer, tokenizer_fingerprint=None)
     return dataclasses.replace(source, ends=ends)
 
 
-def save_as_run(source: Source, output: Path, overwrite: bool = False) -> None:
-    """Writes `source` as a run that has only a checkpoint 0: weights and tokenizer, no optimizer.
+def compare_with_original(path: Path, source: Source) -> str | None:
+    """Return how `source` differs from the file at `path`, computed like the program that wrote it.
 
-    Raises `UserError`: CANT_CREATE when `output` may not be written, DATA when the tokenizer does not fit the model.
+    Returns:
+        None if no other program wrote the file.
+    """
+    return source.format and str(reader(source.format).compare(path, source.weights, source.model))
+
+
+def save_as_run(source: Source, output: Path, overwrite: bool = False) -> None:
+    """Write `source` as a run that has only a checkpoint 0 with weights, and a tokenizer.
+
+    Raises:
+        UserError: CANT_CREATE if `output` may not be written; DATA if the tokenizer does not fit the model.
     """
     tokenizer = source.tokenizer()
     if tokenizer.vocab_size > source.model.vocab_size:
@@ -115,21 +128,19 @@ def save_as_run(source: Source, output: Path, overwrite: bool = False) -> None:
             store.save(0, model_from_weights(source.model, source.weights), None, meta)
 
 
-def _file_source(path: Path, tokenizer: Path | None, uer_config: Path | None, ends: Ends) -> Source:
-    checkpoint = open_nanogpt(path)
-    program, vocabulary = ("UER-py", "vocab.txt") if checkpoint is None else ("nanoGPT", "FOLDER")
+def _file_source(path: Path, tokenizer: Path | None, uer_config: Path | None) -> Source:
+    if path.suffix == ".safetensors":
+        raise UserError(ExitCode.DATA, "UER-py writes no such file", path, "give the transformers folder that it is in")
+    content = read_torch(path, "it should be a .bin of UER-py or the ckpt.pt of nanoGPT; copy it again")
+    name = recognize(content)
+    program, vocabulary, note = FORMATS[name].program, FORMATS[name].vocabulary, FORMATS[name].note
     if tokenizer is None:
-        fix = f"import it first: gpt2-flax import {path} OUTPUT --tokenizer {vocabulary}"
-        if checkpoint is not None:
-            fix += " (a meta.pkl is never read: see docs/from_nanogpt.md)"
+        fix = f"import it first: gpt2-flax import {path} OUTPUT --tokenizer {vocabulary}{note}"
         raise UserError(ExitCode.USAGE, f"a file of {program} has no vocabulary", path, fix)
-    if checkpoint is None:
-        model, weights = read_uer(path, uer_config)
-        return Source(f"UER-py file {path}", model, weights, tokenizer, ends=ends, kind="uer")
-    if uer_config is not None:
+    if uer_config is not None and name != "uer":
         raise _no_uer_config(path)
-    model, weights = from_nanogpt(checkpoint, path)
-    return Source(f"nanoGPT checkpoint {path}", model, weights, tokenizer, ends=ends, kind="nanogpt")
+    model, weights = reader(name).read_content(content, path, uer_config)
+    return Source(f"{program} file {path}", model, weights, tokenizer, format=name)
 
 
 def _no_uer_config(path: Path) -> UserError:
@@ -142,22 +153,24 @@ def _run_source(run: RunFolder, step: int | None, best: bool) -> Source:
         if step is None and not best:
             found = store.newest(lambda step: _read(store, step))
         else:
-            step = _chosen(store, step)
+            step = _best_step(store) if step is None else step
+            if step not in (steps := store.steps()):
+                there = f"there are {', '.join(map(str, steps))}" if steps else "there are none"
+                raise UserError(ExitCode.NO_INPUT, f"no checkpoint {step}", store.folder, there)
             try:
                 found = step, _read(store, step)
-            except Damaged as error:
+            except DamagedCheckpoint as error:
                 what = f"checkpoint {step} is damaged ({error})"
                 raise UserError(ExitCode.IO, what, store.folder, "use another step") from error
     if found is None:
         raise UserError(ExitCode.NO_INPUT, "no checkpoint yet", run.checkpoints, "wait for the first save of the run")
     step, (meta, model, weights) = found
-    config = parse_config(meta["config"], f"{run.checkpoints / str(step)}") if "config" in meta else run.read_config()
     return Source(
         f"{run.path} at step {step}",
         model,
         weights,
         run.tokenizer,
-        config,
+        parse_config(meta["config"], f"{run.checkpoints / str(step)}") if "config" in meta else run.read_config(),
         step,
         meta["metrics"] if "metrics" in meta else run.metrics_at(step),
         meta.get("hardware"),
@@ -166,13 +179,13 @@ def _run_source(run: RunFolder, step: int | None, best: bool) -> Source:
 
 
 def _read(store: CheckpointStore, step: int) -> tuple[dict[str, Any], ModelConfig, Weights]:
-    """Returns what a checkpoint says of itself, and its model. Raises `Damaged`, and `UserError` as `load_source`."""
+    """Return the metadata, config and weights of a checkpoint. Raises `DamagedCheckpoint`, `UserError`."""
     meta, place = store.meta(step), store.folder / str(step)
     fix = "another version of gpt2_flax wrote it: export it with that one, then import it here"
     model = parse_model(meta["model"], place, fix)
-    model = model.model_copy(update={"attention": "auto"})  # what trained it need not be what it is used on
+    model = model.model_copy(update={"attention": "auto"})  # this machine may lack the kernel of the training
     mesh = make_mesh(devices=jax.local_devices()[:1])
-    with jax.set_mesh(mesh):  # `init_from` is read where another mesh is set
+    with jax.set_mesh(mesh):  # training has set another mesh when it reads `init_from`
         layout = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, P())),
             abstract_model(model),
@@ -183,21 +196,15 @@ def _read(store: CheckpointStore, step: int) -> tuple[dict[str, Any], ModelConfi
     return meta, model, weights
 
 
-def _chosen(store: CheckpointStore, step: int | None) -> int:
-    """Return `step`; if it is None, the step with the lowest validation loss."""
-    steps = store.steps()
-    if step is not None and step not in steps:
-        there = f"there are {', '.join(map(str, steps))}" if steps else "there are none"
-        raise UserError(ExitCode.NO_INPUT, f"no checkpoint {step}", store.folder, there)
-    if step is not None:
-        return step
+def _best_step(store: CheckpointStore) -> int:
+    """Return the step with the lowest validation loss."""
     losses = {}
-    for one in steps:
+    for step in store.steps():
         try:
-            losses[one] = store.meta(one).get("metrics", {}).get(VALIDATION_LOSS, math.inf)
-        except Damaged as error:
-            _warn(f"warning: checkpoint {one} is damaged ({error})")
-    best = min(losses, key=lambda one: (losses[one], one), default=None)
+            losses[step] = store.meta(step).get("metrics", {}).get(VALIDATION_LOSS, math.inf)
+        except DamagedCheckpoint as error:
+            _warn(f"warning: checkpoint {step} is damaged ({error})")
+    best = min(losses, key=lambda step: (losses[step], step), default=None)
     if best is None or losses[best] == math.inf:
         fix = "leave --best out; a checkpoint has one if its step is a multiple of training.evaluate_every"
         raise UserError(ExitCode.NO_INPUT, "no checkpoint has a validation loss", store.folder, fix)

@@ -1,7 +1,7 @@
-"""What a checkpoint says of itself beside its arrays, in `STEP/meta/metadata`, JSON: `{"content": ..., "sha256": ...}`.
+"""The metadata of a checkpoint: `STEP/meta/metadata`, JSON `{"content": ..., "sha256": ...}`.
 
-The content has `step`, `model`, `arrays` and what the writer adds. `arrays` names each array as `ITEM/path` with its
-`shape`, `dtype` and `sum`, see `device_checksum`. The sha256 is of the content as canonical JSON.
+The content has `step`, `model`, `arrays` and the fields that the writer adds. `arrays` maps `ITEM/path` to the `shape`,
+`dtype` and `sum` of an array, see `device_checksum`. The sha256 is of the content as canonical JSON.
 """
 
 import errno
@@ -14,51 +14,51 @@ from typing import Any
 from gpt2_flax.errors import UserError
 from gpt2_flax.input_files import read_whole
 
-VALIDATION_LOSS = "validation/loss"  # in its `metrics`
+VALIDATION_LOSS = "validation/loss"  # the key in `metrics` of the content
 
-# The state of the machine, not of a file.
+# Errors about the state of the machine, not of a file.
 PASSING = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
 
 _MOST_BYTES = 2**24
-# Checkpoints of versions without checksums held the content alone, of these fields.
+# Versions without checksums wrote the content alone, with these fields.
 _OLD_FIELDS = {
     *("step", "model", "hardware", "samples_seen", "skipped"),
     *("tokenizer_fingerprint", "tokens_fingerprint", "validation_fingerprint"),
 }
 
 
-class Damaged(Exception):
-    """A checkpoint is not what was written; the text says how."""
+class DamagedCheckpoint(Exception):
+    """A checkpoint differs from what was written; the message says how."""
 
 
 def committed_steps(folder: Path) -> list[int]:
-    """Return the steps that lie in a folder of checkpoints, ascending; [] if there is no such folder."""
+    """Return the steps in a folder of checkpoints, ascending; [] if there is no such folder."""
     names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is written for `content`."""
+    """Return the object to write for `content`."""
     return {"content": content, "sha256": _sha256(content)}
 
 
 def read_meta(step_folder: Path, step: int) -> dict[str, Any]:
-    """Return the content that was written for a step. Raises `Damaged`; OSError for one of `PASSING`."""
+    """Return the content that was written for a step. Raises `DamagedCheckpoint`; OSError for one of `PASSING`."""
     try:
         written = json.loads(read_whole(step_folder / "meta" / "metadata", _MOST_BYTES))
     except (OSError, UserError, ValueError, RecursionError) as error:
         if isinstance(error, OSError) and error.errno in PASSING:
             raise
-        raise Damaged(f"its metadata cannot be read: {str(error)[:100]}") from error
+        raise DamagedCheckpoint(f"its metadata cannot be read: {str(error)[:100]}") from error
     if isinstance(written, dict) and "model" in written and written.keys() <= _OLD_FIELDS:
         return written
     if not isinstance(written, dict) or written.keys() != {"content", "sha256"}:
-        raise Damaged("its metadata is of another form")
+        raise DamagedCheckpoint("its metadata is of another form")
     content = written["content"]
     if written["sha256"] != _sha256(content):
-        raise Damaged("the sha256 of its metadata differs")
+        raise DamagedCheckpoint("the sha256 of its metadata differs")
     if content["step"] != step:
-        raise Damaged(f"it is step {content['step']}")
+        raise DamagedCheckpoint(f"it is step {content['step']}")
     return content
 
 

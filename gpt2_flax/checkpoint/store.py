@@ -1,8 +1,8 @@
-"""Checkpoints of a run, in orbax: `checkpoints/STEP/` with the items `model`, `opt_state` and `meta`.
+"""The checkpoints of a run, written with orbax: `checkpoints/STEP/` with the items `model`, `opt_state` and `meta`.
 
-Arrays lie under their paths (`h/attn/c_attn/kernel`), so the format does not depend on the framework's classes. Orbax
-commits a step by renaming its folder. `meta` holds a checksum of every array (see `step_meta`), which every reader
-computes again: a step that differs is damaged, and the next older one is read in its place.
+Arrays are stored under their paths (`h/attn/c_attn/kernel`), so the format does not depend on classes of the framework.
+Orbax commits a step by renaming its folder. `meta` holds a checksum of every array (see `step_meta`), and every reader
+computes the checksums again. A step that differs is damaged, and the next older step is read in its place.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,31 +20,44 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 
 from gpt2_flax.checkpoint.device_checksum import checksums
 from gpt2_flax.checkpoint.run_folder import set_aside
-from gpt2_flax.checkpoint.step_meta import PASSING, VALIDATION_LOSS, Damaged, committed_steps, read_meta, sealed
+from gpt2_flax.checkpoint.step_meta import (
+    PASSING,
+    VALIDATION_LOSS,
+    DamagedCheckpoint,
+    committed_steps,
+    read_meta,
+    sealed,
+)
 from gpt2_flax.errors import ExitCode, UserError, io_error
 from gpt2_flax.memory import out_of_memory
 from gpt2_flax.parallel.rules import path_of
 from gpt2_flax.progress import si
 
-for _name in ("absl", "asyncio"):  # what they log as errors is also raised; of one error asyncio logs what follows
+for _name in ("absl", "asyncio"):  # errors that they log are raised too; asyncio also logs their consequences
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 T = TypeVar("T")
 
-_SAID = 300  # bytes of the sentence that processes exchange
-_LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleted")  # of a save or a deletion that was killed
+_MESSAGE_BYTES = 300  # the length of the messages that processes exchange
+_LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleted")  # from a save or a deletion that was killed
 
 
 class CheckpointStore:
-    """Saves in the background and restores the newest step that is whole, in any sharding.
+    """Saves in the background, and restores the newest step that is not damaged, in any sharding.
 
-    Without `keep` it only reads. With it, the `keep` newest steps stay, the `keep_best` of lowest validation loss, and
-    multiples of `keep_every` unless that is 0; `tell` prints warnings. All processes of a run call the same methods.
-    Use as a context: leaving it waits for the last save.
+    All processes of a run call the same methods. Use the store as a context: at its end the store waits for the last
+    save.
+
+    Args:
+        keep: How many of the newest steps to keep. Without it the store only reads.
+        keep_best: How many steps with the lowest validation loss to keep.
+        keep_every: Keep every step that is a multiple of this number, unless it is 0.
+        tell: Prints a warning.
     """
 
     def __init__(
@@ -56,10 +69,10 @@ class CheckpointStore:
         tell: Callable[[str], object] = print,
     ):
         self.folder, self._tell = folder, tell
-        self._keep, self._keep_best, self._keep_every = keep, keep_best, keep_every
+        self._keep, self._keep_best, self._keep_every = keep or 0, keep_best, keep_every
         self._saving: int | None = None
         self._failure: Exception | None = None
-        self._size = 0  # bytes of the arrays last saved
+        self._size = 0  # bytes of the arrays saved last
         self._reader, self._writer = ocp.StandardCheckpointHandler(), None
         if keep is not None:
             if jax.process_index() == 0:
@@ -77,7 +90,7 @@ class CheckpointStore:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not self._writer:
             return
-        # What failed first is what the user is to read: on a full disk all of this fails too.
+        # The user must read the first error: on a full disk these calls fail too.
         with contextlib.suppress(*((Exception,) if error else ())):
             if not error:
                 self.seal(must=True)
@@ -88,23 +101,25 @@ class CheckpointStore:
         return committed_steps(self.folder)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Return what was saved beside the arrays. Raises `Damaged`."""
+        """Return the metadata of a step. Raises `DamagedCheckpoint`."""
         return _together(lambda: read_meta(self.folder / str(step), step))
 
     def save(self, step: int, model: Any, opt_state: Any | None, meta: Mapping[str, Any]) -> None:
-        """Start to write a step; return when the arrays may change.
+        """Start to write a step, and return when the arrays may change.
 
-        `seal` says whether it was written, and must be called before the next save.
+        `seal` reports whether the step was written; call it before the next save.
         """
+        if self._writer is None:
+            raise RuntimeError("this store only reads")
         trees = {"model": model} if opt_state is None else {"model": model, "opt_state": opt_state}
-        leaves = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
+        leaves = _by_path(trees)
         self._size = sum(leaf.nbytes for leaf in leaves.values())
         arrays = {
             path: {"shape": list(leaves[path].shape), "dtype": leaves[path].dtype.name, "sum": checksum}
             for path, checksum in checksums(trees).items()
         }
         content = {"time": round(time.time(), 3), **meta, "step": step, "arrays": arrays}
-        items: dict[str, Any] = {item: ocp.args.StandardSave(_to_dict(tree)) for item, tree in trees.items()}
+        items: dict[str, Any] = {item: ocp.args.StandardSave(_nested(tree)) for item, tree in trees.items()}
         items["meta"] = ocp.args.JsonSave(sealed(content))
         self._saving = step
         try:
@@ -113,8 +128,8 @@ class CheckpointStore:
             self._failure = error
 
     def poll(self) -> None:
-        """Report a save that has failed as soon as this process knows; otherwise `seal` does."""
-        if self._saving is not None and jax.process_count() == 1:
+        """Report a failed save at once if there is one process; otherwise `seal` reports it."""
+        if self._writer and self._saving is not None and jax.process_count() == 1:
             try:
                 self._writer.check_for_errors()
             except (OSError, ValueError) as error:
@@ -122,19 +137,18 @@ class CheckpointStore:
                 self.seal()
 
     def seal(self, must: bool = False) -> int | None:
-        """Wait for the save under way, then delete the steps that are not kept; return the step that was committed.
+        """Wait for the current save, delete the steps that are not kept, and return the committed step.
 
-        A failed save only gets a warning, unless it `must` succeed or no step is there: then it raises `UserError`
-        (IO), in all processes.
+        A failed save causes a warning; if it `must` succeed or is the first, `UserError` (IO) in all processes.
         """
-        if self._saving is None:
+        if self._writer is None or self._saving is None:
             return None
         (step, failure), self._saving, self._failure = (self._saving, self._failure), None, None
         try:
             self._writer.wait_until_finished()
         except (OSError, ValueError) as error:
             failure = failure or error
-        failed = _first_said(_reason(failure) if failure else "")
+        failed = _first_message(_reason(failure) if failure else "")
         if not failed:
             if jax.process_index() == 0:
                 self._prune()
@@ -153,16 +167,16 @@ class CheckpointStore:
         return None
 
     def newest(self, read: Callable[[int], T]) -> tuple[int, T] | None:
-        """Return the newest step for which `read` does not raise `Damaged`, and its result; None without any step.
+        """Return the newest step for which `read` does not raise `DamagedCheckpoint`, and its result.
 
-        Damaged steps before it get a warning and, unless the store only reads, move to `damaged/`. Raises `UserError`
-        (IO) when all are damaged; all stay where they are then.
+        Newer damaged steps cause a warning and, unless the store only reads, move to `damaged/`. Returns None if there
+        is no step. Raises `UserError` (IO) if all steps are damaged; no step moves then.
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
                 result = read(step)
-            except Damaged as error:
+            except DamagedCheckpoint as error:
                 damaged[step] = str(error)
                 continue
             for bad, what in damaged.items():
@@ -176,10 +190,12 @@ class CheckpointStore:
         return None
 
     def restore(self, step: int, **abstract: Any) -> dict[str, Any]:
-        """Return the items named (`model=`, `opt_state=`), laid out as the given trees of ShapeDtypeStructs.
+        """Return the items `model` or `opt_state`, laid out as the given trees of ShapeDtypeStructs.
 
-        Raises `Damaged` when something cannot be read or differs from its checksum; `UserError`: CONFIG when names,
-        shapes or dtypes differ from `abstract` (before an array is read), IO when an item was never saved.
+        Raises:
+            DamagedCheckpoint: If a file cannot be read or an array differs from its checksum.
+            UserError: CONFIG if names, shapes or dtypes differ from `abstract`, before an array is read; IO if an item
+                was never saved.
         """
         expected = self.meta(step).get("arrays")
         self.check_layout(step, **abstract)
@@ -187,18 +203,18 @@ class CheckpointStore:
         if expected is not None:
             for path, checksum in checksums(restored).items():
                 if checksum != expected[path]["sum"]:
-                    raise Damaged(f"the checksum of {path} differs")
-        return {item: _from_dict(tree, restored[item]) for item, tree in abstract.items()}
+                    raise DamagedCheckpoint(f"the checksum of {path} differs")
+        return {item: _like(tree, restored[item]) for item, tree in abstract.items()}
 
     def check_layout(self, step: int, **abstract: Any) -> None:
-        """Raise what `restore` would, without reading an array."""
+        """Raise the errors of `restore` that need no array."""
         arrays = self.meta(step).get("arrays")
         for item, tree in abstract.items():
             saved = _saved(arrays, item) if arrays is not None else _together(lambda item=item: self._old(step, item))
             if not saved:
                 what = f"checkpoint {step} holds no {item}"
                 raise UserError(ExitCode.IO, what, self.folder, "to start from its weights, name it as init_from")
-            expected = {path_of(path): _shown(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+            expected = _shown(tree)
             differences = [
                 f"{path} {saved.get(path, 'nothing')} saved, {expected.get(path, 'nothing')} expected"
                 for path in sorted(saved.keys() | expected.keys())
@@ -210,16 +226,15 @@ class CheckpointStore:
                 raise UserError(ExitCode.CONFIG, what, self.folder / str(step), "; ".join(differences[:5]) + more)
 
     def _read(self, step: int, item: str, tree: Any) -> dict[str, Any]:
-        with _damage():
-            return self._reader.restore(self._place(step) / item, args=ocp.args.StandardRestore(_to_dict(tree)))
+        with _as_damage():
+            return self._reader.restore(self._place(step) / item, args=ocp.args.StandardRestore(_nested(tree)))
 
     def _old(self, step: int, item: str) -> dict[str, str]:
-        """What a checkpoint without checksums holds of an item."""
+        """Return the leaves of an item in a checkpoint without checksums."""
         if not (self.folder / str(step) / item).is_dir():
             return {}
-        with _damage():
-            leaves = jax.tree_util.tree_leaves_with_path(self._reader.metadata(self._place(step) / item))
-            return {path_of(path): _shown(leaf) for path, leaf in leaves}
+        with _as_damage():
+            return _shown(self._reader.metadata(self._place(step) / item))
 
     def _place(self, step: int) -> epath.Path:
         return epath.Path(self.folder.absolute()) / str(step)
@@ -233,10 +248,10 @@ class CheckpointStore:
         return place
 
     def _prune(self) -> None:
-        """Deletes the steps that are not kept, if the newest can be read; what cannot be read stays."""
+        """Delete the steps that are not kept, if the newest is readable. Unreadable steps stay."""
         readable = {}
         for step in self.steps():
-            with contextlib.suppress(Damaged):
+            with contextlib.suppress(DamagedCheckpoint):
                 readable[step] = read_meta(self.folder / str(step), step).get("metrics", {}).get(VALIDATION_LOSS)
         if not readable or max(readable) != max(self.steps()):
             return
@@ -244,7 +259,7 @@ class CheckpointStore:
         kept = {*sorted(readable)[-self._keep :], *(step for _, step in rated[: self._keep_best])}
         for step in readable.keys() - kept:
             if not self._keep_every or step % self._keep_every:
-                # Under another name first: a deletion that is killed leaves no half of a step.
+                # Rename first, so that a killed deletion does not leave half of a step.
                 doomed = (self.folder / str(step)).rename(self.folder / f"{step}.deleted")
                 shutil.rmtree(doomed, ignore_errors=True)
 
@@ -255,36 +270,36 @@ class CheckpointStore:
 
 
 @contextlib.contextmanager
-def _damage():
-    """Turns whatever a file makes orbax, tensorstore or JSON raise into `Damaged`; not the state of the machine."""
+def _as_damage() -> Iterator[None]:
+    """Raise `DamagedCheckpoint` for any error of orbax, tensorstore or JSON, except for errors of the machine."""
     try:
         yield
     except Exception as error:
         system = _system_error(error)
         if out_of_memory(error, "", "") or (system and system.errno in PASSING):
             raise system or error from error
-        raise Damaged(f"it cannot be read: {_first_line(error)}") from error
+        raise DamagedCheckpoint(f"it cannot be read: {_first_line(error)}") from error
 
 
 def _together(read: Callable[[], T]) -> T:
-    """Returns what `read` returns; raises `Damaged` in all processes of the run if it does in one."""
+    """Return the result of `read`. Raises `DamagedCheckpoint` in all processes if `read` does in one."""
     damage, result = "", None
     try:
         result = read()
-    except Damaged as error:
+    except DamagedCheckpoint as error:
         damage = str(error) or "damaged"
-    if damage := _first_said(damage):
-        raise Damaged(damage)
-    return result  # pyright: ignore[reportReturnType]
+    if damage := _first_message(damage):
+        raise DamagedCheckpoint(damage)
+    return result  # pyright: ignore[reportReturnType] - it is set where nothing is damaged
 
 
-def _first_said(sentence: str) -> str:
-    """Returns the first sentence that is not empty, of those that all processes bring."""
+def _first_message(message: str) -> str:
+    """Return the first message of all processes that is not empty."""
     if jax.process_count() == 1:
-        return sentence
-    said = sentence.encode(errors="replace")[:_SAID].ljust(_SAID, b"\0")
-    all_said = np.asarray(multihost_utils.process_allgather(np.frombuffer(said, np.uint8), tiled=False))
-    texts = (row.tobytes().rstrip(b"\0").decode(errors="replace") for row in all_said)
+        return message
+    padded = message.encode(errors="replace")[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
+    gathered = np.asarray(multihost_utils.process_allgather(np.frombuffer(padded, np.uint8), tiled=False))
+    texts = (row.tobytes().rstrip(b"\0").decode(errors="replace") for row in gathered)
     return next(filter(None, texts), "")
 
 
@@ -296,7 +311,7 @@ def _reason(failure: Exception) -> str:
 
 
 def _system_error(error: Exception) -> OSError | None:
-    """Returns what the operating system said, which tensorstore hides in a ValueError."""
+    """Return the error of the operating system, which tensorstore hides in a ValueError."""
     number = re.search(r"os_error_code='(\d+)'", str(error))
     if number:
         return OSError(int(number[1]), os.strerror(int(number[1])))
@@ -308,7 +323,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _saved(arrays: Mapping[str, Any], item: str) -> dict[str, str]:
-    """Returns path -> shape and type of the arrays of an item."""
+    """Return the shape and dtype of each array of an item, by path."""
     return {
         path.removeprefix(f"{item}/"): f"{tuple(array['shape'])} {array['dtype']}"
         for path, array in arrays.items()
@@ -316,21 +331,19 @@ def _saved(arrays: Mapping[str, Any], item: str) -> dict[str, str]:
     }
 
 
-def _shown(leaf: Any) -> str:
-    return f"{tuple(leaf.shape)} {leaf.dtype}"
+def _by_path(tree: Any) -> dict[str, Any]:
+    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _to_dict(tree: Any) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        *parents, name = path_of(key_path).split("/")
-        place = nested
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[name] = leaf
-    return nested
+def _shown(tree: Any) -> dict[str, str]:
+    return {path: f"{tuple(leaf.shape)} {leaf.dtype}" for path, leaf in _by_path(tree).items()}
 
 
-def _from_dict(tree: Any, nested: dict[str, Any]) -> Any:
-    flat = {path_of(key_path): leaf for key_path, leaf in jax.tree_util.tree_leaves_with_path(nested)}
-    return jax.tree_util.tree_map_with_path(lambda key_path, _: flat[path_of(key_path)], tree)
+def _nested(tree: Any) -> dict[str, Any]:
+    return unflatten_dict(_by_path(tree), sep="/")
+
+
+def _like(tree: Any, nested: dict[str, Any]) -> Any:
+    """Return the leaves of `nested` in the structure of `tree`."""
+    flat = _by_path(nested)
+    return jax.tree_util.tree_map_with_path(lambda path, _: flat[path_of(path)], tree)

@@ -1,4 +1,4 @@
-"""The program's frame, and what all commands share."""
+"""The typer application, and the options and checks that commands share."""
 
 import os
 from functools import partial
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 import gpt2_flax
 from gpt2_flax.folders import is_address, is_utf8, local_path
@@ -13,8 +14,8 @@ from gpt2_flax.input_files import MOST_STEPS
 
 app = typer.Typer(
     name="gpt2-flax",
-    help="Pre-train GPT-2 on your own text and hand it over in transformers format.\n\n"
-    "The way from text to model: tokenizer, prepare, train, evaluate, generate, export.",
+    help="Pre-train GPT-2 on your own text and export it for transformers.\n\n"
+    "The steps from text to model: tokenizer, prepare, train, evaluate, generate, export.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -31,22 +32,22 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def everywhere(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Print it.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    version: Annotated[bool, Option("--version", is_eager=True, callback=_version, help="Print the version.")] = False,
+    debug: Annotated[bool, Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
     if debug:
         os.environ[DEBUG] = "1"
 
 
 def utf8(value: str | list[str] | None) -> str | list[str] | None:
-    """Refuses what a terminal of another encoding typed: Python hands it over as lone surrogates."""
+    """Reject text from a terminal with another encoding, which Python passes on as lone surrogates."""
     if not is_utf8("".join(value or "")):
         raise typer.BadParameter("it is not UTF-8")
     return value
 
 
 def positive(value: float | None) -> float | None:
-    """Refuses what is not above 0, and what is no number."""
+    """Reject numbers that are not above 0, and NaN."""
     if value is not None and not value > 0:
         raise typer.BadParameter("it must be above 0")
     return value
@@ -64,36 +65,30 @@ def _path(given: str) -> Path:
 
 
 def path_or_address(given: str) -> str:
-    """Takes what `fsspec` may reach as it is; a path is expanded as all others are."""
+    """Return an address for `fsspec` unchanged, and a path expanded."""
     return given if is_address(given) else _local_path(given)
 
 
 def corpus_source(given: str) -> str:
-    """Takes files of any name, as they are only read; otherwise as `path_or_address`."""
+    """Do the same as `path_or_address`, but accept file names in any encoding, because the files are only read."""
     return path_or_address(given) if is_utf8(given) else given
 
 
 def existing_model(path: Path) -> Path:
-    """Refuses a path without a model before a command imports, computes or writes anything."""
+    """Reject a path without a model before a command imports, computes or writes anything."""
     from gpt2_flax.checkpoint.run_folder import check_model
 
     return check_model(path)
 
 
-PathArgument = partial(typer.Argument, parser=_path)
-PathOption = partial(typer.Option, parser=_path)
+TextArgument = partial(Argument, callback=utf8)
+TextOption = partial(Option, callback=utf8)
+PathArgument = partial(Argument, parser=_path)
+PathOption = partial(Option, parser=_path)
 ModelArgument = partial(PathArgument, callback=existing_model)
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that an earlier call made.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace an output folder from an earlier call.")]
 Model = Annotated[Path, ModelArgument(help="A run folder, RUN/checkpoints/STEP, or a transformers folder.")]
-Step = Annotated[
-    int | None, typer.Option(min=0, max=MOST_STEPS, help="Which checkpoint of a run; the newest when left out.")
-]
-Best = Annotated[
-    bool, typer.Option("--best", help="The checkpoint of a run that has the lowest validation loss, not the newest.")
-]
-Bos = Annotated[
-    str | None, typer.Option(callback=utf8, help="Token that begins a document, if the tokenizer's files do not say.")
-]
-Eos = Annotated[
-    str | None, typer.Option(callback=utf8, help="Token that ends a document, if the tokenizer's files do not say.")
-]
+Step = Annotated[int | None, Option(min=0, max=MOST_STEPS, help="The checkpoint of a run to use. Default: the newest.")]
+Best = Annotated[bool, Option("--best", help="Use the checkpoint of a run with the lowest validation loss.")]
+Bos = Annotated[str | None, TextOption(help="Token that begins a document. Default: by the tokenizer's files.")]
+Eos = Annotated[str | None, TextOption(help="Token that ends a document. Default: by the tokenizer's files.")]

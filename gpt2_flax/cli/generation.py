@@ -1,4 +1,4 @@
-"""What models are asked: generate, serve."""
+"""Commands that generate text: generate, serve."""
 
 import importlib.util
 import itertools
@@ -7,45 +7,41 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
-from gpt2_flax.cli.app import Best, Model, PathOption, Step, app, utf8
+from gpt2_flax.cli.app import Best, Model, PathOption, Step, TextOption, app
 from gpt2_flax.input_files import MOST_POSITIONS, MOST_ROWS, MOST_TOKENS
 
 
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[
-        list[str] | None, typer.Option(callback=utf8, help="Beginning of a text; repeat it for a batch.")
-    ] = None,
-    prompt_file: Annotated[Path | None, PathOption(help="A file with a prompt on each line; - reads stdin.")] = None,
-    samples: Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="How many texts to make of each prompt.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_POSITIONS, help="Most tokens to add.")] = 100,
+    prompt: Annotated[list[str] | None, TextOption(help="Beginning of a text; repeatable.")] = None,
+    prompt_file: Annotated[Path | None, PathOption(help="File with one prompt a line; - reads standard input.")] = None,
+    samples: Annotated[int, Option(min=1, max=MOST_ROWS, help="Number of texts for each prompt.")] = 1,
+    max_new_tokens: Annotated[int, Option(min=1, max=MOST_POSITIONS, help="Maximum number of new tokens.")] = 100,
     temperature: Annotated[
-        float, typer.Option(min=0.0, max=1000.0, help="Lower is safer; 0 takes the likeliest token.")
+        float, Option(min=0.0, max=1000.0, help="Higher: more varied text; 0: the most likely token.")
     ] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, max=MOST_TOKENS, help="Only the K likeliest tokens; 0 for all.")] = 50,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Only the likeliest that share this much.")] = 1.0,
-    min_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Only tokens with this part of the likeliest's probability.")
-    ] = 0.0,
+    top_k: Annotated[int, Option(min=0, max=MOST_TOKENS, help="Sample from the K most likely tokens; 0: all.")] = 50,
+    top_p: Annotated[float, Option(min=0.0, max=1.0, help="Keep the top tokens up to this total probability.")] = 1.0,
+    min_p: Annotated[float, Option(min=0.0, max=1.0, help="Skip tokens below this share of the best one.")] = 0.0,
     repetition_penalty: Annotated[
-        float, typer.Option(min=1.0, max=1000.0, help="Above 1 avoids what was said before.")
+        float, Option(min=1.0, max=1000.0, help="Above 1: make tokens of the text so far less likely.")
     ] = 1.0,
     no_repeat_ngram: Annotated[
-        int, typer.Option(min=0, max=MOST_POSITIONS, help="No N tokens in a row come twice; 0 allows it.")
+        int, Option(min=0, max=MOST_POSITIONS, help="Never repeat a sequence of N tokens; 0: allow.")
     ] = 0,
-    allow_unknown: Annotated[bool, typer.Option("--allow-unknown", help="Let the model say [UNK].")] = False,
+    allow_unknown: Annotated[bool, Option("--allow-unknown", help="Allow [UNK] in the text.")] = False,
     stream: Annotated[
         bool | None,
-        typer.Option("--stream/--no-stream", help="Show text as it comes; by default for one text on a terminal."),
+        Option("--stream/--no-stream", help="Print text as it is generated. Default: for one text on a terminal."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Same seed, same text.")] = 0,
+    seed: Annotated[int, Option(min=0, max=2**32 - 1, help="The same seed gives the same text.")] = 0,
     step: Step = None,
     best: Best = False,
 ) -> None:
-    """Continue texts."""
+    """Generate continuations of texts."""
     from gpt2_flax.cli.prompts import read_prompts, warn_of_unknown
     from gpt2_flax.errors import ExitCode, UserError
 
@@ -80,18 +76,17 @@ def generate(
 @app.command()
 def serve(
     model: Model,
-    host: Annotated[str, typer.Option(callback=utf8, help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes one that is free.")] = 8000,
-    max_tokens: Annotated[
-        int, typer.Option(min=1, max=MOST_POSITIONS, help="Most new tokens that a text may ask for.")
-    ] = 512,
-    max_concurrent: Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="Most requests that run or wait.")] = 4,
+    host: Annotated[str, TextOption(help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0: any free port.")] = 8000,
+    max_tokens: Annotated[int, Option(min=1, max=MOST_POSITIONS, help="Maximum of max_tokens in a request.")] = 512,
+    max_concurrent: Annotated[int, Option(min=1, max=MOST_ROWS, help="Limit of running and queued requests.")] = 4,
     step: Step = None,
     best: Best = False,
 ) -> None:
-    """Serve a page to play with, and OpenAI's /v1/completions.
+    """Serve a web page for experiments, and OpenAI's /v1/completions.
 
-    One text is made at a time, the others wait for their turn. Ctrl-C, SIGTERM and signals like it end it, with 0.
+    The server generates one text at a time; other requests are queued. Ctrl-C, SIGTERM and similar signals end the
+    server with exit code 0.
     """
     from gpt2_flax.errors import missing_package
 
@@ -109,5 +104,5 @@ def serve(
     path = Path(os.path.realpath(model))
     name = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
     limits = Limits(max_tokens=max_tokens, max_concurrent=max_concurrent)
-    with listen(host, port) as listener:  # first, because it is what fails most and takes no time
+    with listen(host, port) as listener:  # first, because this step fails most often and takes no time
         run(load_source(model, step, best=best), name, listener, limits)

@@ -1,31 +1,35 @@
-"""What makes models: doctor, plan, train, keys, evaluate."""
+"""Commands about training: doctor, train, plan, checkpoints, keys, evaluate."""
 
 import math
 import time
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
 from gpt2_flax.cli.app import Best, Model, PathArgument, PathOption, Step, app, corpus_source, positive, utf8
 from gpt2_flax.cli.text import Between, Encoding, Format, OnBad, TextField
 from gpt2_flax.input_files import MOST_POSITIONS, MOST_ROWS, MOST_STEPS
 from gpt2_flax.text.documents import CorpusOptions
 
+ConfigFile = Annotated[Path, PathArgument(help="TOML file, such as configs/quickstart.toml.")]
+Overrides = Annotated[
+    list[str] | None,
+    Argument(metavar="[SECTION.KEY=VALUE]...", callback=utf8, help="Values that override the config file."),
+]
+
 
 @app.command()
 def doctor(
     seconds: Annotated[
-        float, typer.Option(min=10, max=86400, help="Time for everything; what matters most comes first.")
+        float, Option(min=10, max=86400, help="Seconds for the examination; the most important checks come first.")
     ] = 280,
-    json: Annotated[
-        Path | None, PathOption("--json", metavar="FILE", help="Write all that is found to this new file.")
-    ] = None,
+    json: Annotated[Path | None, PathOption("--json", metavar="FILE", help="New file for all results.")] = None,
 ) -> None:
-    """Examine this machine: versions, devices, speed, attention kernels, training. Run it first; attach it to reports.
+    """Examine this machine: versions, devices, speed, attention kernels, training. Attach the output to bug reports.
 
-    Each thing that is wrong is a line WRONG with what to do, and the exit code is 69. Several GPUs of this machine are
-    tested together; other machines are not.
+    Each fault is a line WRONG with advice; the exit code is 69 then. Several GPUs of this machine are tested together;
+    other machines are not tested.
     """
     from gpt2_flax.doctor.examination import examine
 
@@ -34,55 +38,43 @@ def doctor(
 
 @app.command(epilog="The keys: gpt2-flax keys")
 def train(
-    config: Annotated[Path, PathArgument(help="TOML file, such as configs/quickstart.toml.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[SECTION.KEY=VALUE]...", callback=utf8, help="What shall differ from the file."),
-    ] = None,
-    allow_change: Annotated[
-        list[str] | None, typer.Option(help="Key that may differ from the run so far, when resuming; repeatable.")
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
+    allow_change: Annotated[list[str] | None, Option(help="Key that may change in a resumed run; repeatable.")] = None,
     profile: Annotated[
-        int,
-        typer.Option(
-            min=0, max=MOST_STEPS, metavar="STEPS", help="Trace so many steps for TensorBoard's profiler or XProf."
-        ),
+        int, Option(min=0, max=MOST_STEPS, metavar="STEPS", help="Steps to trace for TensorBoard or XProf.")
     ] = 0,
     max_hours: Annotated[
         float | None,
-        typer.Option(
-            max=MOST_ROWS, callback=positive, metavar="H", help="Stop and save, with 75, before so many hours are over."
-        ),
+        Option(max=MOST_ROWS, callback=positive, metavar="H", help="Save and stop within this many hours."),
     ] = None,
     coordinator: Annotated[
-        str | None, typer.Option(help="Several hosts: HOST:PORT of process 0. PORT + 1 must be free and reachable too.")
+        str | None, Option(help="Several hosts: HOST:PORT of process 0. PORT + 1 must be free and reachable too.")
     ] = None,
-    num_processes: Annotated[
-        int | None, typer.Option(min=1, max=MOST_ROWS, help="Several hosts: number of processes.")
-    ] = None,
-    process_id: Annotated[
-        int | None, typer.Option(min=0, max=MOST_ROWS, help="Several hosts: number of this process.")
-    ] = None,
+    num_processes: Annotated[int | None, Option(min=1, max=MOST_ROWS, help="Several hosts: process count.")] = None,
+    process_id: Annotated[int | None, Option(min=0, max=MOST_ROWS, help="Several hosts: process number.")] = None,
 ) -> None:
-    """Train a model, or go on with a run where it stopped.
+    """Train a model, or resume a run that stopped.
 
-    A file may hold several stages, tables [[stages]], which are trained in turn, each from the weights of the one
-    before: configs/cluecorpussmall.toml is an example. SECTION.KEY=VALUE holds for all, stages.2.SECTION.KEY=VALUE for
+    A config may have several stages, tables [[stages]]. Each stage starts from the weights of the stage before it:
+    configs/cluecorpussmall.toml is an example. SECTION.KEY=VALUE applies to all stages, stages.2.SECTION.KEY=VALUE to
     the second.
 
     Under SLURM, Open MPI, Kubernetes (scripts/kubernetes_jobset.yaml), torchrun and on TPU pods several hosts find each
-    other; elsewhere give the three options above. When one process ends all do, with 75 where starting again helps.
-    Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2, sent to one process or to all, stops after the step under way and
-    saves, with 75; the same command resumes from there. A second signal ends the process at once. --max-hours stops
-    likewise, early enough for the save, by the time that steps, evaluations and saves have taken so far.
+    other; elsewhere give --coordinator, --num-processes and --process-id. If one process ends, all end, with exit code
+    75 if a restart helps.
+
+    Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 to any process stops the run after the current step, saves, and exits
+    with 75; the same command resumes. A second signal ends the process at once. --max-hours stops in the same way. It
+    leaves enough time for the save, by the durations of steps, evaluations and saves so far.
     """
     begun = time.monotonic()
-    from gpt2_flax.config_file import load_stages
+    from gpt2_flax.config.file import load_stages
     from gpt2_flax.processes.place import find_place
     from gpt2_flax.processes.watchdog import announced
 
     place = find_place(coordinator, num_processes, process_id)
-    with announced(place):  # importing JAX may fail on one host
+    with announced(place):  # the import of JAX may fail on one host
         from gpt2_flax.cpu import tune_cpu
 
         tune_cpu()
@@ -91,36 +83,25 @@ def train(
 
     deadline = math.inf if max_hours is None else begun + 3600 * max_hours
     with start_processes(place) as watchdog:
-        stages = load_stages(config, overrides or ())  # here: what is wrong with it in one process ends all
+        stages = load_stages(config, overrides or ())  # here, so that a bad config in one process ends all
         run(*stages, allow_change=allow_change or (), profile_steps=profile, watchdog=watchdog, deadline=deadline)
 
 
 @app.command(epilog="The keys: gpt2-flax keys")
 def plan(
-    config: Annotated[Path, PathArgument(help="TOML file, such as configs/quickstart.toml.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[SECTION.KEY=VALUE]...", callback=utf8, help="What shall differ from the file."),
-    ] = None,
-    topology: Annotated[
-        str | None, typer.Option(help="Compile for v5e:2x4, v6e:16x16, h200:8, h200:32x8, ...; none need be here.")
-    ] = None,
-    stage: Annotated[
-        int | None, typer.Option(min=1, max=MOST_ROWS, help="Which stage of the config; all when left out.")
-    ] = None,
-    mfu: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Share of the devices' peak that training is taken to reach.")
-    ] = 0.4,
-    optimize: Annotated[
-        bool, typer.Option("--optimize", help="Compile with all optimizations: minutes, for a little less memory.")
-    ] = False,
+    config: ConfigFile,
+    overrides: Overrides = None,
+    topology: Annotated[str | None, Option(help="Devices: v5e:2x4, v6e:16x16, h200:8, h200:32x8, ...")] = None,
+    stage: Annotated[int | None, Option(min=1, max=MOST_ROWS, help="Stage of the config. Default: all.")] = None,
+    mfu: Annotated[float, Option(min=0.01, max=1.0, help="Expected share of the devices' peak FLOPs.")] = 0.4,
+    optimize: Annotated[bool, Option("--optimize", help="Compile with all optimizations: slow, more exact.")] = False,
 ) -> None:
-    """Show what a run will take, before it does: parameters, tokens, arithmetic, memory, days.
+    """Estimate a run before it starts: parameters, tokens, FLOPs, memory, days.
 
-    With --topology the real training step is compiled for TPUs or GPUs that need not be here, and what the compiler
-    says of its memory is shown, or the smallest change that makes it fit.
+    --topology compiles the real training step for TPUs or GPUs that this machine need not have. It shows the memory
+    that the compiler reports, or the smallest change that makes the run fit.
     """
-    from gpt2_flax.config_file import load_config, load_stages
+    from gpt2_flax.config.file import load_config, load_stages
 
     stages = load_stages(config, overrides or ()) if stage is None else [load_config(config, overrides or (), stage)]
     from gpt2_flax.plan.report import plan_lines
@@ -137,14 +118,12 @@ def plan(
 @app.command()
 def checkpoints(
     run: Annotated[Path, PathArgument(help="A run folder.")],
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Read every array and compare it with its checksum; 74 if one differs.")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
+    verify: Annotated[bool, Option("--verify", help="Compare the checksums of all arrays; 74 if one differs.")] = False,
+    json: Annotated[bool, Option("--json", help="Print a JSON list instead of a table.")] = False,
 ) -> None:
     """List the checkpoints of a run: step, date, losses, size, state.
 
-    Nothing is changed. A damaged checkpoint is passed over by all other commands; `train` moves it to RUN/damaged.
+    This command changes nothing. All other commands skip a damaged checkpoint; `train` moves it to RUN/damaged.
     """
     import json as json_format
     import time
@@ -174,7 +153,7 @@ def keys() -> None:
     """List every key of a training config with its default."""
     from pydantic_core import PydanticUndefined
 
-    from gpt2_flax.config import config_keys
+    from gpt2_flax.config.parse import config_keys
 
     for key, field in config_keys().items():
         default = "required" if field.default is PydanticUndefined else field.default
@@ -185,19 +164,18 @@ def keys() -> None:
 def evaluate(
     model: Model,
     data: Annotated[
-        str | None,
-        typer.Option(parser=corpus_source, help="A dataset or a corpus; the datasets of the run when left out."),
+        str | None, Option(parser=corpus_source, help="A dataset or a corpus. Default: the datasets of the run.")
     ] = None,
     seq_length: Annotated[
-        int | None, typer.Option(min=1, max=MOST_POSITIONS, help="Tokens a row; the run's, else n_positions.")
+        int | None, Option(min=1, max=MOST_POSITIONS, help="Tokens in a row. Default: as in the run, else n_positions.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="Rows computed together.")] = 16,
-    batches: Annotated[int, typer.Option(min=0, max=MOST_STEPS, help="Batches to read; 0 reads everything.")] = 0,
+    batch_size: Annotated[int, Option(min=1, max=MOST_ROWS, help="Rows in a batch.")] = 16,
+    batches: Annotated[int, Option(min=0, max=MOST_STEPS, help="Number of batches; 0: all.")] = 0,
     split: Annotated[
-        Literal["train", "validation"] | None, typer.Option(help="Of a dataset; validation when left out.")
+        Literal["train", "validation"] | None, Option(help="Split of a dataset. Default: validation.")
     ] = None,
     per_document: Annotated[
-        Path | None, PathOption(metavar="FILE.jsonl", help="Write a line of JSON for each document to this new file.")
+        Path | None, PathOption(metavar="FILE.jsonl", help="New file with a JSON line for each document.")
     ] = None,
     format: Format = "auto",
     separator: Between = "line",
@@ -207,10 +185,10 @@ def evaluate(
     step: Step = None,
     best: Best = False,
 ) -> None:
-    """Print loss, perplexity, bits per character and accuracy on text that was not trained on.
+    """Print loss, perplexity, bits per character and accuracy on held-out text.
 
-    Lines of --per-document have data, index (from 0), tokens, characters, loss, perplexity and bits_per_character.
-    Characters are known of text; a dataset knows only those of all its documents, so there the two are null.
+    Lines of --per-document have data, index (from 0), tokens, characters, loss, perplexity and bits_per_character. For
+    a dataset, characters and bits_per_character are null, because it stores only the total number of characters.
     """
     from gpt2_flax.checkpoint.source import load_source
     from gpt2_flax.inference.evaluate import evaluate_source

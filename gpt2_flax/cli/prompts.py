@@ -1,4 +1,4 @@
-"""Prompts from a file, and what a vocabulary cannot say of them."""
+"""Read prompts from a file, and warn about characters that are not in the vocabulary."""
 
 import sys
 from collections.abc import Sequence
@@ -12,9 +12,10 @@ _MOST_NAMED = 20  # characters in a warning
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Returns the lines of a UTF-8 file, of stdin for `-`, that are not blank.
+    """Return the lines of a UTF-8 file that are not blank; `-` means standard input.
 
-    Raises `UserError`: NO_INPUT when there is no such file or no prompt in it, DATA where it is not UTF-8.
+    Raises:
+        UserError: NO_INPUT if there is no file or no prompt in it; DATA for a line that is not UTF-8.
     """
     where = "stdin" if str(path) == "-" else path
     try:
@@ -36,7 +37,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def warn_of_unknown(tokenizer: Tokenizer, prompts: Sequence[str]) -> None:
-    """Says on stderr which characters of the prompts the model does not know."""
+    """Print the characters of the prompts that are not in the vocabulary on stderr."""
     from gpt2_flax.inference.generate import unknown_in
 
     unknown = unknown_in(tokenizer, prompts)

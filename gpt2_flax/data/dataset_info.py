@@ -1,4 +1,4 @@
-"""What dataset.json says of a prepared dataset."""
+"""The file dataset.json: its schema, and how it is read and written."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
@@ -17,45 +18,42 @@ FORMAT = "gpt2_flax token dataset"
 VERSION = 2
 MARKER = "dataset.json"
 SPLITS = ("train", "validation")
+OFFSET = np.dtype("<u8")
+"""The type of the numbers in an offset file."""
 
 Count = Annotated[int, Field(ge=0, lt=2**60)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-FileName = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 TokenType = Literal["uint16", "uint32"]
 
 
 class Record(BaseModel):
-    """Part of dataset.json: strict types, no unknown keys."""
+    """A section of dataset.json: strict types, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Shard(Record):
-    """A file of tokens and a file of document starts.
-
-    With `file` the tokens are those of that file (absolute, or relative to the dataset) from number `first` on.
-    """
+    """A file of token ids and a file of document starts."""
 
     documents: Count
     tokens: Count
     unknown: Count
-    """Tokens that are the unknown one."""
+    """Number of unknown tokens."""
     characters: Count | None
-    """None: not known."""
+    """None if it is not known."""
     max_id: Count
-    """The largest token id inside."""
+    """The largest token id of the shard."""
     tokens_sha256: Sha256
     offsets_sha256: Sha256
-    file: FileName | None = None
-    first: Count = 0
+    file: None = None
+    """Always null, as `first` is always 0: earlier versions could refer to tokens in a file outside the dataset."""
+    first: Literal[0] = 0
 
     @model_validator(mode="after")
     def _agree(self) -> "Shard":
         if bool(self.documents) != bool(self.tokens) or max(self.documents, self.unknown) > self.tokens:
             counts = f"{self.documents} documents, {self.tokens} tokens, {self.unknown} unknown"
             raise ValueError(f"no shard has {counts}")
-        if self.file is None and self.first:
-            raise ValueError("first is for a shard with a file")
         return self
 
 
@@ -68,65 +66,70 @@ class Example(Record):
 
 
 class LeftOut(Record):
-    """Documents that could not be read and were skipped, or were mended by U+FFFD."""
+    """Counts of documents that could not be read: skipped, or kept with U+FFFD in place of the bad bytes."""
 
     skipped: Count = 0
     replaced: Count = 0
-    examples: list[Example] = Field([], max_length=100)
+    examples: list[Example] = Field(default=[], max_length=100)
 
 
 class Duplicates(Record):
-    """What was dropped because an equal document had come before."""
+    """Counts of the documents that were dropped because an equal document came before."""
 
     documents: Count
     characters: Count
 
 
 class DatasetInfo(Record):
-    """What dataset.json holds. `characters` are Unicode code points of the text, without special tokens."""
+    """The content of dataset.json. `characters` counts Unicode code points of the text, without special tokens."""
 
     format: Literal["gpt2_flax token dataset"] = FORMAT
     version: Literal[2] = VERSION
     dtype: TokenType
     vocab_size: int = Field(gt=0, le=2**31)
     bos_id: Count | None
-    """What every document begins with; None: with its text."""
+    """The first token of every document; None if documents begin with their text."""
     eos_id: Count
     unk_id: Count | None
     tokenizer_fingerprint: str
     sources: list[str] = []
     encodings: dict[str, str] = {}
-    """Of the files of the corpus that were not read as UTF-8."""
+    """The encoding of each corpus file that was not read as UTF-8."""
     left_out: LeftOut = LeftOut()
     duplicates: Duplicates | None = None
-    """None: not looked for."""
+    """None if no duplicates were searched for."""
     shards: dict[str, list[Shard]]
 
     @property
     def unknown_share(self) -> float | None:
-        """Share of unknown tokens among the tokens of text; None if the vocabulary has no unknown token."""
+        """The share of unknown tokens among the tokens of text; None if the vocabulary has no unknown token."""
         if self.unk_id is None:
             return None
         shards = [shard for split in self.shards.values() for shard in split]
-        framing = 1 if self.bos_id is None else 2  # tokens of a document
+        framing = 1 if self.bos_id is None else 2  # special tokens of each document
         tokens = sum(shard.tokens - framing * shard.documents for shard in shards)
         return sum(shard.unknown for shard in shards) / max(1, tokens)
 
 
+def shard_paths(folder: Path, split: str, index: int) -> tuple[Path, Path]:
+    """Return the paths of the token file and the offset file of a shard."""
+    return folder / split / f"tokens-{index:05d}.bin", folder / split / f"offsets-{index:05d}.bin"
+
+
 def write_info(folder: Path, info: DatasetInfo) -> None:
-    """Writes dataset.json, the last file of a dataset, with a checksum of itself."""
+    """Write dataset.json, the last file of a dataset, with a checksum of its own content."""
     content = info.model_dump(mode="json")
     text = json.dumps({"sha256": _checksum(content)} | content, ensure_ascii=False, indent=2)
     write_whole(folder / MARKER, f"{text}\n".encode())
 
 
 def read_info(folder: Path) -> DatasetInfo:
-    """Returns what dataset.json holds; raises `UserError`: NO_INPUT when there is none, DATA when it is damaged."""
+    """Read dataset.json; raises `UserError`: NO_INPUT if it is missing, DATA if it is damaged or not supported."""
     path = folder / MARKER
     try:
         content = from_json(read_whole(path, VOCABULARY_BYTES))
         _check_version(content, path)
-        sha256 = content.pop("sha256", None)  # not in old datasets
+        sha256 = content.pop("sha256", None)  # missing in old datasets
         info = DatasetInfo.model_validate(content)
         if sha256 not in (None, _checksum(content)):
             fix = 'prepare it again; if it was changed on purpose, delete its line "sha256"'
@@ -137,6 +140,10 @@ def read_info(folder: Path) -> DatasetInfo:
         raise io_error(error, path) from None
     except ValidationError as error:
         first = error.errors()[0]
+        if first["loc"][-1] == "file" and isinstance(first["input"], str):
+            what = "dataset refers to token files outside its folder, which is no longer supported"
+            fix = "import the files again with `gpt2-flax import-tokens`, which copies them"
+            raise UserError(ExitCode.DATA, what, path, fix) from None
         raise _damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except ValueError as error:
         raise _damaged(path, str(error)) from None
@@ -151,7 +158,7 @@ def read_info(folder: Path) -> DatasetInfo:
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
-    """Of what a dataset.json says, however it is laid out."""
+    """Return the sha256 of the content of a dataset.json, which does not depend on its layout."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Numbers in files, one after the other: read at any place or in order, and written with a checksum.
+"""Files that hold one array of numbers and nothing else, read at any place by any number of threads.
 
 Dimension key: N numbers, P pieces.
 """
@@ -8,60 +8,59 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from gpt2_flax.errors import ExitCode, UserError, io_error
-from gpt2_flax.folders import sync_folder
 
-KEPT_BYTES = 2**27  # of a file or a split that are held in memory, because that is quicker than to read them often
+KEPT_BYTES = 2**27  # largest array that is kept in memory because reading it again and again would be slower
 
 _CHUNK = 2**20  # numbers read at once
 
+Advance = Callable[[int], None]
+"""Called with the number of bytes that were just read."""
 
-class FlatFile(NamedTuple):
-    """`count` numbers of a file, from number `first` on; unless `shared`, the file holds nothing else."""
+
+def ignore(n_bytes: int) -> None:
+    """Report progress to nobody."""
+
+
+@dataclass(frozen=True, eq=False)
+class FlatFile:
+    """A file of `count` numbers; an empty `sha256` means that no checksum is known."""
 
     path: Path
     dtype: np.dtype
     count: int
-    first: int = 0
-    shared: bool = False
     sha256: str = ""
-    """Of the numbers, hexadecimal; empty: not known."""
-
-    def check(self) -> None:
-        """Raises `UserError` (DATA) when the file is missing or has another size."""
-        with self._naming():
-            found = self.path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise self.damage("shard is not a file")
-        expected = (self.first + self.count) * self.dtype.itemsize
-        if found.st_size < expected or (found.st_size > expected and not self.shared):
-            raise self.damage(f"shard has {found.st_size} bytes where dataset.json says {expected}")
-
-    def opened(self) -> "OpenFile":
-        """Returns the file for reading at any place; raises as `check`."""
-        self.check()
-        with self._naming():
-            return OpenFile(self)
-
-    def chunks(self, read: Callable[[int], None] = lambda n_bytes: None) -> Iterator[np.ndarray]:
-        """Opens the file and yields its numbers in pieces, as `OpenFile.chunks`; raises as `check` too."""
-        yield from self.opened().chunks(read)
-
-    def verify(self) -> None:
-        """Raises `UserError` (DATA) when the file is not what it was; reads all of it."""
-        self.opened().verify()
 
     @property
     def n_bytes(self) -> int:
         return self.count * self.dtype.itemsize
 
+    def check(self) -> None:
+        """Raise `UserError` (DATA) if the file is missing or has another size."""
+        with self._naming():
+            found = self.path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise self.damage("shard is not a file")
+        if found.st_size != self.n_bytes:
+            raise self.damage(f"shard has {found.st_size} bytes where dataset.json says {self.n_bytes}")
+
+    def opened(self) -> "OpenFile":
+        """Open the file for reading at any place; raises as `check`."""
+        self.check()
+        with self._naming():
+            return OpenFile(self)
+
+    def verify(self) -> None:
+        """Read the whole file; raise `UserError` (DATA) if its size or its checksum differs."""
+        self.opened().verify()
+
     def damage(self, what: str) -> UserError:
-        return UserError(ExitCode.DATA, what, self.path, self._fix)
+        return UserError(ExitCode.DATA, what, self.path, "bring the file back, or prepare the dataset again")
 
     @contextlib.contextmanager
     def _naming(self) -> Iterator[None]:
@@ -72,20 +71,16 @@ class FlatFile(NamedTuple):
         except OSError as error:
             raise io_error(error, self.path) from None
 
-    @property
-    def _fix(self) -> str:
-        return f"bring the file back, or {'import' if self.shared else 'prepare'} the dataset again"
-
 
 class OpenFile:
-    """Reads numbers at any place of a file; any number of threads may share it.
+    """A `FlatFile` with an open descriptor, which is closed with the object.
 
-    A file that becomes shorter is an error with a sentence here; where a file is mapped it ends the process (SIGBUS).
-    Linux reads ahead of reads that follow one another, and not of others: no advice is needed for either.
+    The file is read and not mapped. If a file becomes shorter, a read raises a `UserError`; access to a mapped file
+    would end the process with SIGBUS. Linux detects sequential reads by itself and reads ahead.
     """
 
     def __init__(self, file: FlatFile):
-        self.file, self.base = file, file.first * file.dtype.itemsize
+        self.file = file
         self.descriptor = os.open(file.path, os.O_RDONLY)
         self._kept: np.ndarray | None = None
 
@@ -94,60 +89,72 @@ class OpenFile:
             os.close(self.descriptor)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Returns numbers [start, stop), read-only; raises as `gather`."""
+        """Return numbers [start, stop), read-only; raises as `gather`."""
         return self.pieces(np.array([start]), np.array([stop]))
 
     def pieces(self, starts_P: np.ndarray, stops_P: np.ndarray) -> np.ndarray:
-        """Returns numbers [start, stop) of P pieces one after another, read-only; raises as `gather`."""
+        """Return numbers [start, stop) of P pieces, concatenated and read-only; raises as `gather`."""
         if self._kept is not None:
             return self._kept[ranges(starts_P, stops_P - starts_P)]
         return gather({0: self}, np.zeros_like(starts_P), starts_P, stops_P, self.file.dtype)
 
     def keep(self) -> None:
-        """Reads all of a file that is not above `KEPT_BYTES` into memory; raises as `chunks`."""
+        """Read the whole file into memory unless it is larger than `KEPT_BYTES`; raises as `chunks`."""
         if self.file.n_bytes <= KEPT_BYTES:
             self._kept = np.concatenate([np.zeros(0, self.file.dtype), *self.chunks()])
 
-    def chunks(self, read: Callable[[int], None] = lambda n_bytes: None) -> Iterator[np.ndarray]:
-        """Yields all numbers in pieces, read-only, and tells `read` of their bytes.
+    def chunks(self, advance: Advance = ignore) -> Iterator[np.ndarray]:
+        """Yield all numbers in order, in read-only arrays of bounded size.
 
-        Raises `UserError`: as `gather`, and DATA at the end when the checksum is known and differs.
+        Raises:
+            UserError: As `gather`; DATA at the end if the checksum is known and differs.
         """
         found, count = hashlib.sha256(), self.file.count
         for start in range(0, count, _CHUNK):
             numbers_N = self.read(start, min(start + _CHUNK, count))
             if self.file.sha256:
-                found.update(numbers_N)
-            read(numbers_N.nbytes)
+                found.update(numbers_N.data)
+            advance(numbers_N.nbytes)
             yield numbers_N
         if self.file.sha256 and found.hexdigest() != self.file.sha256:
             raise self.file.damage("sha256 differs")
 
     def verify(self) -> None:
-        """Raises `UserError` (DATA) when the file is not what it was; reads all of it."""
+        """Read the whole file; raise `UserError` (DATA) if its checksum differs."""
         for _ in self.chunks():
             pass
 
     def bytes(self, place: int, n_bytes: int) -> bytes:
-        """Returns bytes of the file in as many reads as it takes; raises as `gather`."""
-        parts = []
+        """Return `n_bytes` bytes from byte `place` on, however many reads that takes; raises as `gather`."""
+        blocks = []
         try:
-            while n_bytes and (part := os.pread(self.descriptor, n_bytes, place)):
-                parts.append(part)
-                place, n_bytes = place + len(part), n_bytes - len(part)
+            while n_bytes and (block := os.pread(self.descriptor, n_bytes, place)):
+                blocks.append(block)
+                place, n_bytes = place + len(block), n_bytes - len(block)
         except OSError as error:
             raise io_error(error, self.file.path) from None
         if n_bytes:
             raise self.file.damage("file became shorter while it was in use")
-        return b"".join(parts)
+        return b"".join(blocks)
 
 
 def gather(
     files: Mapping[int, OpenFile], files_P: np.ndarray, starts_P: np.ndarray, stops_P: np.ndarray, dtype: np.dtype
 ) -> np.ndarray:
-    """Returns numbers [start, stop) of P files one after another, read-only; 0 for those of a file not in `files`.
+    """Read P pieces of several files and concatenate them.
 
-    Raises `UserError`: DATA when a file has become shorter, IO when it cannot be read.
+    Args:
+        files: The open files by number.
+        files_P: The file number of each piece. A piece of a file that is not in `files` is zeros.
+        starts_P: The first number of each piece.
+        stops_P: The end of each piece, exclusive.
+        dtype: The type of the numbers of all files.
+
+    Returns:
+        A read-only array of `dtype`.
+
+    Raises:
+        UserError: DATA if a file has become shorter, IO if it cannot be read.
     """
     sizes_P = (stops_P - starts_P) * dtype.itemsize
     pieces = [files_P.tolist(), (starts_P * dtype.itemsize).tolist(), sizes_P.tolist()]
@@ -155,54 +162,19 @@ def gather(
     with contextlib.suppress(OSError):
         flat = b"".join(
             [
-                os.pread(file.descriptor, size, file.base + place) if (file := files.get(number)) else bytes(size)
+                os.pread(file.descriptor, size, place) if (file := files.get(number)) else bytes(size)
                 for number, place, size in zip(*pieces, strict=True)
             ]
         )
-    if len(flat) != sizes_P.sum():  # once more with care, to name what is wrong
+    if len(flat) != sizes_P.sum():  # a read was short or failed: read again with care, so that an error names the file
         flat = b"".join(
-            file.bytes(file.base + place, size) if (file := files.get(number)) else bytes(size)
+            file.bytes(place, size) if (file := files.get(number)) else bytes(size)
             for number, place, size in zip(*pieces, strict=True)
         )
     return np.frombuffer(flat, dtype)
 
 
 def ranges(starts_P: np.ndarray, counts_P: np.ndarray) -> np.ndarray:
-    """Returns the numbers from each of `starts_P` on, as many as `counts_P` says, one after another."""
+    """Return the concatenation of `arange(start, start + count)` for each start and count."""
     shifts_P = starts_P - (np.cumsum(counts_P) - counts_P)
     return np.repeat(shifts_P, counts_P) + np.arange(counts_P.sum())
-
-
-class NewFile:
-    """A file that has a temporary name until `publish`; without a path, numbers are hashed and not written."""
-
-    def __init__(self, path: Path | None):
-        self._path, self._sha256 = path, hashlib.sha256()
-        self._file = path and _temporary(path).open("wb", buffering=2**20)
-
-    def write(self, numbers_N: np.ndarray) -> None:
-        """Appends the bytes of a contiguous array."""
-        self._sha256.update(numbers_N)
-        if self._file:
-            self._file.write(numbers_N)
-
-    def publish(self) -> str:
-        """Flushes to disk, gives the file its name and returns the hexadecimal sha256 of what it holds."""
-        if self._path and self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            _temporary(self._path).rename(self._path)
-            sync_folder(self._path.parent)
-        return self._sha256.hexdigest()
-
-    def __enter__(self) -> "NewFile":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._file:
-            self._file.close()
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")

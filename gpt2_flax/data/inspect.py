@@ -1,48 +1,54 @@
-"""What a prepared dataset holds, for people: counts, lengths of documents, unknown tokens, some of its text.
+"""Text for people about the content of a dataset, and about the rows that a training step gets from it.
 
 Dimension key: B documents, N different lengths, T tokens.
 """
 
+import bisect
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from gpt2_flax.config.schema import Config
+from gpt2_flax.data.batches import deal
 from gpt2_flax.data.dataset import TokenDataset, TokenSplit
 from gpt2_flax.data.dataset_info import DatasetInfo
-from gpt2_flax.errors import printable
+from gpt2_flax.data.mixture import Mixture
+from gpt2_flax.data.packing import IGNORE, RowLayout
+from gpt2_flax.errors import ExitCode, UserError, printable
 from gpt2_flax.tokenizers.survey import MUCH_UNKNOWN, encoding_lines
 from gpt2_flax.tokenizers.tokenizer import Tokenizer
 
 PERCENTS = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 SHOWN_CHARACTERS = 200
-SHOWN_TOKENS = 1024  # decoded for that, however long the document
+SHOWN_TOKENS = 1024  # most tokens of a document that are decoded to show its beginning
 SHOWN_NAMES = 10
-FEW_TOKENS = 20_000  # of the validation split: its loss is then off by some hundredths by chance
+FEW_TOKENS = 20_000  # with fewer validation tokens, chance alone changes the loss by some hundredths
+BEGIN, END = "⟨begin⟩", "⟨end⟩"
 
 _QUANTILES = {0: "least", 50: "median", 100: "most"}
-_SHORT = 2**16  # lengths below are counted in a table
+_SHORT = 2**16  # smaller lengths are counted in a table
 
 
 @dataclass(frozen=True)
 class RowFigures:
-    """What becomes of a split in rows of `length` tokens to train on."""
+    """A split in rows of `length` tokens to train on."""
 
     length: int
     kept: float
-    """Share of the tokens left if each document is cut at `length`."""
+    """The share of tokens that remain if each document is cut at `length`."""
     padded_rows: int
-    """If no row holds two documents: each is cut in rows of length + 1 tokens, of which the last is padded."""
+    """The number of rows of length + 1 tokens if no row holds two documents and the last row of each is padded."""
     padding: float
-    """Share of the `length` positions of those rows that hold no token."""
+    """The share of the `length` positions of those rows that hold no token."""
     packed_rows: int
-    """If documents share rows."""
+    """The number of rows if documents share rows."""
 
 
 @dataclass(frozen=True)
 class SplitFigures:
-    """`quantiles` has the tokens of a document for each of `PERCENTS`: so many percent of documents have no more."""
+    """Counts of a split; for each of `PERCENTS`, that share of documents has at most `quantiles` tokens."""
 
     documents: int
     characters: int | None
@@ -53,33 +59,42 @@ class SplitFigures:
 
 
 def split_figures(split: TokenSplit, lengths: Sequence[int] = (128, 1024)) -> SplitFigures:
-    """Returns exact figures; reads where documents start, not the tokens, in bounded memory.
+    """Compute exact figures in bounded memory; this reads document starts, but no tokens.
 
-    Raises `UserError` (DATA) when document starts are damaged.
+    Raises `UserError` (DATA) if document starts are damaged.
     """
     tokens_N, documents_N = _histogram(split.document_lengths())
-    quantiles = _quantiles(tokens_N, documents_N) if split.n_documents else ()
+    quantiles: tuple[int, ...] = ()
+    if split.n_documents:
+        up_to_N = np.cumsum(documents_N)
+        ranks = [max(1, -(-int(up_to_N[-1]) * percent // 100)) for percent in PERCENTS]
+        quantiles = tuple(tokens_N[np.searchsorted(up_to_N, ranks)].tolist())
     rows = tuple(_rows(tokens_N, documents_N, length) for length in lengths)
     return SplitFigures(split.n_documents, split.n_characters, split.n_tokens, split.n_unknown, quantiles, rows)
 
 
 def inspection_lines(dataset: TokenDataset, samples: int = 3, lengths: Sequence[int] = (128, 1024)) -> Iterator[str]:
-    """Yields what there is to say of a dataset, with the beginnings of up to `samples` documents of each split.
+    """Yield a description of a dataset, with the beginnings of up to `samples` documents of each split.
 
-    Raises `UserError` (DATA) for damaged document starts, a tokenizer that is missing or not the dataset's, and at the
-    end when a file changed meanwhile.
+    Raises `UserError` (DATA) if document starts or the tokenizer are damaged, and at the end if a file changed
+    meanwhile.
     """
     info, splits, tokenizer = dataset.info, (dataset.train, dataset.validation), dataset.tokenizer()
     special = {"begin": info.bos_id, "end": info.eos_id, "unknown": info.unk_id}
-    yield f"sources       {_names(info.sources)}"
-    yield f"vocabulary    {info.vocab_size:,}; " + ", ".join(f"{name} {_or_none(id_)}" for name, id_ in special.items())
+    sizes = [path.stat().st_size for path in dataset.folder.rglob("*") if path.is_file()]
+    more = f" and {len(info.sources) - SHOWN_NAMES:,} more" if len(info.sources) > SHOWN_NAMES else ""
+    yield f"sources       {printable(', '.join(info.sources[:SHOWN_NAMES]))}{more}"
+    ids = ", ".join(f"{name} {'none' if token is None else token}" for name, token in special.items())
+    yield f"vocabulary    {info.vocab_size:,}; {ids}"
     yield f"ids           {info.dtype}"
-    yield f"on disk       {_size(dataset)}"
+    yield f"on disk       {sum(sizes):,} bytes in {len(sizes):,} files"
     if info.encodings:
         yield f"encodings     {', '.join(encoding_lines(info.encodings))}"
     yield from left_out_lines(info)
     yield ""
-    yield from _table([(split.name, split_figures(split, lengths)) for split in splits])
+    columns = (_cells(split.name, split_figures(split, lengths)) for split in splits)
+    for cells in zip(*columns, strict=True):
+        yield f"{cells[0][0]:22}" + "".join(f"{value:>26}" for _, value in cells)
     for split in splits:
         for number in _spread(split.n_documents, samples):
             start, stop = split.bounds(number)
@@ -91,14 +106,56 @@ def inspection_lines(dataset: TokenDataset, samples: int = 3, lengths: Sequence[
     dataset.check_unchanged()
 
 
+def batch_lines(config: Config, mixture: Mixture, step: int, samples: int) -> Iterator[str]:
+    """Yield the first `samples` rows of the batch of a training step, decoded, with the documents in them.
+
+    Args:
+        config: The config of the run, which must have had `data.global_batch_size` rows a step from its beginning.
+        mixture: The datasets of the run.
+        step: The number of the step, from 1 as in the log.
+        samples: The number of rows to show.
+
+    Raises:
+        UserError: USAGE if the run has no such step, DATA if a dataset is damaged.
+    """
+    data, total = config.data, config.training.total_steps
+    if not 1 <= step <= total:
+        raise UserError(ExitCode.USAGE, f"there is no step {step}", config.output, f"its steps are 1 to {total}")
+    tokenizer = mixture.tokenizer()
+    batches = mixture.batches(RowLayout(data.seq_length, data.packing), config.training.seed)
+    first, last = (step - 1) * data.global_batch_size, step * data.global_batch_size
+    yield (
+        f"step {step:,} of {total:,}: samples {first:,} to {last - 1:,}, "
+        f"{data.global_batch_size:,} rows of {data.seq_length:,} tokens, packing {data.packing}"
+    )
+    if config.model.attend_across_documents:
+        yield "attention and positions run through whole rows, across documents"
+    shown = range(first, min(last, first + samples))
+    datasets_B, rows_B = batches.locate(first, last)
+    _, numbers_B = deal(np.arange(first, last), mixture.shares)
+    places = zip(shown, datasets_B.tolist(), rows_B.tolist(), numbers_B.tolist(), strict=False)
+    for sample, dataset, row, number in places:
+        rows, folder = batches.rows[dataset], list(mixture.datasets)[dataset]
+        tokens_T, targets_T, segments_T, _ = (rows_BT[0] for rows_BT in batches.batch(sample, sample + 1))
+        trained_T = targets_T != IGNORE
+        yield ""
+        place = f"{folder} row {row:,} of {rows.n_rows:,} in epoch {number // rows.n_rows + 1:,}"
+        yield f"sample {sample:,}: {place}, {trained_T.sum():,} targets, {(segments_T == 0).sum():,} padding"
+        for segment, start in enumerate(rows.starts(row).tolist(), 1):
+            inside_T = segments_T == segment
+            yield f"  {_place(rows.split, start, int(inside_T.sum()))}, {trained_T[inside_T].sum():,} targets"
+            yield f"    {_with_ends(tokens_T[inside_T], tokenizer)}"
+    mixture.check_unchanged()
+
+
 def decoded(ids_T: np.ndarray, tokenizer: Tokenizer) -> str:
-    """Returns the text of the ids, with U+FFFD for each unknown token, which `decode` may leave out."""
-    parts = np.split(ids_T, np.flatnonzero(ids_T == (-1 if tokenizer.unk_id is None else tokenizer.unk_id)))
-    return "\ufffd".join(tokenizer.decode(part[bool(number) :].tolist()) for number, part in enumerate(parts))
+    """Return the text of the ids, with U+FFFD for each unknown token, which `decode` may omit."""
+    runs = np.split(ids_T, np.flatnonzero(ids_T == (-1 if tokenizer.unk_id is None else tokenizer.unk_id)))
+    return "\ufffd".join(tokenizer.decode(run[bool(number) :].tolist()) for number, run in enumerate(runs))
 
 
 def split_line(info: DatasetInfo, split: str) -> str:
-    """Returns the counts of a split in one line."""
+    """Return the counts of a split in one line."""
     shards = info.shards[split]
     documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
     known = [shard.characters for shard in shards if shard.characters is not None]
@@ -107,7 +164,7 @@ def split_line(info: DatasetInfo, split: str) -> str:
 
 
 def summary_lines(output: object, info: DatasetInfo) -> Iterator[str]:
-    """Yields what became of the sources in the dataset `output`, and warnings of what may surprise."""
+    """Yield the counts of the new dataset `output`, and warnings of facts that may surprise its user."""
     for split in info.shards:
         yield f"{output} {split_line(info, split)}"
     if info.unknown_share is not None:
@@ -123,7 +180,7 @@ def summary_lines(output: object, info: DatasetInfo) -> Iterator[str]:
 
 
 def left_out_lines(info: DatasetInfo) -> Iterator[str]:
-    """Yields what of the sources is not in the dataset as it was, if there is such."""
+    """Yield the counts of documents that were left out or changed, if there are any."""
     left_out, duplicates = info.left_out, info.duplicates
     if left_out.skipped or left_out.replaced:
         yield f"unreadable    {left_out.skipped:,} documents left out, {left_out.replaced:,} mended with U+FFFD"
@@ -134,7 +191,7 @@ def left_out_lines(info: DatasetInfo) -> Iterator[str]:
 
 
 def _histogram(lengths: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The different lengths, ascending, and how many documents have each, both int64 (N,)."""
+    """Return the different lengths, ascending, and the number of documents of each, both int64 (N,)."""
     short, long = np.zeros(_SHORT, np.int64), [np.zeros(0, np.int64)]
     for lengths_B in lengths:
         short += np.bincount(lengths_B[lengths_B < _SHORT], minlength=_SHORT)
@@ -142,12 +199,6 @@ def _histogram(lengths: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     tokens_N, documents_N = np.unique(np.concatenate(long), return_counts=True)
     used = np.flatnonzero(short)
     return np.concatenate((used, tokens_N)), np.concatenate((short[used], documents_N))
-
-
-def _quantiles(tokens_N: np.ndarray, documents_N: np.ndarray) -> tuple[int, ...]:
-    up_to_N = np.cumsum(documents_N)
-    ranks = [max(1, -(-int(up_to_N[-1]) * percent // 100)) for percent in PERCENTS]
-    return tuple(tokens_N[np.searchsorted(up_to_N, ranks)].tolist())
 
 
 def _rows(tokens_N: np.ndarray, documents_N: np.ndarray, length: int) -> RowFigures:
@@ -161,17 +212,12 @@ def _rows(tokens_N: np.ndarray, documents_N: np.ndarray, length: int) -> RowFigu
 
 
 def _spread(count: int, samples: int) -> list[int]:
-    """Up to `samples` of the numbers below `count`, evenly spaced."""
+    """Return up to `samples` of the numbers below `count`, evenly spaced."""
     return list(dict.fromkeys((2 * i + 1) * count // (2 * samples) for i in range(samples))) if count else []
 
 
-def _table(columns: Sequence[tuple[str, SplitFigures]]) -> Iterator[str]:
-    for cells in zip(*(_cells(name, figures) for name, figures in columns), strict=True):
-        yield f"{cells[0][0]:22}" + "".join(f"{value:>26}" for _, value in cells)
-
-
 def _cells(name: str, figures: SplitFigures) -> Iterator[tuple[str, str]]:
-    """One column of the table: a label for the whole line and what stands in it."""
+    """Yield the label and the cell of each line of a column of the table."""
     documents, characters, tokens = figures.documents, figures.characters, figures.tokens
     yield "", name
     yield "documents", f"{documents:,}"
@@ -188,20 +234,17 @@ def _cells(name: str, figures: SplitFigures) -> Iterator[tuple[str, str]]:
         yield "  ... and cut there", f"{row.kept:.1%} of tokens kept"
 
 
-def _names(sources: Sequence[str]) -> str:
-    more = f" and {len(sources) - SHOWN_NAMES:,} more" if len(sources) > SHOWN_NAMES else ""
-    return printable(", ".join(sources[:SHOWN_NAMES])) + more
+def _place(split: TokenSplit, start: int, length: int) -> str:
+    """Describe which document a segment of the stream is of, and which of its tokens."""
+    document = bisect.bisect_right(range(split.n_documents), start, key=lambda number: split.bounds(number)[0]) - 1
+    begin, end = split.bounds(document)
+    tokens = f"tokens {start - begin:,} to {start - begin + length - 1:,} of {end - begin:,}"
+    return f"document {document:,} of {split.n_documents:,}, {tokens}"
 
 
-def _or_none(token: int | None) -> str:
-    return "none" if token is None else str(token)
-
-
-def _size(dataset: TokenDataset) -> str:
-    ours = [path.stat().st_size for path in dataset.folder.rglob("*") if path.is_file()]
-    theirs = [pair.tokens for split in (dataset.train, dataset.validation) for pair in split.pairs if pair.shard.file]
-    size = f"{sum(ours):,} bytes in {len(ours):,} files"
-    if not theirs:
-        return size
-    outside = sum(tokens.n_bytes for tokens in theirs)
-    return f"{size}, and {outside:,} of tokens in {len({tokens.path for tokens in theirs}):,} files elsewhere"
+def _with_ends(ids_T: np.ndarray, tokenizer: Tokenizer) -> str:
+    """Return the text of the ids, with signs where a document begins and ends."""
+    signs = {tokenizer.eos_id: END, tokenizer.bos_id: BEGIN}
+    places = np.flatnonzero(np.isin(ids_T, list(signs)))
+    runs = np.split(ids_T, np.unique(np.concatenate((places, places + 1))))
+    return "".join(signs.get(run[0], "") or printable(decoded(run, tokenizer)) for run in runs if len(run))

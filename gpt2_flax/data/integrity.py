@@ -1,4 +1,4 @@
-"""Whether the files of a dataset are what they were: those in use by their times, those used first by their sums."""
+"""Detection of dataset files that change or are damaged: by size and time while in use, by checksum at first use."""
 
 import contextlib
 import os
@@ -15,34 +15,37 @@ _NICENESS = 10  # of the thread that computes checksums
 
 
 class Watch:
-    """Notices that files change; a file that was touched, or replaced by an equal one, has not changed."""
+    """Detects files that change. A file that was touched or replaced by an equal one has not changed."""
 
     def __init__(self):
         self._watched: list[_Watched] = []
 
     def add(self, path: Path, check: Callable[[], None], descriptor: int | None = None) -> None:
-        """Remember size, time and inode of a file; of the open one that `descriptor` names, if there is one.
+        """Remember size, modification time and inode of a file.
 
-        `check` reads the file and raises `UserError` (DATA) when its content is not what it was.
+        Args:
+            path: The file.
+            check: Reads the file and raises `UserError` (DATA) if its content has changed.
+            descriptor: An open file to watch, even if `path` names another file later.
         """
-        with _naming(path):
+        with _in_use(path):
             self._watched.append(_Watched(path, check, path if descriptor is None else descriptor))
 
     def add_content(self, path: Path) -> None:
-        """Watch a small file, as `add` does; its present content is what must stay."""
+        """Watch a small file whose present content must not change."""
 
         def check() -> None:
             if file_sha256(path) != before:
                 raise UserError(ExitCode.DATA, "sha256 differs", path, "")
 
         self.add(path, check)
-        with _naming(path):
+        with _in_use(path):
             before = file_sha256(path)
 
     def check(self) -> None:
-        """Raise `UserError` (DATA) that names the first file that has changed, and how it has."""
+        """Raise `UserError` (DATA) for the first file that has changed."""
         for watched in self._watched:
-            with _naming(watched.path):
+            with _in_use(watched.path):
                 watched.check()
 
 
@@ -56,7 +59,7 @@ class _Watched:
         if found == self._known:
             return
         self._check()
-        # In some network file systems inodes change by themselves: such a file is read again once, not at every save.
+        # On some network file systems inodes change by themselves. Such a file is read again once, not at every save.
         self._inode_counts &= found[1:] != self._known[1:]
         self._known = (found[0] * self._inode_counts, *found[1:])
 
@@ -66,7 +69,7 @@ class _Watched:
 
 
 class FirstUse:
-    """Runs checks one after another in a thread, so that reading does not wait for them."""
+    """Runs checks one after another in a background thread, so that reading does not wait for them."""
 
     def __init__(self):
         self._changed = threading.Condition()
@@ -75,7 +78,7 @@ class FirstUse:
         self._failure: BaseException | None = None
 
     def add(self, check: Callable[[], None]) -> None:
-        """Have `check` called soon."""
+        """Queue a check."""
         with self._changed:
             self._waiting.append(check)
             self._started += 1
@@ -84,12 +87,15 @@ class FirstUse:
                 threading.Thread(target=self._work, name="checksums", daemon=True).start()
 
     def raise_failure(self) -> None:
-        """Raise what a check has raised, if one has."""
+        """Raise the exception of the check that failed, if any."""
         if self._failure is not None:
             raise self._failure
 
     def wait(self, patience: float | None) -> None:
-        """Wait until all checks are done, `patience` seconds at most (None: as long as it takes); raise what failed."""
+        """Wait until all checks are done, at most `patience` seconds (None: any time); raise a failure.
+
+        Prints a warning if checks are left.
+        """
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting or self._failure, patience)
             left, started = len(self._waiting), self._started
@@ -110,22 +116,19 @@ class FirstUse:
                 failure = error
             with self._changed:
                 self._waiting.popleft()
-                self._failure = failure and self._with_hint(failure)
+                if self._unchecked_saves and isinstance(failure, UserError):
+                    hint = "do not use the checkpoints that were saved since this start: they may have seen it"
+                    failure = UserError(failure.exit_code, failure.what, failure.where, f"{failure.fix}; {hint}")
+                self._failure = failure
                 self._running = bool(self._waiting) and failure is None
                 self._changed.notify_all()
                 if not self._running:
                     return
 
-    def _with_hint(self, failure: BaseException) -> BaseException:
-        if self._unchecked_saves and isinstance(failure, UserError):
-            fix = f"{failure.fix}; do not use the checkpoints that were saved since this start: they may have seen it"
-            return UserError(failure.exit_code, failure.what, failure.where, fix)
-        return failure
-
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Says of what is wrong with a file that it was right before."""
+def _in_use(path: Path) -> Iterator[None]:
+    """Turn an error about a file into one that says that the file was right before."""
     fix = "bring the file back as it was, then run the same command again"
     try:
         yield

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from gpt2_flax.config import Verify
+from gpt2_flax.config.schema import Verify
 from gpt2_flax.data.batches import Batches, shares_of_rest
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.integrity import FirstUse

@@ -1,7 +1,7 @@
-"""Where a dataset is made: a folder of this machine, or one that `fsspec` reaches (`s3://bucket/name`, `gs://...`).
+"""The folder in which a dataset is made: on this machine, or at an address that `fsspec` knows (`s3://bucket/name`).
 
-Both take files whole or not at all: under a temporary name on a disk, as one object elsewhere. A dataset is finished
-when its dataset.json is there.
+In both, a file appears whole or not at all: it is renamed on a disk, and written as one object elsewhere. A dataset is
+finished when its dataset.json exists. Files are named relative to the folder, such as `train/tokens-00000.bin`.
 """
 
 import contextlib
@@ -10,40 +10,10 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from gpt2_flax.errors import ExitCode, UserError, io_error
 from gpt2_flax.folders import check_output, folder_lock, is_address, scratch_folder
 from gpt2_flax.text.files import file_system
-
-
-class Storage(Protocol):
-    """A folder of files with names such as `train/tokens-00000.bin`; small enough to send to another process."""
-
-    @property
-    def where(self) -> str: ...
-
-    def staging(self) -> contextlib.AbstractContextManager[Path]:
-        """A folder of this machine to write files into, which are in place when the block ends."""
-        ...
-
-    def scratch(self, name: str) -> contextlib.AbstractContextManager[Path]:
-        """A folder of this machine for files that are needed along the way; they stay if that costs nothing."""
-        ...
-
-    def names(self) -> set[str]:
-        """The files that are there."""
-        ...
-
-    def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError."""
-        ...
-
-    def fetched(self, name: str) -> contextlib.AbstractContextManager[Path]:
-        """The file, on this machine as long as the block lasts."""
-        ...
-
-    def remove(self, name: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -52,16 +22,17 @@ class LocalFolder:
 
     path: Path
 
-    @property
-    def where(self) -> str:
+    def __str__(self) -> str:
         return str(self.path)
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:
+        """Yield a local folder; the files that the block writes into it are in this folder when the block ends."""
         yield self.path
 
     @contextlib.contextmanager
     def scratch(self, name: str) -> Iterator[Path]:
+        """Yield a local folder for intermediate files; they are kept if that costs nothing."""
         (self.path / name).mkdir(exist_ok=True)
         yield self.path / name
 
@@ -69,10 +40,12 @@ class LocalFolder:
         return {path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.is_file()}
 
     def read(self, name: str) -> bytes:
+        """Return the content of a file; raises FileNotFoundError."""
         return (self.path / name).read_bytes()
 
     @contextlib.contextmanager
     def fetched(self, name: str) -> Iterator[Path]:
+        """Yield a local path of the file, which is valid until the block ends."""
         yield self.path / name
 
     def remove(self, name: str) -> None:
@@ -84,12 +57,11 @@ class LocalFolder:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder that `fsspec` reaches."""
+    """A folder at an address, with the methods of `LocalFolder`."""
 
     url: str
 
-    @property
-    def where(self) -> str:
+    def __str__(self) -> str:
         return self.url
 
     @contextlib.contextmanager
@@ -97,8 +69,7 @@ class RemoteFolder:
         with scratch_folder() as folder:
             yield folder
             files, root = file_system(self.url)
-            staged = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-            for path in staged:
+            for path in sorted(path for path in folder.rglob("*") if path.is_file()):
                 name = f"{root}/{path.relative_to(folder).as_posix()}"
                 files.makedirs(name.rpartition("/")[0], exist_ok=True)
                 files.put_file(str(path), name)
@@ -121,22 +92,26 @@ class RemoteFolder:
     def fetched(self, name: str) -> Iterator[Path]:
         files, root = file_system(self.url)
         with scratch_folder() as folder:
-            path = folder / "file"
-            files.get_file(f"{root}/{name}", str(path))
-            yield path
+            files.get_file(f"{root}/{name}", str(folder / "file"))
+            yield folder / "file"
 
     def remove(self, name: str) -> None:
         files, root = file_system(self.url)
         files.rm_file(f"{root}/{name}")
 
 
-@contextlib.contextmanager
-def unfinished(output: str, marker: str, overwrite: bool) -> Iterator[Storage]:
-    """Yields where to make `output`; it takes that name when the block ends, and is kept as it is when it fails.
+OutputFolder = LocalFolder | RemoteFolder
 
-    A later call is given the same place again, with all that was finished there. On a disk that is a hidden folder
-    beside `output`, and a dataset of that name stays until it is replaced as a whole; elsewhere it is `output` itself.
-    Raises `UserError`: CANT_CREATE when `output` exists and may not be replaced, or another process is making it.
+
+@contextlib.contextmanager
+def unfinished(output: str, marker: str, overwrite: bool) -> Iterator[OutputFolder]:
+    """Yield the folder in which `output` is made; it becomes `output` when the block ends, and is kept if it fails.
+
+    A later call gets the same folder, with all files that were finished. On a disk it is a hidden folder beside
+    `output`, and a dataset of that name stays until it is replaced as a whole. Elsewhere it is `output` itself.
+
+    Raises:
+        UserError: CANT_CREATE if `output` exists and may not be replaced, or if another process is making it.
     """
     if is_address(output):
         yield from _unfinished_remote(output.rstrip("/"), marker, overwrite)
@@ -144,9 +119,9 @@ def unfinished(output: str, marker: str, overwrite: bool) -> Iterator[Storage]:
         yield from _unfinished_local(Path(output), marker, overwrite)
 
 
-def _unfinished_local(output: Path, marker: str, overwrite: bool) -> Iterator[Storage]:
+def _unfinished_local(output: Path, marker: str, overwrite: bool) -> Iterator[LocalFolder]:
     check_output(output, marker, overwrite)
-    place = Path(os.path.realpath(output))  # a link stays, and what it leads to is replaced
+    place = Path(os.path.realpath(output))  # a link stays, and its target is replaced
     partial = place.with_name(f".{place.name}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -168,10 +143,10 @@ def _unfinished_local(output: Path, marker: str, overwrite: bool) -> Iterator[St
                 shutil.rmtree(partial)
 
 
-def _unfinished_remote(url: str, marker: str, overwrite: bool) -> Iterator[Storage]:
-    storage = RemoteFolder(url)
+def _unfinished_remote(url: str, marker: str, overwrite: bool) -> Iterator[RemoteFolder]:
+    folder = RemoteFolder(url)
     try:
-        names = storage.names()
+        names = folder.names()
         if marker in names and not overwrite:
             fix = "choose another name or add --overwrite"
             raise UserError(ExitCode.CANT_CREATE, "output folder exists", url, fix)
@@ -179,8 +154,8 @@ def _unfinished_remote(url: str, marker: str, overwrite: bool) -> Iterator[Stora
             fix = f"it holds no {marker}, so it is not ours to add to: choose another name"
             raise UserError(ExitCode.CANT_CREATE, "output folder exists", url, fix)
         if marker in names:
-            for name in sorted(names, key=lambda name: name != marker):  # a dataset without its first file is none
-                storage.remove(name)
-        yield storage
+            for name in sorted(names, key=lambda name: name != marker):  # the marker first: without it, no dataset
+                folder.remove(name)
+        yield folder
     except OSError as error:
         raise io_error(error, url) from error

@@ -17,7 +17,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from gpt2_flax.config import Config, Packing
+from gpt2_flax.config.schema import Config, Packing
 from gpt2_flax.data.dataset import TokenSplit
 from gpt2_flax.data.row_index import read_or_make_plan
 

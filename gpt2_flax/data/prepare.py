@@ -1,8 +1,8 @@
 """Text to a token dataset: each unit of the corpus becomes one shard of each split, in any number of processes.
 
-Whether a document is for validation depends on its text alone, so equal documents land in the same split, and the same
-corpus gives the same bytes with any number of workers. A unit is finished when its record is there; a call that was
-stopped is taken up by the next one with the units that are left.
+Whether a document is for validation depends only on its text. Equal documents are therefore in the same split, and the
+same corpus gives the same bytes with any number of workers. A unit is finished when its record exists; after a stop,
+the next call resumes with the units that are left.
 """
 
 import contextlib
@@ -18,28 +18,19 @@ import numpy as np
 
 import gpt2_flax
 from gpt2_flax.data.dataset import TokenSplit
-from gpt2_flax.data.dataset_info import MARKER, SPLITS, DatasetInfo, Duplicates, LeftOut, write_info
+from gpt2_flax.data.dataset_info import MARKER, SPLITS, DatasetInfo, Duplicates, LeftOut, shard_paths, write_info
 from gpt2_flax.data.deduplicate import find_duplicates, hash_units
 from gpt2_flax.data.held_out import check_fraction, hold_out_tail
-from gpt2_flax.data.output_folder import LocalFolder, Storage, unfinished
-from gpt2_flax.data.shard_job import MOST_EXAMPLES, RECORDS, UnitRecord, UnitTask, UnitWork
-from gpt2_flax.data.shards import shard_paths
+from gpt2_flax.data.output_folder import LocalFolder, OutputFolder, unfinished
+from gpt2_flax.data.shard_job import MOST_EXAMPLES, RECORDS, ShardJob, ShardRecord, ShardTask
 from gpt2_flax.data.workers import Engine, run
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import file_sha256, utf8_name, write_whole
 from gpt2_flax.progress import progress_bar
 from gpt2_flax.text.corpus import STANDARD_INPUT, Unit, corpus_units, empty_corpus, standard_input_as_file
 from gpt2_flax.text.documents import DEFAULT_OPTIONS, CorpusOptions
+from gpt2_flax.tokenizers import survey
 from gpt2_flax.tokenizers.ragged_ids import token_dtype
-from gpt2_flax.tokenizers.survey import (
-    MOST_UNKNOWN,
-    PassedOver,
-    encoding_lines,
-    encodings,
-    sample,
-    survey_lines,
-    too_much_unknown,
-)
 from gpt2_flax.tokenizers.tokenizer import Tokenizer
 from gpt2_flax.tokenizers.transformers_check import check_exported, spread
 
@@ -63,15 +54,28 @@ def prepare(
     overwrite: bool = False,
     unit_bytes: int | None = None,
 ) -> DatasetInfo:
-    """Writes the dataset `output`, a folder or a URL that `fsspec` knows, and returns what its dataset.json says.
+    """Make a dataset of a corpus, print a survey of the corpus, and return the content of dataset.json.
 
-    Prints what there is to say of the corpus. When all documents fall into one split, the last tokens are for
-    validation; with a `validation_fraction` of 0 nothing is.
-    Raises `UserError`: what `corpus_units`, `check_exported`, `unfinished` and `run` raise; USAGE for a fraction that
-    is none, DATA when too many tokens are unknown, or too few are there for two splits.
+    Args:
+        sources: Files, folders, patterns and addresses, see `corpus_units`.
+        tokenizer: The tokenizer that encodes the documents.
+        output: The folder to make, or an address that `fsspec` knows.
+        options: How to read the sources.
+        validation_fraction: The share of documents for validation, 0 for none. If all documents fall into one split,
+            the last tokens of all are for validation.
+        deduplicate: Whether to keep only the first of equal documents.
+        allow_unknown: Whether to accept a large share of unknown tokens.
+        workers: The number of processes; None means one for each core.
+        engine: Where the workers run.
+        overwrite: Whether `output` may replace a dataset.
+        unit_bytes: The size of a unit of the corpus; None means a size that depends on the corpus.
+
+    Raises:
+        UserError: As `corpus_units`, `check_exported`, `unfinished` and `run`; USAGE for a wrong fraction; DATA for too
+            many unknown tokens, or for too few tokens for two splits.
     """
     check_fraction(validation_fraction)
-    with unfinished(str(output), MARKER, overwrite) as storage:
+    with unfinished(str(output), MARKER, overwrite) as partial:
         settings = {
             "gpt2_flax": gpt2_flax.__version__,
             "sources": [utf8_name(source) for source in sources],
@@ -80,103 +84,101 @@ def prepare(
             "deduplicate": deduplicate,
             "unit_bytes": unit_bytes,
         } | {name: value for name, value in dataclasses.asdict(options).items() if name != "on_error"}
-        _check_settings(storage, settings, overwrite)
-        with _kept_if_useful(storage):
-            passed_over, where = PassedOver(), ", ".join(sources)
-            units = corpus_units(_without_standard_input(storage, sources), options, unit_bytes, passed_over)
-            documents = sample(units)
-            for line in survey_lines(units, documents, options, passed_over, tokenizer, allow_unknown, where):
+        _check_settings(partial, settings, overwrite)
+        with _kept_if_useful(partial):
+            passed_over, where = survey.PassedOver(), ", ".join(sources)
+            units = corpus_units(_without_standard_input(partial, sources), options, unit_bytes, passed_over)
+            documents = survey.sample(units)
+            for line in survey.survey_lines(units, documents, options, passed_over, tokenizer, allow_unknown, where):
                 print(line, flush=True)
-            check_exported(tokenizer, spread(documents.texts), storage.where)
-            dropped = _duplicates(storage, units, workers, engine) if deduplicate else [NOTHING_DROPPED] * len(units)
-            tasks = [UnitTask(index, *pair) for index, pair in enumerate(zip(units, dropped, strict=True))]
-            work = UnitWork(storage, tokenizer, validation_fraction, options.on_error)
-            info = _info(sources, units, tokenizer, _records(work, tasks, workers, engine), deduplicate)
-        if not allow_unknown:
-            _check_unknown(info)
-        info = _with_both_splits(storage, tokenizer, info, validation_fraction)
-        _finish(storage, tokenizer, info)
+            check_exported(tokenizer, spread(documents.texts), partial)
+            dropped = [NOTHING_DROPPED] * len(units)
+            if deduplicate:
+                with partial.scratch(HASHES) as folder:
+                    dropped = find_duplicates(hash_units(units, folder, workers, engine))
+            job = ShardJob(partial, tokenizer, validation_fraction, options.on_error)
+            records = _records(job, units, dropped, workers, engine)
+            info = _info(sources, units, tokenizer, records, deduplicate)
+        share = info.unknown_share
+        if not allow_unknown and share is not None and share > survey.MOST_UNKNOWN:
+            # The sample did not show this. Finished shards are kept for a call that allows it.
+            raise survey.too_much_unknown(f"{share:.1%} of the tokens are unknown", ", ".join(info.sources))
+        info = _with_both_splits(partial, tokenizer, info, validation_fraction)
+        _finish(partial, tokenizer, info)
     return info
 
 
 def prepare_text(sources: Sequence[str], tokenizer: Tokenizer, folder: Path, options: CorpusOptions) -> TokenSplit:
-    """Writes all documents into `folder`, which exists, as one validation split, and returns it opened.
+    """Write all documents into `folder`, which exists, as one validation split, and open it.
 
     Raises `UserError` as `corpus_units`.
     """
     units = corpus_units(sources, options)
-    for line in encoding_lines(encodings(units)):
+    for line in survey.encoding_lines(survey.encodings(units)):
         print(line, flush=True)
-    tasks = [UnitTask(index, unit, NOTHING_DROPPED) for index, unit in enumerate(units)]
-    work = UnitWork(LocalFolder(folder), tokenizer, validation_fraction=1.0, on_error=options.on_error)
-    info = _info(sources, units, tokenizer, _records(work, tasks, workers=1, engine="local"), deduplicate=False)
-    split = TokenSplit(folder, "validation", info)
+    job = ShardJob(LocalFolder(folder), tokenizer, validation_fraction=1.0, on_error=options.on_error)
+    records = _records(job, units, [NOTHING_DROPPED] * len(units), workers=1, engine="local")
+    split = TokenSplit(folder, "validation", _info(sources, units, tokenizer, records, deduplicate=False))
     if not split.n_documents:
         raise empty_corpus(sources)
     return split
 
 
-def _check_settings(storage: Storage, settings: Mapping[str, Any], overwrite: bool) -> None:
-    """Raises `UserError` (CANT_CREATE) when what is finished so far was made with other settings."""
-    names = storage.names()
-    before = _read_settings(storage) if SETTINGS in names else {}
+def _check_settings(partial: OutputFolder, settings: Mapping[str, Any], overwrite: bool) -> None:
+    """Raise `UserError` (CANT_CREATE) if the finished shards were made with other settings."""
+    names, before = partial.names(), {}
+    if SETTINGS in names:
+        with contextlib.suppress(ValueError):
+            before = json.loads(partial.read(SETTINGS))
+    before = before if isinstance(before, dict) else {}
     differing = [name for name, value in settings.items() if before.get(name, ...) != value]
     if any(name.startswith(RECORDS) for name in names) and differing:
         if not overwrite:
             what = f"unfinished output of another call, with another {', '.join(differing)}"
-            fix = "repeat that call to go on with it, or add --overwrite to start over"
-            raise UserError(ExitCode.CANT_CREATE, what, storage.where, fix)
-        _remove_scaffold(storage, ())
-    with storage.staging() as folder:
+            fix = "repeat that call to resume it, or add --overwrite to start over"
+            raise UserError(ExitCode.CANT_CREATE, what, partial, fix)
+        _remove_scaffold(partial, ())
+    with partial.staging() as folder:
         write_whole(folder / SETTINGS, json.dumps(settings, ensure_ascii=False, indent=2).encode())
 
 
-def _read_settings(storage: Storage) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
-        settings = json.loads(storage.read(SETTINGS))
-        return settings if isinstance(settings, dict) else {}
-    return {}
-
-
 @contextlib.contextmanager
-def _kept_if_useful(storage: Storage) -> Iterator[None]:
-    """Leaves nothing behind when the block fails before anything was finished."""
+def _kept_if_useful(partial: OutputFolder) -> Iterator[None]:
+    """Empty the folder if the block fails before any shard is finished."""
     try:
         yield
     except UserError:
-        if not any(name.startswith(RECORDS) for name in storage.names()):
-            _remove_scaffold(storage, ())
+        if not any(name.startswith(RECORDS) for name in partial.names()):
+            _remove_scaffold(partial, ())
         raise
 
 
-def _without_standard_input(storage: Storage, sources: Sequence[str]) -> list[str]:
-    """Copies standard input to a file, which several processes can read, and read again after a stop."""
+def _without_standard_input(partial: OutputFolder, sources: Sequence[str]) -> list[str]:
+    """Copy standard input to a file, which several processes can read, and read again after a stop."""
     if STANDARD_INPUT not in sources:
         return list(sources)
-    if not isinstance(storage, LocalFolder):
+    if not isinstance(partial, LocalFolder):
         fix = "write it to a file that every worker can read"
-        raise UserError(ExitCode.USAGE, "standard input cannot go to another machine", storage.where, fix)
-    path = storage.path / SPOOL / "stdin.txt"
+        raise UserError(ExitCode.USAGE, "standard input cannot go to another machine", partial, fix)
+    path = partial.path / SPOOL / "stdin.txt"
     path.parent.mkdir(exist_ok=True)
     files = standard_input_as_file(sources, path)
-    seconds = int(file_sha256(path)[:7], 16)  # equal text has equal times, so that a call can go on with it
+    seconds = int(file_sha256(path)[:7], 16)  # equal text gets the same time, so that a later call can resume
     os.utime(path, (seconds, seconds))
     return files
 
 
-def _duplicates(storage: Storage, units: Sequence[Unit], workers: int | None, engine: Engine) -> list[np.ndarray]:
-    with storage.scratch(HASHES) as folder:
-        return find_duplicates(hash_units(units, folder, workers, engine))
-
-
-def _records(work: UnitWork, tasks: Sequence[UnitTask], workers: int | None, engine: Engine) -> list[UnitRecord]:
-    """Does the tasks that are not finished yet, and returns the records of all."""
-    records = {task.index: record for task in tasks if (record := work.finished(task))}
+def _records(
+    job: ShardJob, units: Sequence[Unit], dropped: Sequence[np.ndarray], workers: int | None, engine: Engine
+) -> list[ShardRecord]:
+    """Do the tasks that are not finished yet, and return the records of all."""
+    tasks = [ShardTask(index, *pair) for index, pair in enumerate(zip(units, dropped, strict=True))]
+    records = {task.index: record for task in tasks if (record := job.finished(task))}
     if records:
-        print(f"going on: {len(records)} of {len(tasks)} parts of the corpus are done", file=sys.stderr)
-    todo = [task for task in tasks if task.index not in records]
-    with progress_bar("tokenizing", sum(task.unit.size for task in todo), "B", "tokens") as advance:
-        records |= run(engine, work, [(task.index, task) for task in todo], workers, advance)
+        print(f"resuming: {len(records)} of {len(tasks)} shards are done", file=sys.stderr)
+    todo = [(task.index, task) for task in tasks if task.index not in records]
+    with progress_bar("tokenizing", sum(task.unit.size for _, task in todo), "B", "tokens") as advance:
+        records |= run(engine, job, todo, workers, advance)
     return [records[index] for index in range(len(tasks))]
 
 
@@ -184,10 +186,10 @@ def _info(
     sources: Sequence[str],
     units: Sequence[Unit],
     tokenizer: Tokenizer,
-    records: Sequence[UnitRecord],
+    records: Sequence[ShardRecord],
     deduplicate: bool,
 ) -> DatasetInfo:
-    dropped = Duplicates(
+    duplicates = Duplicates(
         documents=sum(record.duplicates.documents for record in records),
         characters=sum(record.duplicates.characters for record in records),
     )
@@ -204,55 +206,50 @@ def _info(
         unk_id=tokenizer.unk_id,
         tokenizer_fingerprint=tokenizer.fingerprint,
         sources=list(map(utf8_name, sources)),
-        encodings={utf8_name(path): encoding for path, encoding in encodings(units).items()},
+        encodings={utf8_name(path): encoding for path, encoding in survey.encodings(units).items()},
         left_out=left_out,
-        duplicates=dropped if deduplicate else None,
+        duplicates=duplicates if deduplicate else None,
         shards={split: [record.shards[split] for record in records] for split in SPLITS},
     )
 
 
-def _check_unknown(info: DatasetInfo) -> None:
-    """Raises `UserError` (DATA) for what the sample did not show. What is finished stays, for a call that allows it."""
-    share = info.unknown_share
-    if share is not None and share > MOST_UNKNOWN:
-        raise too_much_unknown(f"{share:.1%} of the tokens are unknown", ", ".join(info.sources))
-
-
 def _with_both_splits(
-    storage: Storage, tokenizer: Tokenizer, info: DatasetInfo, validation_fraction: float
+    partial: OutputFolder, tokenizer: Tokenizer, info: DatasetInfo, validation_fraction: float
 ) -> DatasetInfo:
     documents = {split: sum(shard.documents for shard in info.shards[split]) for split in SPLITS}
     if not any(documents.values()):
-        _remove_scaffold(storage, ())  # a call that does better has other settings
+        _remove_scaffold(partial, ())  # the next call will have other settings
         raise empty_corpus(info.sources)
     if all(documents.values()) or not validation_fraction:
         return info
-    info = hold_out_tail(storage, tokenizer, info, validation_fraction)
+    info = hold_out_tail(partial, tokenizer, info, validation_fraction)
     tokens = {split: sum(shard.tokens for shard in info.shards[split]) for split in SPLITS}
     held, total = tokens["validation"], sum(tokens.values())
     print(f"all documents fell into one split: the last {held:,} of {total:,} tokens are for validation", flush=True)
     return info
 
 
-def _finish(storage: Storage, tokenizer: Tokenizer, info: DatasetInfo) -> None:
-    """Adds what makes a dataset of the shards, and takes the scaffold away."""
-    with storage.staging() as folder:
+def _finish(partial: OutputFolder, tokenizer: Tokenizer, info: DatasetInfo) -> None:
+    """Write the tokenizer and then dataset.json, and remove every other file that is not a shard."""
+    with partial.staging() as folder:
         (folder / "tokenizer").mkdir(exist_ok=True)
         tokenizer.save(folder / "tokenizer")
-    with storage.staging() as folder:
+    with partial.staging() as folder:
         write_info(folder, info)
-    names = [
-        path.as_posix()
-        for split, shards in info.shards.items()
-        for index in range(len(shards))
-        for path in shard_paths(Path(), split, index)
-    ]
-    _remove_scaffold(storage, set(names))
+    _remove_scaffold(
+        partial,
+        {
+            path.as_posix()
+            for split, shards in info.shards.items()
+            for index in range(len(shards))
+            for path in shard_paths(Path(), split, index)
+        },
+    )
 
 
-def _remove_scaffold(storage: Storage, kept: Container[str]) -> None:
-    """Removes what a dataset is made with, and shards but those in `kept`."""
+def _remove_scaffold(partial: OutputFolder, kept: Container[str]) -> None:
+    """Remove all intermediate files, and all shards that are not in `kept`."""
     folders = (RECORDS, HASHES, SPOOL, *(f"{split}/" for split in SPLITS))
-    for name in sorted(storage.names()):
+    for name in sorted(partial.names()):
         if name == SETTINGS or (name.startswith(folders) and name not in kept):
-            storage.remove(name)
+            partial.remove(name)

@@ -1,26 +1,27 @@
-"""Which parts of documents make up each row, worked out once and kept beside the dataset.
+"""The index of rows: which segments of documents make up each row, computed once and kept beside the dataset.
 
-    DATASET/packing/train-best_fit-1024-0123456789abcdef.parts.bin   where parts start (uint64), their tokens (uint32)
-    DATASET/packing/train-best_fit-1024-0123456789abcdef.rows.bin    uint64 first part of each row, all parts twice
-    DATASET/packing/train-best_fit-1024-0123456789abcdef.sha256      of both, as `sha256sum -c` reads it; written last
+    DATASET/packing/train-best_fit-1024-0123456789abcdef.parts.bin   start (uint64) and tokens (uint32) of each segment
+    DATASET/packing/train-best_fit-1024-0123456789abcdef.rows.bin    uint64 first segment of each row, then the total
+                                                                     number of segments twice
+    DATASET/packing/train-best_fit-1024-0123456789abcdef.sha256      of both files, for `sha256sum -c`; written last
 
-A plan is a function of where documents start, of which the name has a checksum: any process may write it, several at
-once write the same bytes, and that of a changed dataset has another name. A damaged one is made again.
-Dimension key: B rows of a batch, D documents, N parts, R rows.
+The index depends only on the document starts, and its name contains their checksum. A changed dataset therefore has an
+index of another name, and processes that write an index at the same time write the same bytes. A damaged index is
+written again.
+Dimension key: B rows of a batch, D documents, N segments, R rows.
 """
 
 import contextlib
 import hashlib
 import os
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from gpt2_flax.config import Packing
+from gpt2_flax.config.schema import Packing
 from gpt2_flax.data.best_fit import best_fit_decreasing
 from gpt2_flax.data.dataset import TokenSplit
 from gpt2_flax.data.flat_files import FlatFile, OpenFile
@@ -29,19 +30,18 @@ from gpt2_flax.folders import cache_folder, file_sha256
 from gpt2_flax.interruption import cleaned_up
 from gpt2_flax.progress import progress_bar
 
-_VERSION = 1  # of plans: one more when the same documents would come in other rows, which changes resumed runs
-_PORTION = 2**22  # parts that rows are made of at once: bounds memory
-_PIECE = 2**20  # parts that are worked out at once
-_PART = np.dtype([("start", "<u8"), ("tokens", "<u4")])
+_VERSION = 1  # increase it if the same documents would be placed in other rows, which changes resumed runs
+_PORTION = 2**22  # segments that rows are made of at once: bounds memory
+_PIECE = 2**20  # segments that are computed at once
+_SEGMENT = np.dtype([("start", "<u8"), ("tokens", "<u4")])
 _FIRST = np.dtype("<u8")
-_PATIENCE = 2.0  # seconds without a progress bar
 
 
 class Plan:
-    """The parts of documents that rows of `seq_length` positions consist of, opened for reading by any thread.
+    """The segments of documents that make up rows of `seq_length` positions; any number of threads may read it.
 
-    With an `overlap` of 1 the last token of a part is a target only, and the first of the next part of the document.
-    Raises OSError when there is no plan at `path`, ValueError when it is damaged.
+    With an `overlap` of 1, the last token of a segment is only a target; it is also the first token of the document's
+    next segment. The constructor raises OSError if there is no index at `path`, ValueError if it is damaged.
     """
 
     def __init__(self, path: Path, split: TokenSplit, seq_length: int, overlap: int):
@@ -51,27 +51,32 @@ class Plan:
         sums = [file_sha256(file) for file in files]
         if sums_file.read_bytes() != _sum_lines(path, sums):
             raise ValueError(f"damaged plan of rows: {path}")
-        self._parts, self._firsts = (
-            OpenFile(FlatFile(file, dtype, file.stat().st_size // dtype.itemsize, sha256=sha256))
-            for file, dtype, sha256 in zip(files, (_PART, _FIRST), sums, strict=True)
+        self._segments, self._firsts = (
+            OpenFile(FlatFile(file, dtype, file.stat().st_size // dtype.itemsize, sha256))
+            for file, dtype, sha256 in zip(files, (_SEGMENT, _FIRST), sums, strict=True)
         )
-        for opened in (self._parts, self._firsts):
+        for opened in (self._segments, self._firsts):
             opened.keep()
             split.watch.add(opened.file.path, opened.verify, opened.descriptor)
         self.n_rows = self._firsts.file.count - 2
 
     def parts(self, rows_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns how many parts each row has, and where they start in the stream and how many tokens they are.
+        """Return the segments of some rows; rows past the last have none.
 
-        All int64; rows past the last have none. Raises `UserError` (DATA) when the files are damaged.
+        Returns:
+            int64 arrays: counts_B, the number of segments in each row; starts_N and tokens_N, the position in the
+            stream and the number of tokens of each segment.
+
+        Raises:
+            UserError: DATA if the files are damaged.
         """
         rows_B = np.minimum(rows_B, self.n_rows)
         low_B, high_B = self._firsts.pieces(rows_B, rows_B + 2).astype(np.int64).reshape(-1, 2).T
         counts_B = high_B - low_B
-        if ((low_B < 0) | (counts_B < 0) | (counts_B > self.seq_length) | (high_B > self._parts.file.count)).any():
+        if ((low_B < 0) | (counts_B < 0) | (counts_B > self.seq_length) | (high_B > self._segments.file.count)).any():
             raise self.damage()
-        parts_N = self._parts.pieces(low_B, high_B)
-        starts_N, tokens_N = (parts_N[name].astype(np.int64) for name in _PART.names)
+        segments_N = self._segments.pieces(low_B, high_B)
+        starts_N, tokens_N = segments_N["start"].astype(np.int64), segments_N["tokens"].astype(np.int64)
         if ((starts_N < 0) | (tokens_N <= self.overlap) | (starts_N + tokens_N > self._n_tokens)).any():
             raise self.damage()
         return counts_B, starts_N, tokens_N
@@ -82,14 +87,19 @@ class Plan:
 
 
 def read_or_make_plan(split: TokenSplit, seq_length: int, packing: Packing) -> Plan:
-    """Returns the plan of packing `best_fit` or `document`, kept in the user's cache where the dataset is read-only.
+    """Return the index of rows for packing `best_fit` or `document`; make it if there is none.
 
-    Raises `UserError`: DATA when document starts are damaged, IO when no place can be written.
+    It is kept in the user's cache folder if the dataset is read-only.
+
+    Raises:
+        UserError: DATA if document starts are damaged; IO or CANT_CREATE if neither place can be written.
     """
     overlap = int(packing == "best_fit")
-    name = f"{split.name}-{packing}-{seq_length}-{_checksum(split)}"
+    shards = "".join(f" {files.shard.tokens} {files.shard.offsets_sha256}" for files in split.shards)
+    name = f"{split.name}-{packing}-{seq_length}-{hashlib.sha256(f'{_VERSION}{shards}'.encode()).hexdigest()[:16]}"
     cache = cache_folder()
-    folders = [split.folder / "packing", *([cache / "packing"] if cache else [])]
+    folder = beside = split.folder / "packing"
+    folders = [beside, *([cache / "packing"] if cache else [])]
     for folder in folders:
         with contextlib.suppress(OSError):
             try:
@@ -99,21 +109,13 @@ def read_or_make_plan(split: TokenSplit, seq_length: int, packing: Packing) -> P
     for folder in folders:
         try:
             _make(folder / name, split, seq_length, overlap)
+            break
         except OSError as error:
-            failure = io_error(error, folder)
-            continue
-        if folder != folders[0]:
-            print(
-                f"{folders[0]} cannot be written: which document goes in which row is kept in {folder}", file=sys.stderr
-            )
-        return Plan(folder / name, split, seq_length, overlap)
-    raise failure
-
-
-def _checksum(split: TokenSplit) -> str:
-    """Of all that a plan depends on, where documents start and the code."""
-    shards = "".join(f" {pair.shard.tokens} {pair.shard.offsets_sha256}" for pair in split.pairs)
-    return hashlib.sha256(f"{_VERSION}{shards}".encode()).hexdigest()[:16]
+            if folder == folders[-1]:
+                raise io_error(error, folder) from None
+    if folder != beside:
+        print(f"{beside} cannot be written: which document goes in which row is kept in {folder}", file=sys.stderr)
+    return Plan(folder / name, split, seq_length, overlap)
 
 
 def _files(path: Path) -> list[Path]:
@@ -125,27 +127,27 @@ def _sum_lines(path: Path, sums: Iterable[str]) -> bytes:
 
 
 def _make(path: Path, split: TokenSplit, seq_length: int, overlap: int) -> None:
-    """Writes the files under names of this process alone, then gives them theirs."""
+    """Write the files under names that no other process uses, then rename them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(cleaned_up(lambda: _discard(temporary)))
             files = [stack.enter_context(open(file, "xb")) for file in _files(temporary)]
-            parts_file, rows_file, sums_file = files
-            advance = stack.enter_context(_late_bar("packing documents in rows", split.n_tokens, "tokens"))
-            n_parts = 0
-            for parts_N in _portions(_parts(split, seq_length, overlap)):
-                rows_N = np.arange(len(parts_N))
+            segments_file, rows_file, sums_file = files
+            advance = stack.enter_context(progress_bar("packing documents in rows", split.n_tokens, "tokens"))
+            n_segments = 0
+            for segments_N in _portions(_segments(split, seq_length, overlap)):
+                rows_N = np.arange(len(segments_N))
                 if overlap:
-                    rows_N = best_fit_decreasing(parts_N["tokens"] - overlap, seq_length)
-                parts_N, counts_R = parts_N[np.argsort(rows_N, kind="stable")], np.bincount(rows_N)
-                parts_file.write(parts_N)
-                rows_file.write((n_parts + np.cumsum(counts_R) - counts_R).astype(_FIRST))
-                n_parts += len(parts_N)
-                advance(int(parts_N["tokens"].sum()))
-            rows_file.write(np.array([n_parts, n_parts], _FIRST))  # a row after the last, of no parts
-            for file in (parts_file, rows_file):
+                    rows_N = best_fit_decreasing(segments_N["tokens"] - overlap, seq_length)
+                segments_N, counts_R = segments_N[np.argsort(rows_N, kind="stable")], np.bincount(rows_N)
+                segments_file.write(segments_N.data)
+                rows_file.write((n_segments + np.cumsum(counts_R) - counts_R).astype(_FIRST).data)
+                n_segments += len(segments_N)
+                advance(int(segments_N["tokens"].sum()))
+            rows_file.write(np.array([n_segments, n_segments], _FIRST).data)  # a row without segments after the last
+            for file in (segments_file, rows_file):
                 file.flush()
             sums_file.write(_sum_lines(path, map(file_sha256, _files(temporary)[:-1])))
             for file in files:
@@ -162,8 +164,8 @@ def _discard(path: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _parts(split: TokenSplit, seq_length: int, overlap: int) -> Iterator[np.ndarray]:
-    """Yields the parts of all documents in the order of the stream."""
+def _segments(split: TokenSplit, seq_length: int, overlap: int) -> Iterator[np.ndarray]:
+    """Yield the segments of all documents in the order of the stream, in arrays of bounded size."""
     before, step = 0, seq_length + 1 - overlap
     for lengths_D in split.document_lengths():
         starts_D = before + np.cumsum(lengths_D) - lengths_D
@@ -174,38 +176,20 @@ def _parts(split: TokenSplit, seq_length: int, overlap: int) -> Iterator[np.ndar
             numbers_N = np.arange(first, min(first + _PIECE, ends_D[-1]))
             documents_N = np.searchsorted(ends_D, numbers_N, "right")
             skipped_N = (numbers_N - (ends_D - counts_D)[documents_N]) * step
-            parts_N = np.empty(len(numbers_N), _PART)
-            parts_N["start"] = starts_D[documents_N] + skipped_N
-            parts_N["tokens"] = np.minimum(lengths_D[documents_N] - skipped_N, seq_length + 1)
-            yield parts_N
+            segments_N = np.empty(len(numbers_N), _SEGMENT)
+            segments_N["start"] = starts_D[documents_N] + skipped_N
+            segments_N["tokens"] = np.minimum(lengths_D[documents_N] - skipped_N, seq_length + 1)
+            yield segments_N
 
 
-def _portions(parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+def _portions(pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Concatenate arrays of segments until there are `_PORTION` segments."""
     waiting, count = [], 0
-    for parts_N in parts:
-        waiting.append(parts_N)
-        count += len(parts_N)
+    for segments_N in pieces:
+        waiting.append(segments_N)
+        count += len(segments_N)
         if count >= _PORTION:
             yield np.concatenate(waiting)
             waiting, count = [], 0
     if waiting:
         yield np.concatenate(waiting)
-
-
-@contextlib.contextmanager
-def _late_bar(description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """As `progress_bar`, for work that is mostly done before anyone would look at it."""
-    begin, done = time.monotonic(), 0
-    advance: Callable[..., None] | None = None
-    with contextlib.ExitStack() as stack:
-
-        def tell(amount: int) -> None:
-            nonlocal advance, done
-            done += amount
-            if advance is not None:
-                advance(amount)
-            elif time.monotonic() - begin > _PATIENCE:
-                advance = stack.enter_context(progress_bar(description, total, unit))
-                advance(done)
-
-        yield tell

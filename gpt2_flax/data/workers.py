@@ -1,11 +1,12 @@
-"""The same work on many parts of a corpus: in this process, in several, or on a Ray cluster.
+"""The same work on many tasks: in this process, in several processes, or on a Ray cluster.
 
-`work(task, tick)` is called for each task and must be picklable, like tasks and results. It calls `tick(bytes, tokens)`
-now and then to tell how far it is; a tick raises `Stopped` when another task has failed.
+`work(task, tick)` is called for each task; the work, the tasks and the results must be picklable. The work calls
+`tick(bytes, tokens)` now and then to report its progress. A tick raises `Stopped` if another task has failed.
 """
 
 import contextlib
 import ctypes
+import importlib
 import itertools
 import multiprocessing
 import os
@@ -17,7 +18,6 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_sentinels
 from multiprocessing.sharedctypes import SynchronizedArray
 from multiprocessing.synchronize import Event
-from types import FrameType
 from typing import Any, Literal, TypeVar
 
 from gpt2_flax.errors import ExitCode, UserError, missing_package
@@ -38,12 +38,21 @@ class Stopped(Exception):
 
 
 def run(
-    engine: Engine, work: Work, tasks: Sequence[tuple[int, Task]], workers: int | None, tick: Tick
+    engine: Engine, work: Work[Task, Result], tasks: Sequence[tuple[int, Task]], workers: int | None, tick: Tick
 ) -> Iterator[tuple[int, Result]]:
-    """Yields (number, result) of all numbered `tasks` as they are finished.
+    """Yield (number, result) of each numbered task as it is finished.
 
-    By default there is a worker for each core of this machine, or of the cluster. `tick` is called in this process. The
-    first failure ends the others and is raised; `UserError` when a process died (IO), or a signal came.
+    The first failure stops the other tasks and is raised.
+
+    Args:
+        engine: Where the workers run.
+        work: The function to call for each task.
+        tasks: The tasks with their numbers.
+        workers: The number of workers; None means one for each core of this machine or of the cluster.
+        tick: Receives the progress of all workers; called in this process.
+
+    Raises:
+        UserError: IO if a worker died, or the error of a signal.
     """
     if engine == "ray":
         return _run_on_ray(work, tasks, workers, tick)
@@ -54,7 +63,7 @@ def run(
 
 
 def _run_in_processes(work: Work, tasks: Sequence[tuple[int, Any]], workers: int, tick: Tick) -> Iterator:
-    with FirstSignal() as first:  # around all that `multiprocessing` makes: a process that just ends leaves it behind
+    with FirstSignal() as first:  # until everything that `multiprocessing` creates is freed again
         yield from _run_in_pool(work, tasks, workers, tick, first)
 
 
@@ -62,7 +71,7 @@ def _run_in_pool(
     work: Work, tasks: Sequence[tuple[int, Any]], workers: int, tick: Tick, first: FirstSignal
 ) -> Iterator:
     context = multiprocessing.get_context("spawn")  # safe whatever threads this process has
-    with _deaf():  # the tracker of what they share, a process of `multiprocessing`, stays so but for two signals
+    with _signals_blocked():  # the resource tracker, a process of `multiprocessing`, inherits this
         stop, done = context.Event(), context.Array(ctypes.c_int64, 2)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (work, stop, done))
     shown = [0, 0]
@@ -71,13 +80,13 @@ def _run_in_pool(
         todo = iter(tasks)
         while True:
             for number, task in itertools.islice(todo, 2 * workers - len(running)):
-                with _deaf():  # a worker that this starts, until it can deal with them
+                with _signals_blocked():  # this may start a worker, which unblocks them when it is ready
                     running[pool.submit(_work, task)] = number
             first.check()
             if not running:
                 break
             finished, _ = wait(running, POLL_SECONDS, FIRST_COMPLETED)
-            now = list(done)
+            now = done[:]
             tick(now[0] - shown[0], now[1] - shown[1])
             shown = now
             for future in finished:
@@ -90,8 +99,8 @@ def _run_in_pool(
 
 
 @contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Makes processes that the block starts deaf to signals."""
+def _signals_blocked() -> Iterator[None]:
+    """Block signals; processes that the block starts inherit this."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -99,14 +108,14 @@ def _deaf() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_worker: tuple[Work, Tick]  # of this process, when it is a worker
+_worker: tuple[Work, Tick]  # of this process, if it is a worker
 
 
-def _start_worker(work: Work, stop: Event, done: SynchronizedArray) -> None:
+def _start_worker(work: Work, stop: Event, done: "SynchronizedArray[int]") -> None:
     global _worker
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the parent stops its workers
-    signal.signal(signal.SIGTERM, _end_after_parent)
+    signal.signal(signal.SIGTERM, lambda number, frame: _end_with_parent(timeout=1.0))  # the parent explains first
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     _use_one_core()
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -126,22 +135,19 @@ def _work(task: Any) -> Any:
     return work(task, tick)
 
 
-def _end_with_parent() -> None:
-    """A worker would wait for work for ever after its parent has been killed."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait_for_sentinels([parent.sentinel])
+def _end_with_parent(timeout: float | None = None) -> None:
+    """Wait until the parent process has ended, at most `timeout` seconds, then end this worker.
+
+    A worker whose parent was killed would wait for tasks forever. After SIGTERM to all processes of a job, the parent
+    prints the reason before it notices that this worker is gone.
+    """
+    if (parent := multiprocessing.parent_process()) is not None:
+        wait_for_sentinels([parent.sentinel], timeout)
         os._exit(1)
 
 
-def _end_after_parent(number: int, frame: FrameType | None) -> None:
-    """A signal to all processes of a job is for the parent to explain, which it does before this worker is missed."""
-    wait_for_sentinels([multiprocessing.parent_process().sentinel], timeout=1.0)
-    os._exit(1)
-
-
 class _RayWorker:
-    """An actor: it gets the work once, and then task after task."""
+    """An actor that receives the work once and then one task after another."""
 
     def __init__(self, work: Work):
         _use_one_core()
@@ -155,17 +161,22 @@ class _RayWorker:
 
 def _run_on_ray(work: Work, tasks: Sequence[tuple[int, Any]], workers: int | None, tick: Tick) -> Iterator:
     try:
-        import ray
+        ray: Any = importlib.import_module("ray")
     except ModuleNotFoundError:
         raise missing_package("--engine ray", "Ray", "ray", "this environment") from None
     with contextlib.ExitStack() as stack:
         if not ray.is_initialized():
-            _connect(ray)
+            try:  # join the cluster in RAY_ADDRESS, which `ray job submit` sets, or start one on this machine
+                ray.init(log_to_driver=False, logging_level="error")
+            except Exception as error:
+                fix = f"check RAY_ADDRESS and `ray status` ({str(error).splitlines()[0]})"
+                where = os.environ.get("RAY_ADDRESS", "local")
+                raise UserError(ExitCode.IO, "no Ray cluster", where, fix) from None
             stack.callback(ray.shutdown)
         shared = ray.put(work)
         actor = ray.remote(num_cpus=1)(_RayWorker)
         workers = min(workers or int(ray.cluster_resources()["CPU"]), len(tasks))
-        idle = [actor.remote(shared) for _ in range(workers)]  # those beyond the cluster's cores wait for more of them
+        idle = [actor.remote(shared) for _ in range(workers)]  # if there are too few cores, some wait until more join
         stack.callback(lambda: [ray.kill(worker) for worker in idle + [worker for _, worker in running.values()]])
         running: dict[Any, tuple[int, Any]] = {}
         todo = iter(tasks)
@@ -183,19 +194,10 @@ def _run_on_ray(work: Work, tasks: Sequence[tuple[int, Any]], workers: int | Non
                 tick(n_bytes, n_tokens)
                 yield number, result
         except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", error)  # what a task raised
+            cause = getattr(error, "cause", error)  # the exception of the task
             if not isinstance(cause, ray.exceptions.RayError):
                 raise cause from None
             raise _death(f"Ray says: {str(cause).strip().splitlines()[0]}") from None
-
-
-def _connect(ray: Any) -> None:
-    """Joins the cluster that RAY_ADDRESS names, as `ray job submit` sets it, or starts one on this machine."""
-    try:
-        ray.init(log_to_driver=False, logging_level="error")
-    except Exception as error:
-        fix = f"check RAY_ADDRESS and `ray status` ({str(error).splitlines()[0]})"
-        raise UserError(ExitCode.IO, "no Ray cluster", os.environ.get("RAY_ADDRESS", "local"), fix) from None
 
 
 def _cores() -> int:
@@ -203,7 +205,7 @@ def _cores() -> int:
 
 
 def _use_one_core() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is enough
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process for each core is enough
 
 
 def _death(where: str) -> UserError:

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gpt2_flax.config import ResolvedConfig, parse_config
+from gpt2_flax.config.parse import parse_config
+from gpt2_flax.config.schema import ResolvedConfig
 from gpt2_flax.cpu import tune_cpu
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.doctor.rates import compute_dtype, product_rate

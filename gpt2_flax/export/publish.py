@@ -1,4 +1,4 @@
-"""From a loaded model to a published folder: what is known of the run goes onto the model card."""
+"""Publish a loaded model as a folder, with a model card of the known facts about the run."""
 
 import contextlib
 from collections.abc import Mapping
@@ -6,20 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_flax.checkpoint.source import Source
-from gpt2_flax.config import Config
+from gpt2_flax.config.schema import Config
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export.example import example_prompt
-from gpt2_flax.export.gguf import remarks
 from gpt2_flax.export.model_card import CardFacts, model_card
-from gpt2_flax.export.nanogpt_file import Comparison as NanoGPTComparison
-from gpt2_flax.export.nanogpt_file import compare_with_nanogpt
 from gpt2_flax.export.transformers_folder import Format, export_folder
-from gpt2_flax.export.uer_file import Comparison as UerComparison
-from gpt2_flax.export.uer_file import compare_with_uer
 from gpt2_flax.export.verify import Verification
 from gpt2_flax.export.weight_files import MAX_SHARD_SIZE, Dtype
+from gpt2_flax.formats.registry import writer
 from gpt2_flax.input_files import CONFIG_BYTES, read_whole
 from gpt2_flax.tokenizers.tokenizer import Tokenizer
 from gpt2_flax.tokenizers.wordpiece import WordPieceTokenizer
@@ -29,7 +25,8 @@ _OPTIMIZERS = {
     "adamw_uer": "AdamW without bias correction, as in UER-py",
     "muon": "Muon for matrices and AdamW for all else",
 }
-_SAMPLES, _SAMPLE_TOKENS = 200, 1000  # texts on which tokenizers are compared, and how long they may be
+_MOST_SAMPLES = 200  # texts for the comparison of tokenizers
+_SAMPLE_TOKENS = 1000  # the maximum length of a text
 
 
 def publish(
@@ -43,10 +40,14 @@ def publish(
     card_extra: Path | None = None,
     **card: Any,
 ) -> Verification | None:
-    """Exports `source`; `card` holds the fields of `CardFacts` that only a person knows, None where unknown.
+    """Export `source` with a model card; see `export_folder` for the other arguments.
 
-    `card_extra`: a Markdown file, whose text is added to the card. Otherwise as `export_folder`. Raises `UserError`
-    as that does, and NO_INPUT or DATA when `card_extra` cannot be read.
+    Args:
+        card_extra: A Markdown file to append to the card.
+        card: Fields of `CardFacts` that only a person knows; None means unknown.
+
+    Raises:
+        UserError: As `export_folder`; NO_INPUT or DATA if `card_extra` cannot be read.
     """
     extra = None if card_extra is None else _read_text(card_extra)
     tokenizer = source.tokenizer()
@@ -60,7 +61,7 @@ def publish(
         parameters=sum(array.size for array in source.weights.values()),
         dtype=dtype,
         gguf=format == "gguf",
-        gguf_remarks=remarks(tokenizer),
+        gguf_remarks=writer("gguf").remarks(tokenizer) if format == "gguf" else "",
         bos_id=tokenizer.bos_id,
         prompt=example_prompt(prompts, samples, tokenizer, source.model.n_positions),
         extra=extra,
@@ -81,12 +82,6 @@ def publish(
     )
 
 
-def compare_with_original(path: Path, source: Source) -> UerComparison | NanoGPTComparison | None:
-    """Return how `source` compares with the file at `path` that another program wrote, None if it was not one."""
-    compare = {"uer": compare_with_uer, "nanogpt": compare_with_nanogpt}.get(source.kind)
-    return compare and compare(path, source)
-
-
 def _read_text(path: Path) -> str:
     try:
         return read_whole(path, CONFIG_BYTES).decode("utf-8-sig")
@@ -97,7 +92,7 @@ def _read_text(path: Path) -> str:
 
 
 def _datasets(config: Config | None) -> Mapping[str, TokenDataset]:
-    """The datasets of a run by folder, none when they were moved or deleted since."""
+    """Return the datasets of a run by folder; none if they were moved or deleted."""
     try:
         return Mixture(config.data.datasets).datasets if config else {}
     except UserError:
@@ -105,14 +100,14 @@ def _datasets(config: Config | None) -> Mapping[str, TokenDataset]:
 
 
 def _sample_texts(datasets: Mapping[str, TokenDataset], tokenizer: Tokenizer) -> list[str]:
-    """Documents that were kept from training, where there are any, as texts."""
+    """Return texts of validation documents, or of training documents where there are none."""
     texts = []
     for dataset in datasets.values():
         if dataset.info.tokenizer_fingerprint != tokenizer.fingerprint:
-            continue  # prepared anew since
+            continue  # the dataset was prepared again with another tokenizer
         split = dataset.validation if dataset.validation.n_documents else dataset.train
-        n_texts = min(split.n_documents, max(1, _SAMPLES // len(datasets)))
-        with contextlib.suppress(UserError):  # damaged since: the model is not
+        n_texts = min(split.n_documents, max(1, _MOST_SAMPLES // len(datasets)))
+        with contextlib.suppress(UserError):  # a damaged dataset does not damage the model
             for index in range(n_texts):
                 start, stop = split.bounds(index * split.n_documents // n_texts)
                 texts.append(tokenizer.decode(split.read(start, min(stop, start + _SAMPLE_TOKENS))))
@@ -120,12 +115,12 @@ def _sample_texts(datasets: Mapping[str, TokenDataset], tokenizer: Tokenizer) ->
 
 
 def _run_facts(source: Source, config: Config, datasets: Mapping[str, TokenDataset]) -> dict[str, Any]:
-    optimizer = config.optimizer
+    optimizer, steps = config.optimizer, source.step or None
     facts = {
         "hardware": source.hardware,
         "seq_length": config.data.seq_length,
-        "steps": source.step,
-        "tokens_trained": source.step * config.data.global_batch_size * config.data.seq_length,
+        "steps": steps,
+        "tokens_trained": steps and steps * config.data.global_batch_size * config.data.seq_length,
         "batch_rows": config.data.global_batch_size,
         "optimizer": (
             f"{_OPTIMIZERS[optimizer.name]}, betas {optimizer.b1:g} and {optimizer.b2:g}, "
@@ -140,11 +135,11 @@ def _run_facts(source: Source, config: Config, datasets: Mapping[str, TokenDatas
     if not datasets:
         return facts
     splits = [dataset.train for dataset in datasets.values()]
-    characters = [split.n_characters for split in splits]
+    characters = [split.n_characters for split in splits if split.n_characters is not None]
     return facts | {
         "documents": sum(split.n_documents for split in splits),
         "tokens": sum(split.n_tokens for split in splits),
-        "characters": None if None in characters else sum(characters),
+        "characters": sum(characters) if len(characters) == len(splits) else None,
         "sources": tuple(dict.fromkeys(source for dataset in datasets.values() for source in dataset.info.sources)),
         "mixture": tuple((Path(folder).name, weight) for folder, weight in config.data.datasets.items()),
     }

@@ -1,59 +1,64 @@
-"""Puts an exported folder on the Hugging Face hub, as it was written: what has changed since is not published."""
+"""Upload an exported folder to the Hugging Face hub, if its files are as they were exported."""
 
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from gpt2_flax.checkpoint.checksums import SUMS, check_sums, read_sums
 from gpt2_flax.errors import ExitCode, UserError, missing_package, quote
 
-# What an earlier push may have left there, and what would be loaded in place of the new files.
-_STALE = (
+# Files of an earlier push that would be loaded in place of the new files.
+_STALE = [
     *("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"),
     *("*.gguf", "vocab.txt", "spiece.model", "tokenizer.model", "special_tokens_map.json"),
-)
+]
 
 
 def push(folder: Path, repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
-    """Uploads `folder` in one commit and returns its address; makes repository and branch when they are missing.
+    """Upload `folder` in one commit and return the address of the commit.
 
-    The token is that of `HF_TOKEN` or of `hf auth login`. Weights and tokenizer files there that `folder` lacks are
-    deleted. Raises `UserError`: NO_INPUT when there is no folder, DATA when it is not as it was exported or the hub
-    does not take its model card, USAGE for a missing package or token or a name that cannot be, CANT_CREATE when the
-    token may not write there or a public repository was to be private, IO when the hub cannot be reached.
+    A missing repository or branch is made. Weights and tokenizer files on the hub that `folder` lacks are deleted. The
+    token is `HF_TOKEN`, or from `hf auth login`.
+
+    Raises:
+        UserError: NO_INPUT if there is no folder; DATA if it is not as exported or the hub rejects its model card;
+            USAGE for a missing package or token, or a bad name; CANT_CREATE if the token may not write, or a public
+            repository was to be private; IO if the hub cannot be reached.
     """
     check_whole(folder)
-    hub = _import_hub(folder)
+    try:
+        import huggingface_hub as hub
+        from huggingface_hub import constants, errors
+    except ImportError:
+        raise missing_package("push", "huggingface_hub", "push", folder) from None
     if hub.get_token() is None:
         fix = "run: hf auth login, or set HF_TOKEN to a token that may write"
         raise UserError(ExitCode.USAGE, "no token for the Hugging Face hub", repo_id, fix)
-    # The base class of what the HTTP library under the hub's own raises: not the same one in all versions.
-    network_error = hub.errors.HfHubHTTPError.__mro__[1]
+    # The base class of the errors of the HTTP library under the hub's client, which differs between versions.
+    network_error: type[Exception] = errors.HfHubHTTPError.__mro__[1]
     try:
         return _upload(hub.HfApi(library_name="gpt2_flax"), folder, repo_id, private, revision)
-    except hub.errors.OfflineModeIsEnabled:
+    except errors.OfflineModeIsEnabled:
         fix = "unset HF_HUB_OFFLINE and run the same command again"
         raise UserError(ExitCode.USAGE, "the hub is switched off", repo_id, fix) from None
-    except hub.errors.HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         raise _refusal(error, repo_id) from None
     except (network_error, OSError) as error:
         fix = f"check the network and run the same command again ({type(error).__name__}: {quote(str(error))})"
-        raise UserError(ExitCode.IO, "the hub cannot be reached", hub.constants.ENDPOINT, fix) from None
-    except hub.errors.HFValidationError as error:
-        raise UserError(
-            ExitCode.USAGE, "not the name of a repository", quote(repo_id), quote(str(error), 200)
-        ) from None
-    except ValueError as error:  # what is wrong with the header of README.md
+        raise UserError(ExitCode.IO, "the hub cannot be reached", constants.ENDPOINT, fix) from None
+    except errors.HFValidationError as error:
+        fix = quote(str(error), 200)
+        raise UserError(ExitCode.USAGE, "not the name of a repository", quote(repo_id), fix) from None
+    except ValueError as error:  # a bad header of README.md
         fix = f"export again with other --language, --license or --dataset ({quote(str(error), 300)})"
         raise UserError(ExitCode.DATA, "the hub does not take the model card", folder / "README.md", fix) from None
 
 
 def check_whole(folder: Path) -> None:
-    """Raises `UserError` unless `folder` is an exported one, with the files that were written and no others."""
+    """Raise `UserError` unless `folder` holds exactly the files of an export, unchanged."""
+    fix = "give a folder that gpt2-flax export has made"
     if not folder.is_dir():
-        raise UserError(ExitCode.NO_INPUT, "folder not found", folder, "give a folder that gpt2-flax export has made")
+        raise UserError(ExitCode.NO_INPUT, "folder not found", folder, fix)
     if not (folder / SUMS).is_file():
-        fix = "give a folder that gpt2-flax export has made"
         raise UserError(ExitCode.DATA, f"no {SUMS} in the folder", folder, fix)
     expected = {*read_sums(folder / SUMS), SUMS}
     found = {path.name for path in folder.iterdir() if path.is_file() and not path.is_symlink()}
@@ -64,16 +69,6 @@ def check_whole(folder: Path) -> None:
     check_sums(folder, sorted(expected - {SUMS}))
 
 
-def _import_hub(folder: Path) -> ModuleType:
-    try:
-        import huggingface_hub
-        import huggingface_hub.constants
-        import huggingface_hub.errors
-    except ImportError:
-        raise missing_package("push", "huggingface_hub", "push", folder) from None
-    return huggingface_hub
-
-
 def _upload(api: Any, folder: Path, repo_id: str, private: bool, revision: str | None) -> str:
     repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
     if private and not api.model_info(repo_id).private:
@@ -81,12 +76,9 @@ def _upload(api: Any, folder: Path, repo_id: str, private: bool, revision: str |
         raise UserError(ExitCode.CANT_CREATE, "repository exists and is public", repo_id, fix)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
+    message = f"Model exported by gpt2_flax ({folder.resolve().name})"
     commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        revision=revision,
-        commit_message=f"Model exported by gpt2_flax ({folder.resolve().name})",
-        delete_patterns=list(_STALE),
+        repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message, delete_patterns=_STALE
     )
     return str(commit.commit_url)
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_flax.checkpoint.source import Source
 from gpt2_flax.checkpoint.weights import model_from_weights
-from gpt2_flax.config import Packing
+from gpt2_flax.config.schema import Packing
 from gpt2_flax.data.dataset import TokenSplit
 from gpt2_flax.data.dataset_info import MARKER
 from gpt2_flax.data.mixture import Mixture

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gpt2_flax.config import Packing
+from gpt2_flax.config.schema import Packing
 from gpt2_flax.data.dataset import TokenSplit
 from gpt2_flax.data.packing import IGNORE, Batch, RowLayout, Rows, across_documents, rows_of
 from gpt2_flax.errors import ExitCode, UserError

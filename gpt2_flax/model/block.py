@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.model.dropout import dropout
 from gpt2_flax.model.norm import layer_norm
 from gpt2_flax.parallel.mesh import platform

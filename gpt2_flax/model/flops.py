@@ -1,6 +1,6 @@
 """How much arithmetic a token takes."""
 
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> int:

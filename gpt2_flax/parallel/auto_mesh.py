@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from gpt2_flax.config import ResolvedConfig
+from gpt2_flax.config.schema import ResolvedConfig
 from gpt2_flax.parallel.devices import Device, memory_bytes
 from gpt2_flax.parallel.mesh import MeshSizes
 

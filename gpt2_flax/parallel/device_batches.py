@@ -30,7 +30,8 @@ def device_batch(mesh: Mesh, n_rows: int, read: Callable[[int, int], Batch], sta
         start: first sample of the batch.
     """
     sharding = batch_sharding(mesh)
-    bounds = [index[0].indices(n_rows)[:2] for index in sharding.addressable_devices_indices_map((n_rows,)).values()]
+    slices = sharding.addressable_devices_indices_map((n_rows,)).values()
+    bounds = [index[0].indices(n_rows)[:2] for index in slices if index is not None]
     first, last = min(begin for begin, _ in bounds), max(end for _, end in bounds)
 
     def place(local):

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gpt2_flax.config import ResolvedConfig, parse_config
+from gpt2_flax.config.parse import parse_config
+from gpt2_flax.config.schema import ResolvedConfig
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.parallel.auto_mesh import choose_mesh

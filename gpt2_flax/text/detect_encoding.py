@@ -1,7 +1,7 @@
-"""The encoding of a file whose owner does not name it, decided once from a bounded sample.
+"""Detect the encoding of a file from a bounded sample of it.
 
-A byte order mark decides, then strict UTF-8, then a detector that must be sure. Text in UTF-16 and UTF-32, where the
-byte 0x0A is no line end, is made UTF-8 before it is cut into lines.
+A byte order mark decides, then strict UTF-8, then a detector that must be sure. UTF-16 and UTF-32, in which the byte
+0x0A may be inside a character, are converted to UTF-8 before lines are split.
 """
 
 import codecs
@@ -11,22 +11,23 @@ from typing import NamedTuple
 
 import charset_normalizer
 
-from gpt2_flax.text.compression import Damaged, Decompressed
+from gpt2_flax.text.compression import DamagedStream, Decompressed
 from gpt2_flax.text.encodings import BLOCK_BYTES
 from gpt2_flax.text.files import File, open_file
 
-_PIECES, _PIECE_BYTES = 16, 2**16  # of a longer file; a shorter one is looked at as a whole
-_DETECTED_BYTES = 2**18  # shown to the detector, which takes milliseconds for them
-_SURE_FROM = 100  # characters beyond ASCII; of fewer the detector confuses Japanese, Korean and Chinese
-# It errs for one short text in 500. A right decoding has a fifth and more of these, a wrong one next to none.
+_PIECES, _PIECE_BYTES = 16, 2**16  # sampled from a file, unless the file is shorter
+_DETECTED_BYTES = 2**18  # given to the detector, which takes milliseconds for them
+_SURE_FROM = 100  # non-ASCII characters; with fewer, the detector confuses Japanese, Korean and Chinese
+# The detector is wrong for one short text in 500. A fifth or more of the characters of correctly decoded text are among
+# these, and almost none of wrongly decoded text.
 _FREQUENT = set(
     "的一是不了在人有我他中上大和地到以要就出可也你生能而子那得下自之年"
     "这个们来为国说时会对于着过发后里這個們來為國說時會對於著過發後裡"
     "いうかがきけこさしすせたっつてとどなにのはまもられりるれをん이다는의에을를가은고하도로지한기사"
 )
-_LEAST_FREQUENT = 0.1  # of the characters beyond ASCII
+_LEAST_FREQUENT = 0.1  # share of the non-ASCII characters that must be in `_FREQUENT`
 
-# UTF-32 comes first: the mark of UTF-16 is the beginning of its own.
+# UTF-32 comes before UTF-16, whose mark begins the mark of UTF-32.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -34,8 +35,8 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-# What the detector calls them, and which codecs read them: the plain one first, which maps some signs in another way
-# than its extension. Windows' Korean maps all that EUC-KR has in the same way.
+# The detector's name for an encoding -> the codecs to try: the plain codec before its extension, which maps a few signs
+# differently. cp949 maps everything in EUC-KR alike.
 _CODECS = {
     "gb18030": ("gb18030",),
     "gbk": ("gb18030",),
@@ -51,14 +52,19 @@ _CODECS = {
 
 
 class Sample(NamedTuple):
-    """Whole lines of a file in their order, the first from its beginning; `whole`: they are all there is."""
+    """Whole lines from several places of a file."""
 
     pieces: list[bytes]
+    """In the order of the file; the first piece begins the file."""
     whole: bool
+    """Whether the only piece is the whole file."""
 
     @property
     def encoding(self) -> str:
-        """UTF-8 unless a byte order mark or the detector is sure of another; strict reading finds what is not."""
+        """UTF-8, unless a byte order mark or the detector is sure of another encoding.
+
+        If the text is in neither, strict decoding as UTF-8 reports it.
+        """
         head = self.pieces[0]
         for mark, name in _MARKS:
             if head.startswith(mark):
@@ -66,7 +72,7 @@ class Sample(NamedTuple):
         if self._is("utf-8") or self._is_damaged_utf8():
             return "utf-8"
         if not any(map(self._is, {codec for names in _CODECS.values() for codec in names})):
-            return "utf-8"  # Latin, say: no need to ask
+            return "utf-8"  # Latin, say: the detector need not run
         found = charset_normalizer.from_bytes(_whole_lines(b"".join(self.pieces)[:_DETECTED_BYTES])).best()
         for codec in _CODECS.get(found.encoding, ()) if found else ():
             if self._is(codec) and self._is_plausible(codec):
@@ -74,7 +80,7 @@ class Sample(NamedTuple):
         return "utf-8"
 
     def first_lines(self, encoding: str) -> str:
-        """Returns the text at the beginning of the file; what cannot be decoded is U+FFFD."""
+        """Return the text at the beginning of the file, with U+FFFD for bytes that cannot be decoded."""
         return self.pieces[0].decode(encoding, "replace").removeprefix("\ufeff")
 
     def _is(self, encoding: str) -> bool:
@@ -87,7 +93,7 @@ class Sample(NamedTuple):
         return True
 
     def _is_damaged_utf8(self) -> bool:
-        """Whether most of what is not ASCII is UTF-8: other multi-byte texts have few such sequences, by chance."""
+        """Return whether most of the non-ASCII text is UTF-8. In other encodings, few bytes are UTF-8 by chance."""
         text = self._beyond_ascii("utf-8")
         return text.count("\ufffd") < len(text) / 2
 
@@ -100,7 +106,12 @@ class Sample(NamedTuple):
 
 
 def read_sample(file: File, packed: str) -> Sample:
-    """Returns up to 1 MiB of a file, or of what it decompresses to. Raises `OSError`, or `UserError` as `open_file`."""
+    """Return up to 1 MiB of the content of a file, decompressed if `packed` names a compression.
+
+    Raises:
+        OSError: the file cannot be read.
+        UserError: as `open_file`.
+    """
     with open_file(file.path) as stream:
         if packed:
             content = _start(Decompressed(stream, packed).read, _PIECES * _PIECE_BYTES)
@@ -116,7 +127,7 @@ def read_sample(file: File, packed: str) -> Sample:
 
 
 class AsUtf8:
-    """Reads what `read` returns, in UTF-16 or UTF-32, as UTF-8; 0xFF stands for what cannot be decoded."""
+    """Converts the bytes that `read` returns from UTF-16 or UTF-32 to UTF-8, with 0xFF for undecodable bytes."""
 
     def __init__(self, read: Callable[[int], bytes], encoding: str):
         self._read, self._decoder = read, codecs.getincrementaldecoder(encoding)(_MARKED)
@@ -132,23 +143,24 @@ class AsUtf8:
 
 
 def _whole_lines(content: bytes) -> bytes:
-    """Leaves out the line that was cut, unless it is the only one."""
+    """Remove the last line, which was cut, unless it is the only line."""
     return content[: content.rfind(b"\n") + 1] or content
 
 
 def _start(read: Callable[[int], bytes], size: int) -> bytes:
-    """Returns the first `size` bytes, fewer when that is all or what follows is damaged."""
+    """Return the first `size` bytes, or fewer at the end of the file or before damage."""
     content = bytearray()
     try:
         while len(content) < size and (data := read(min(BLOCK_BYTES, size - len(content)))):
             content += data
-    except Damaged:
-        pass  # the reader of the whole file says where
+    except DamagedStream:
+        pass  # the reader of the whole file reports the place
     return bytes(content)
 
 
 def _mark(error: UnicodeError) -> tuple[str, int]:
-    return "\udcff", error.end  # the byte 0xFF for "surrogateescape", which no UTF-8 has
+    assert isinstance(error, UnicodeDecodeError)
+    return "\udcff", error.end  # encoded with "surrogateescape", this is the byte 0xFF, which UTF-8 never has
 
 
 _MARKED = "gpt2_flax.marked"

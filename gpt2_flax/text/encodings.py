@@ -1,7 +1,7 @@
-"""Bytes to text: pieces of a file, decoded strictly, with line ends made LF, in memory that long lines do not fill.
+"""Decode the bytes of a file strictly, piece by piece, so that a long line does not fill the memory.
 
-Only LF and CRLF end a line. Everything here works for encodings in which the byte 0x0A is LF and nothing else, so that
-lines can be found before they are decoded, and each decoded alone; `charset.AsUtf8` makes UTF-8 of two others.
+Only LF and CRLF end a line; both become LF. In the encodings decoded here, the byte 0x0A is always LF: lines are found
+before they are decoded, and each line is decoded alone. `detect_encoding.AsUtf8` converts UTF-16 and UTF-32 to UTF-8.
 """
 
 import codecs
@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from gpt2_flax.errors import ExitCode, UserError, quote
-from gpt2_flax.text.compression import Damaged
+from gpt2_flax.text.compression import DamagedStream
 
 BLOCK_BYTES = 2**19  # read at once
-AUTO = "auto"  # stands for an encoding that is to be found out
+AUTO = "auto"  # the encoding is detected
 WIDE = ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be")
 
-# In an encoding that changes its meaning half-way (ISO-2022, HZ, UTF-7) or is no ASCII at all, this is another text.
+# These bytes decode to other text in an encoding with shift states (ISO-2022, HZ, UTF-7) or without ASCII.
 _PROBE = (
     b"\x0e!!\x0f \x1b$B!!\x1b(B ~{!!~} +AGE- \\u4e2d "
     b"ABCDEFGHIJKLMNOPQRSTUVWXYZ abcdefghijklmnopqrstuvwxyz 0123456789 \r\n"
@@ -23,17 +23,18 @@ _PROBE = (
 
 
 class Bad(NamedTuple):
-    """Something that cannot be decoded."""
+    """A place in a text that cannot be decoded or parsed."""
 
     line: int
-    """How many lines stand before it."""
+    """Number of lines before it."""
     reason: str
 
 
 def text_encoding(name: str) -> str:
-    """Returns the canonical name of an encoding, or `AUTO`.
+    """Return the canonical name of an encoding, or `AUTO`.
 
-    Raises `UserError` (USAGE) for one that is unknown, or that can be read neither line by line nor as `WIDE`.
+    Raises:
+        UserError: USAGE if the encoding is unknown, or neither `WIDE` nor decodable line by line.
     """
     if name == AUTO:
         return name
@@ -42,13 +43,13 @@ def text_encoding(name: str) -> str:
     except (LookupError, ValueError):
         fix = "give one that Python knows, as utf-8, gb18030 or big5"
         raise UserError(ExitCode.USAGE, "unknown text encoding", quote(name), fix) from None
-    canonical = "utf-8" if canonical == "utf-8-sig" else canonical  # a byte order mark is always taken off
+    canonical = "utf-8" if canonical == "utf-8-sig" else canonical  # a byte order mark is always removed
     if canonical in WIDE:
         return canonical
     try:
         plain = _PROBE.decode("ascii")
         usable = _PROBE.decode(canonical) == plain and plain.encode(canonical) == _PROBE
-    except (UnicodeError, LookupError):  # the latter for what is no encoding of text
+    except (UnicodeError, LookupError):  # LookupError: it encodes no text, as "hex"
         usable = False
     if not usable:
         what = "encoding that cannot be read line by line"
@@ -57,9 +58,9 @@ def text_encoding(name: str) -> str:
 
 
 def line_blocks(read: Callable[[int], bytes]) -> Iterator[bytes]:
-    """Cuts what `read` returns into blocks of whole lines or, where a line is longer, pieces of one line.
+    """Yield blocks of whole lines or, if a line is longer than a block, fragments of it.
 
-    A piece has no LF, and the whole lines after it begin with the end of its line. The last block may lack its LF.
+    A fragment has no LF. The block after it begins with the end of its line. The last block may lack its LF.
     """
     rest = b""
     while block := read(BLOCK_BYTES):
@@ -77,11 +78,15 @@ def line_blocks(read: Callable[[int], bytes]) -> Iterator[bytes]:
 
 
 class TextPieces:
-    """The text of `blocks` in pieces: many whole lines, or a part of one line. Joined, they are the text.
+    """Iterates over the decoded text: pieces of whole lines, or fragments of one line. Joined, they are the text.
 
-    Where a line cannot be decoded there is a `Bad` instead of its rest; with `mend`, a function that is told of the
-    first such place of each line, there is U+FFFD. A stream that turns out to be `Damaged` ends with a `Bad`.
-    `original` is the encoding that the blocks had before they were made UTF-8, if they were.
+    A `Bad` stands for the rest of a line that cannot be decoded, and ends a stream with `DamagedStream`.
+
+    Args:
+        blocks: what `line_blocks` yields.
+        at_start: whether the blocks begin the file, where a byte order mark is not text.
+        on_replace: if given, U+FFFD replaces what cannot be decoded, and this is called for the first place in a line.
+        original: the encoding of the file, if it was converted to `encoding`.
     """
 
     def __init__(
@@ -89,17 +94,18 @@ class TextPieces:
         blocks: Iterator[bytes],
         encoding: str,
         at_start: bool,
-        mend: Callable[[Bad], None] | None = None,
+        on_replace: Callable[[Bad], None] | None = None,
         original: str | None = None,
     ):
-        self._blocks, self._encoding, self._at_start, self._mend = blocks, encoding, at_start, mend
+        self._blocks, self._encoding, self._at_start, self._on_replace = blocks, encoding, at_start, on_replace
         self._original = original
         self._new_decoder = codecs.getincrementaldecoder(encoding)
-        self._lines = 0  # that have ended
-        self._decoder: codecs.IncrementalDecoder | None = None  # of a line that has not ended
-        self._line_bytes = 0  # of that line, already decoded
-        self._bad = False  # the rest of that line is left out
-        self._carriage = ""  # "\r" at the end of the last piece, perhaps one half of CRLF
+        self._lines = 0  # lines that have ended
+        # The current line:
+        self._decoder: codecs.IncrementalDecoder | None = None  # None if the line has not begun
+        self._line_bytes = 0  # decoded so far
+        self._bad = False  # its rest is left out
+        self._carriage = ""  # "\r" at the end of the last fragment, perhaps one half of CRLF
 
     def __iter__(self) -> Iterator[str | Bad]:
         try:
@@ -107,7 +113,7 @@ class TextPieces:
                 yield from self._block(block)
             if self._decoder is not None:
                 yield from self._of_line(b"", last=True)
-        except Damaged as damage:
+        except DamagedStream as damage:
             yield Bad(self._lines, damage.reason)
 
     def _block(self, block: bytes) -> Iterator[str | Bad]:
@@ -141,7 +147,7 @@ class TextPieces:
         yield from self._text("".join(good))
 
     def _of_line(self, data: bytes, last: bool = False) -> Iterator[str | Bad]:
-        """Decodes bytes of one line, which ends with them when they end with LF or are the `last` of the file."""
+        """Decode bytes of one line; LF ends the line, and so does the end of the file (`last`)."""
         if not data and not last:
             return
         if self._decoder is None:
@@ -161,12 +167,12 @@ class TextPieces:
         yield from self._text(text + "\n" if ended else text)
 
     def _decoded(self, data: bytes, final: bool) -> tuple[str, Bad | None]:
-        """Returns the text of a part of the line, up to what cannot be decoded."""
+        """Return the text of a fragment of the line, up to the bytes that cannot be decoded."""
         decoder = self._decoder
         if self._bad or decoder is None:
             return "", None
         before = decoder.getstate()
-        start = self._line_bytes - len(before[0])  # of the bytes that the decoder has not turned to text yet
+        start = self._line_bytes - len(before[0])  # the decoder still holds some bytes
         self._line_bytes += len(data)
         try:
             return decoder.decode(data, final), None
@@ -174,11 +180,11 @@ class TextPieces:
             place = f" (byte {start + error.start + 1} of the line is 0x{error.object[error.start]:02X})"
             reason = f"not {self._original.upper()}" if self._original else f"not {self._encoding.upper()}{place}"
             bad = Bad(self._lines, reason)
-            if self._mend is None:
+            if self._on_replace is None:
                 self._bad = True
                 return error.object[: error.start].decode(self._encoding), bad
-        self._mend(bad)
-        decoder.setstate(before)  # some forget it in the error
+        self._on_replace(bad)
+        decoder.setstate(before)  # some decoders lose their state in the error
         decoder.errors = "replace"
         return decoder.decode(data, final), None
 

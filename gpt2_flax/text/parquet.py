@@ -1,20 +1,20 @@
-"""Documents out of Parquet: one column of strings, read row group by row group."""
+"""Read documents from one column of strings in a Parquet file, row group by row group."""
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 from gpt2_flax.errors import ExitCode, UserError, quote
-from gpt2_flax.text.compression import Damaged
-from gpt2_flax.text.documents import Faults, Texts, in_parts
+from gpt2_flax.text.compression import DamagedStream
+from gpt2_flax.text.documents import Faults, Texts, in_slices
 from gpt2_flax.text.encodings import BLOCK_BYTES, Bad
 from gpt2_flax.text.files import open_file
 
-MOST_ROWS = 2**12  # read at once; fewer when they are long
+MOST_ROWS = 2**12  # read at once; fewer if the rows are long
 
 
 def check_parquet_installed() -> None:
-    """Raises `UserError` (NO_INPUT) when the package that reads Parquet is missing."""
+    """Raise `UserError` (NO_INPUT) if the package that reads Parquet is missing."""
     try:
         from pyarrow import parquet  # noqa: F401
     except ImportError:
@@ -23,7 +23,7 @@ def check_parquet_installed() -> None:
 
 
 def row_groups(path: str) -> list[int]:
-    """Returns how many rows each row group has. Raises `OSError`, or `Damaged` for what is not Parquet."""
+    """Return the number of rows in each row group. Raises `OSError`, or `DamagedStream` if the file is damaged."""
     with _opened(path) as file:
         return [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
 
@@ -31,9 +31,11 @@ def row_groups(path: str) -> list[int]:
 def parquet_documents(
     path: str, start: int, stop: int | None, field: str, faults: Faults
 ) -> Iterator[tuple[Texts, float]]:
-    """Yields the texts of the row groups from `start` up to `stop`, and which share of them has been read.
+    """Yield the texts of the row groups from `start` up to `stop`, with the share of their rows read so far.
 
-    Raises `OSError`, and `UserError` (DATA) when `field` is no column of strings.
+    Raises:
+        OSError: the file cannot be read.
+        UserError: DATA if `field` is not a column of strings.
     """
     before = row = 0
     try:
@@ -47,18 +49,18 @@ def parquet_documents(
                     for values in _values(file, index, _rows_at_once(group, field), field, names):
                         texts = [_text(value, number, field, faults) for number, value in enumerate(values, row)]
                         row += len(values)
-                        for part in in_parts([text for text in texts if text]):
-                            yield part, row / n_rows
-                except Damaged as damage:
+                        for some in in_slices([text for text in texts if text]):
+                            yield some, row / n_rows
+                except DamagedStream as damage:
                     faults.leave_out(Bad(row, damage.reason))
                 before += group.num_rows
-    except Damaged as damage:
+    except DamagedStream as damage:
         faults.leave_out(Bad(row, damage.reason))
 
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[Any]:
-    """A `pyarrow.parquet.ParquetFile`; raises as `row_groups`."""
+    """Open a `pyarrow.parquet.ParquetFile`; raises as `row_groups`."""
     from pyarrow import parquet
 
     with open_file(path) as stream:
@@ -71,19 +73,19 @@ def _opened(path: str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _damage() -> Iterator[None]:
-    """Turns what pyarrow finds wrong with a file into `Damaged`."""
+    """Turn pyarrow's errors about the content of a file into `DamagedStream`."""
     import pyarrow
 
     try:
         yield
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the operating system's own
-        raise Damaged(f"damaged Parquet file ({quote(str(error))})") from None
+            raise  # from the operating system
+        raise DamagedStream(f"damaged Parquet file ({quote(str(error))})") from None
 
 
 def _column(schema: Any, field: str, path: str) -> list[str]:
-    """Returns the names that lead to the column, from the outermost; one that contains the dots itself goes first."""
+    """Return the names that lead to the column, outermost first; a name that itself holds the dots has precedence."""
     import pyarrow
     from pyarrow import types
 
@@ -106,26 +108,26 @@ def _column(schema: Any, field: str, path: str) -> list[str]:
 
 
 def _rows_at_once(group: Any, field: str) -> int:
-    """About as many as fill a block."""
+    """Return the number of rows that fill about one block."""
     columns = map(group.column, range(group.num_columns))
     size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == field)
     return max(1, min(MOST_ROWS, BLOCK_BYTES * group.num_rows // max(1, size)))
 
 
 def _values(file: Any, group: int, n_rows: int, field: str, names: list[str]) -> Iterator[list[str | bytes | None]]:
-    """Yields the column's values, `n_rows` at a time; raises `Damaged`."""
+    """Yield the values of the column, `n_rows` at a time. Raises `DamagedStream`."""
     with _damage():
         for batch in file.iter_batches(n_rows, [group], [field], use_threads=False):
             yield _python_values(batch.column(batch.schema.names.index(names[0])), names)
 
 
 def _python_values(array: Any, names: list[str]) -> list[str | bytes | None]:
-    """Returns an array's values, as bytes when some are not UTF-8: pyarrow does not look."""
+    """Return the values of an array: strings, or bytes if a value is not UTF-8, which pyarrow does not check."""
     import pyarrow
     from pyarrow import compute, types
 
     for name in names[1:]:
-        array = compute.struct_field(array, name)
+        array = compute.struct_field(array, name)  # pyright: ignore[reportAttributeAccessIssue] - made at run time
     if types.is_dictionary(array.type):
         array = array.dictionary_decode()
     try:
@@ -135,7 +137,7 @@ def _python_values(array: Any, names: list[str]) -> list[str | bytes | None]:
 
 
 def _text(value: str | bytes | None, row: int, field: str, faults: Faults) -> str | None:
-    """Returns the text of a row; nothing when it is blank or broken."""
+    """Return the text of a row, or None if the row is blank or faulty."""
     if value is None:
         faults.leave_out(Bad(row, f"field {quote(field)} is null"))
         return None
@@ -144,9 +146,9 @@ def _text(value: str | bytes | None, row: int, field: str, faults: Faults) -> st
             value = value.decode("utf-8")
         except UnicodeDecodeError as error:
             bad = Bad(row, f"not UTF-8 (byte {error.start + 1} of the text is 0x{value[error.start]:02X})")
-            if not faults.mending:
+            if not faults.replacing:
                 faults.leave_out(bad)
                 return None
-            faults.mend(bad)
+            faults.replace(bad)
             value = value.decode("utf-8", "replace")
     return value if value.strip() else None

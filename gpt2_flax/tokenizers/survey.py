@@ -116,9 +116,9 @@ def too_much_unknown(what: str, where: str) -> UserError:
 
 
 def _paragraph_lines(units: Sequence[Unit], documents: Sample) -> Iterator[str]:
-    parts = [part for unit in units if isinstance(unit, FileUnit) for part in unit.parts]
-    files = {part.file.path for part in parts if part.format == "text"}
-    if len(files) < _SEVERAL_FILES or len(files) < len({part.file.path for part in parts}):
+    ranges = [one for unit in units if isinstance(unit, FileUnit) for one in unit.ranges]
+    files = {one.file.path for one in ranges if one.format == "text"}
+    if len(files) < _SEVERAL_FILES or len(files) < len({one.file.path for one in ranges}):
         return
     length = sum(map(len, documents.texts)) / max(1, len(documents.texts))
     if documents.n_all >= _LINES_A_FILE * len(files) and length < _SHORT_LINE:

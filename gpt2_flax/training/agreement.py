@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
-from gpt2_flax.config import Config, config_keys
+from gpt2_flax.config.parse import config_keys
+from gpt2_flax.config.schema import Config
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import quote
 from gpt2_flax.processes.watchdog import Watchdog

@@ -3,7 +3,7 @@
 import jax
 from jax.sharding import Mesh
 
-from gpt2_flax.config import ResolvedConfig
+from gpt2_flax.config.schema import ResolvedConfig
 from gpt2_flax.model.attention_choice import choose
 from gpt2_flax.model.gpt2 import unroll_layers
 from gpt2_flax.parallel.mesh import platform

@@ -4,17 +4,18 @@ import os
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpt2_flax.config import ResolvedConfig
+from gpt2_flax.config.schema import ResolvedConfig
 from gpt2_flax.parallel.mesh import platform
 
 
-def compiler_options(config: ResolvedConfig, mesh: Mesh) -> dict[str, bool | int]:
+def compiler_options(config: ResolvedConfig, mesh: Mesh) -> dict[str, str | bool | int | float]:
     """Return options by name; none on CPUs and TPUs.
 
     Options that the environment's XLA_FLAGS name and options that the compiler does not know are left out.
@@ -24,7 +25,7 @@ def compiler_options(config: ResolvedConfig, mesh: Mesh) -> dict[str, bool | int
             return {}
     # Matrix products of cuBLASLt add biases and apply GELU before they write. Triton leaves that to other kernels,
     # which costs 5 GB of memory traffic in a step of the base model; and autotuning chooses between them at random.
-    options: dict[str, bool | int] = {"xla_gpu_enable_triton_gemm": False}
+    options: dict[str, str | bool | int | float] = {"xla_gpu_enable_triton_gemm": False}
     if mesh.size > 1:
         # XLA combines collectives up to 30 MiB. In a small model that is all layers together, so that all collectives
         # wait for the last gradient or the first product; in a large model it is less than a layer. The threshold here
@@ -52,11 +53,12 @@ def _flags_of_environment() -> set[str]:
 
 
 @cache
-def _is_known(name: str, value: bool | int, mesh: Mesh) -> bool:
+def _is_known(name: str, value: str | bool | int | float, mesh: Mesh) -> bool:
     """Return whether the compiler has an option; XLA drops options between versions, and then refuses to compile."""
     zero = jax.jit(lambda: jnp.zeros(()), out_shardings=NamedSharding(mesh, P()))
     try:
-        zero.lower().compile(compiler_options={name: value})
+        option: dict[str, Any] = {name: value}
+        zero.lower().compile(compiler_options=option)
     except jax.errors.JaxRuntimeError as error:
         if "No such compile option" not in str(error):
             raise

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from jax.sharding import Mesh
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
-from gpt2_flax.config import Config
+from gpt2_flax.config.schema import Config
 from gpt2_flax.errors import ExitCode, UserError, io_error
 from gpt2_flax.memory import out_of_memory
 from gpt2_flax.parallel.device_batches import row_shards

@@ -9,7 +9,7 @@ import jax
 
 from gpt2_flax.checkpoint.step_meta import VALIDATION_LOSS
 from gpt2_flax.checkpoint.store import CheckpointStore
-from gpt2_flax.config import Config
+from gpt2_flax.config.schema import Config
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import row_layout
 from gpt2_flax.errors import ExitCode, UserError
@@ -173,13 +173,15 @@ def run_steps(
             store.poll()
             save_due |= step % training.save_every == 0
             ahead: list[Kind] = ["step"]
-            ahead += ["evaluation"] if evaluation_due or step + 1 == total else []
-            ahead += ["save"] if save_due else []
+            if evaluation_due or step + 1 == total:
+                ahead.append("evaluation")
+            if save_due:
+                ahead.append("save")
             stopping, ended = stop(*ahead), step == total
             if evaluation_due and (ended or not stopping):
                 finished.catch_up()
                 progress = evaluate(None if ended else stop)
-                stopping |= not progress.evaluated
+                stopping = stopping or not progress.evaluated
                 ended |= progress.best.ends(training.patience)
             last = ended or stopping
             if save_due or last:

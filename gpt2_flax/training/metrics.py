@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 
 from gpt2_flax.checkpoint.step_meta import VALIDATION_LOSS
-from gpt2_flax.config import Config
+from gpt2_flax.config.schema import Config
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.inference.evaluation import Evaluation
 from gpt2_flax.parallel.devices import peak_memory

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpt2_flax.config import Config, OptimizerConfig
+from gpt2_flax.config.schema import Config, OptimizerConfig
 from gpt2_flax.parallel.rules import path_of
 
 _MATRIX_AXES = {

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from gpt2_flax.config import Config
+from gpt2_flax.config.schema import Config
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.training.metrics import FinishedStep
 from gpt2_flax.training.metrics_log import MetricsLog

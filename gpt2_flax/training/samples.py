@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from gpt2_flax.config import ResolvedConfig
+from gpt2_flax.config.schema import ResolvedConfig
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError, printable
 from gpt2_flax.model.gpt2 import GPT2

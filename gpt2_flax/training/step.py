@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt2_flax.checkpoint.weights import Weights, model_from_weights
-from gpt2_flax.config import ResolvedConfig
+from gpt2_flax.config.schema import ResolvedConfig
 from gpt2_flax.data.packing import IGNORE, Batch
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.model.loss import LossSums

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from jax.sharding import Mesh
 
-from gpt2_flax.config import ResolvedConfig
+from gpt2_flax.config.schema import ResolvedConfig
 from gpt2_flax.data.batches import Batches
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.model.flops import flops_per_token

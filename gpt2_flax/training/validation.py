@@ -2,7 +2,7 @@
 
 from jax.sharding import Mesh
 
-from gpt2_flax.config import ResolvedConfig
+from gpt2_flax.config.schema import ResolvedConfig
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import row_layout, rows_of
 from gpt2_flax.inference.evaluation import Evaluation, evaluation_of, sums_of_batches

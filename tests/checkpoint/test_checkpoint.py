@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 from gpt2_flax.checkpoint.source import load_source, save_as_run
-from gpt2_flax.checkpoint.step_meta import Damaged
+from gpt2_flax.checkpoint.step_meta import DamagedCheckpoint
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.checkpoint.weights import abstract_model, model_from_weights, weights_of
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.model.gpt2 import GPT2
 
@@ -63,6 +63,7 @@ def newest(store, config=CFG):
     return found and found[0]
 
 
+@pytest.mark.slow
 def test_the_newest_are_kept_and_restored_exactly(folder, models):
     with CheckpointStore(folder) as store:
         assert store.steps() == [2, 3, 4]
@@ -95,14 +96,14 @@ def test_a_number_that_files_do_not_betray_is_found_by_its_checksum(folder, mode
     """Another model of the same shape in place of the one that was saved: every file of it is whole."""
     shutil.rmtree(folder / "4" / "model")
     shutil.copytree(folder / "3" / "model", folder / "4" / "model")
-    with CheckpointStore(folder) as store, pytest.raises(Damaged, match=r"the checksum of model/.* differs"):
+    with CheckpointStore(folder) as store, pytest.raises(DamagedCheckpoint, match=r"the checksum of model/.* differs"):
         store.restore(4, model=layout(CFG))
 
 
 def test_a_step_under_the_name_of_another_is_found(folder):
     shutil.rmtree(folder / "4")
     (folder / "3").rename(folder / "4")
-    with CheckpointStore(folder) as store, pytest.raises(Damaged, match="it is step 3"):
+    with CheckpointStore(folder) as store, pytest.raises(DamagedCheckpoint, match="it is step 3"):
         store.meta(4)
 
 
@@ -245,6 +246,7 @@ def test_a_missing_optimizer_state_is_named(folder):
         store.restore(4, opt_state=layout(CFG))
 
 
+@pytest.mark.slow
 def test_a_model_saved_as_a_run_is_loaded_exactly(tmp_path, tokenizer_folder, folder, models):
     (folder.parent / "tokenizer").symlink_to(tokenizer_folder)
     source = load_source(folder.parent)

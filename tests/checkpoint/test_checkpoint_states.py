@@ -17,8 +17,11 @@ from jax.sharding import PartitionSpec as P
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.errors import ExitCode, UserError
 
-# Of reads that are still under way when another has failed.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.slow,
+    # Of reads that are still under way when another has failed.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 KEEP, BEST, EVERY = 2, 1, 7
 NUMBERS = st.integers(0, 2**16)

@@ -33,6 +33,7 @@ def reference(array):
     return "".join(f"{total % 2**32:08x}" for total in sums)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint8", "bool"])
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (2, 3, 4, 5), (0, 3)])
 def test_the_sums_are_those_of_the_definition(dtype, shape):

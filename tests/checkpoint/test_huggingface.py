@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
-from support.weight_folders import CONFIG, random_weights, write_folder
+from support.weight_folders import CONFIG, from_state_dict, random_weights, write_folder
 
-from gpt2_flax.checkpoint.huggingface import from_hf_config, from_state_dict, read_folder, to_hf_config, to_state_dict
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.checkpoint.huggingface import from_hf_config, read_folder, to_hf_config, to_state_dict
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.errors import UserError
 
 
@@ -95,6 +95,7 @@ def test_all_misfits_are_counted_and_the_first_five_named_with_shapes():
 # What transformers says of the same weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_loss_and_gradients_equal_those_of_transformers(tied):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

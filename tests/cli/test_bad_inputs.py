@@ -25,8 +25,8 @@ from support.weight_folders import CONFIG, random_weights, write_folder
 from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint.huggingface import read_folder, to_hf_config, to_state_dict
 from gpt2_flax.checkpoint.run_folder import RunFolder
-from gpt2_flax.config import config_keys, dump_config, parse_config
-from gpt2_flax.config_file import load_config
+from gpt2_flax.config.file import load_config
+from gpt2_flax.config.parse import config_keys, dump_config, parse_config
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.input_files import read_whole
 
@@ -387,7 +387,7 @@ def test_json_without_measure_is_refused_wherever_it_is_read(good, capsys, place
     if command:
         refused(capsys, good, 65, command, path.name)
     else:
-        from gpt2_flax.checkpoint.uer import read_uer
+        from gpt2_flax.formats.uer import read_uer
 
         with pytest.raises(UserError, match=r"uer\.json") as error:
             read_uer(model, path)
@@ -425,6 +425,7 @@ def test_a_sentencepiece_model_without_sense_is_refused(good, capsys, content, s
 # Datasets.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_offsets_that_make_no_sense_are_named_by_every_reader(good, config, capsys, split):
     dataset = good["tmp"] / "d"

@@ -16,7 +16,7 @@ import typer
 from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint.step_meta import sealed
 from gpt2_flax.cli import DEBUG, app
-from gpt2_flax.config import dump_config
+from gpt2_flax.config.parse import dump_config
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "这是很久之前的事情了"
@@ -98,6 +98,7 @@ def way(corpus, tmp_path_factory):
     return folder, printed
 
 
+@pytest.mark.multiprocess
 def test_every_command_says_what_it_did(way):
     folder, printed = way
     assert "characters a token" in printed["tokenizer"]
@@ -118,12 +119,14 @@ def test_every_command_says_what_it_did(way):
     assert second["train/loss"] < 0.5 * losses[1]  # it starts where the first has ended
 
 
+@pytest.mark.multiprocess
 def test_what_was_imported_is_exported_to_the_same_bytes(way):
     folder, _ = way
     for name in ("model.safetensors", "vocab.txt", "tokenizer.json", "generation_config.json"):
         assert (folder / "exported" / name).read_bytes() == (folder / "again" / name).read_bytes()
 
 
+@pytest.mark.multiprocess
 def test_the_published_model_works_as_its_users_call_it(way):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
@@ -151,7 +154,7 @@ def test_the_published_model_works_as_its_users_call_it(way):
 def made(corpus, tokenizer_folder, dataset_folder, tmp_path_factory):
     """Good inputs by name: a run with checkpoints 2 and 4 among them."""
     from gpt2_flax.checkpoint.source import load_source
-    from gpt2_flax.config import parse_config
+    from gpt2_flax.config.parse import parse_config
     from gpt2_flax.export.transformers_folder import export_folder
     from gpt2_flax.tokenizers.tokenizer import load_tokenizer
     from gpt2_flax.training.loop import train
@@ -333,6 +336,7 @@ FAILURES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("exit_code", "command", "words"), [(code, command, words) for code, command, *words in FAILURES]
 )
@@ -390,6 +394,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("damage", "word"), DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_dataset_is_named(inputs, capsys, damage, word):
     dataset = inputs["tmp"] / "dataset"
@@ -433,6 +438,7 @@ def test_a_change_that_was_allowed_is_made(inputs, capsys):
     assert "learning_rate = 1.0" in (run / "config.toml").read_text()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(inputs, capsys):
     run = inputs["tmp"] / "run"
     shutil.copytree(inputs["run"], run)
@@ -496,6 +502,7 @@ ODD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.txt"])
 def test_odd_lines_do_not_block_a_restart(inputs, capsys, name):
     run = inputs["tmp"] / "run"
@@ -535,6 +542,7 @@ def test_a_damaged_tokenizer_of_a_run_is_found_and_copied_again(inputs, capsys):
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_checkpoints_are_listed_and_verified(inputs, capsys):
     run = inputs["tmp"] / "run"
     shutil.copytree(inputs["run"], run)
@@ -573,6 +581,7 @@ def test_checkpoints_are_listed_and_verified(inputs, capsys):
     fails(capsys, 66, ["checkpoints", inputs["tmp"] / "photos"], "no checkpoint yet")
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_read_wherever_a_model_is(inputs, capsys):
     run = inputs["tmp"] / "run"
     shutil.copytree(inputs["run"], run)
@@ -622,6 +631,7 @@ def test_keys_names_every_key(capsys):
     assert len(out.splitlines()) == len(set(out.splitlines())) > 35
 
 
+@pytest.mark.multiprocess
 def test_help_needs_nothing_but_typer():
     code = (
         "import sys; from gpt2_flax.__main__ import _exit_code; assert _exit_code(['train', '--help']) == 0;"
@@ -652,6 +662,7 @@ def test_a_bug_leaves_its_traceback_in_a_file(inputs, capsys, monkeypatch):
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("problem", ["closed pipe", "full disk"])
 def test_output_that_cannot_be_written_is_no_success(problem):
     command = [sys.executable, "-m", "gpt2_flax", "keys"]

@@ -18,8 +18,8 @@ from support.weight_folders import CONFIG, write_folder
 from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint import run_folder
 from gpt2_flax.cli import app
-from gpt2_flax.config import dump_config
-from gpt2_flax.config_file import load_config
+from gpt2_flax.config.file import load_config
+from gpt2_flax.config.parse import dump_config
 from gpt2_flax.data.dataset_info import read_info
 
 COMMANDS = typer.main.get_command(app).commands
@@ -105,6 +105,7 @@ def test_the_places_that_take_addresses_expand_home_folders_too(
     assert str(tmp_path / "dataset") in out
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_exported_and_resumed_from_any_folder(config, dataset_folder, capsys, monkeypatch, tmp_path):
     home = tmp_path / "home"
     home.mkdir()
@@ -183,6 +184,7 @@ def make(command, given, output, *more):
     return cli._exit_code([*MAKERS[command].format(**given, output=output).split(), *more])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", MAKERS)
 def test_an_output_that_is_a_link_is_written_through(given, tmp_path, capsys, command):
     disk, work = tmp_path / "disk", tmp_path / "work"
@@ -213,7 +215,7 @@ def test_an_output_that_is_a_link_is_written_through(given, tmp_path, capsys, co
 
 @pytest.mark.parametrize("command", MAKERS)
 def test_a_link_that_leads_nowhere_is_refused_before_the_work(given, tmp_path, capsys, monkeypatch, command):
-    for name in ("text.train_tokenizer.sample_documents", "data.prepare.corpus_units", "checkpoint.source.read_folder"):
+    for name in ("tokenizers.train.sample_documents", "data.prepare.corpus_units", "checkpoint.source.read_folder"):
         monkeypatch.setattr(f"gpt2_flax.{name}", None)  # a bug, 70, if it is called
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     for name, target, what in (
@@ -231,6 +233,7 @@ def test_a_link_that_leads_nowhere_is_refused_before_the_work(given, tmp_path, c
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file", "loop", "to-file"]
 
 
+@pytest.mark.slow
 def test_a_file_that_is_a_link_is_written_through(given, tmp_path):
     (tmp_path / "lines").symlink_to("elsewhere/lines.jsonl")
     evaluate = [
@@ -246,6 +249,7 @@ def test_a_file_that_is_a_link_is_written_through(given, tmp_path):
     assert len((tmp_path / "elsewhere/lines.jsonl").read_text(encoding="utf-8").splitlines()) == 400
 
 
+@pytest.mark.multiprocess
 def test_a_mount_point_is_refused_before_the_work_and_a_folder_inside_is_not(given, tmp_path, capsys, monkeypatch):
     volume = tmp_path / "a volume"
     volume.mkdir()
@@ -301,6 +305,7 @@ def real(*arguments, prefix=(), **environment):
     return subprocess.run(command, env=everything, capture_output=True, check=False)
 
 
+@pytest.mark.multiprocess
 def test_a_user_without_a_home_folder_can_use_the_commands(given, tmp_path):
     prefix = ("unshare", "--user", "--map-user=12345", "--map-group=12345")
     if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
@@ -315,6 +320,7 @@ def test_a_user_without_a_home_folder_can_use_the_commands(given, tmp_path):
     assert b"~/run is in a home folder that is not known" in refused.stderr
 
 
+@pytest.mark.multiprocess
 def test_chinese_paths_and_prompts_work_in_any_locale(given, tmp_path):
     ascii_locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     data, run = tmp_path / "数据", tmp_path / "模型"

@@ -1,4 +1,4 @@
-"""A dataset that changes, at any moment and in any way, is found before what was made of it is kept."""
+"""A dataset that changes, at any moment and in any way, is detected before its results are saved."""
 
 import contextlib
 import itertools
@@ -23,8 +23,7 @@ from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.data import dataset as dataset_module
 from gpt2_flax.data.dataset import TokenSplit
-from gpt2_flax.data.inspect import inspection_lines
-from gpt2_flax.data.inspect_batch import batch_lines
+from gpt2_flax.data.inspect import batch_lines, inspection_lines
 from gpt2_flax.data.integrity import FirstUse, Watch
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import IGNORE, RowLayout
@@ -61,7 +60,7 @@ def dataset(dataset_folder, tmp_path) -> Path:
 
 
 def damage(path: Path, how: str) -> None:
-    """In place: a file that is open has the damage too."""
+    """Damage the file in place, so that an open descriptor sees the damage too."""
     content = DAMAGES[how](path.read_bytes())
     if content is None:
         path.unlink()
@@ -70,7 +69,7 @@ def damage(path: Path, how: str) -> None:
 
 
 def use(folder: Path, packing: str, at: str, change) -> None:
-    """All that a run asks of its data, with a `change` at a moment."""
+    """Use a dataset as a run does, and call `change` at a moment."""
 
     def moment(name: str) -> None:
         if name == at:
@@ -102,7 +101,7 @@ def test_no_damage_at_any_moment_is_silent(dataset, name, at, packing):
     whole, unread = (dataset / name).read_bytes(), at in MOMENTS[:2]
     for how in DAMAGES:
         if how == "longer" and unread and not name.endswith(".bin"):
-            continue  # a blank line more at the end of a text says nothing else
+            continue  # another blank line at the end of a text changes nothing
         with pytest.raises(UserError) as error:
             use(dataset, packing, at, lambda how=how: damage(dataset / name, how))
         none = how == "gone" and at == MOMENTS[0] and name == "dataset.json"
@@ -211,8 +210,11 @@ for packing in ("stream", "best_fit"):
 """
 
 
+@pytest.mark.multiprocess
 def test_a_file_that_is_cut_while_it_is_read_gives_a_sentence_and_no_signal(dataset):
-    done = subprocess.run([sys.executable, "-c", CUT, str(dataset)], capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # for the support modules of the tests
+    command = [sys.executable, "-c", CUT, str(dataset)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert len(lines) == 2
@@ -250,7 +252,7 @@ def tiny(config, dataset):
 
 
 def at_save(monkeypatch, step: int, act) -> None:
-    """Calls `act` when a step has just been saved."""
+    """Call `act` right after a step is saved."""
     save = CheckpointStore.save
 
     def saved(self, number, *arguments):
@@ -266,6 +268,7 @@ def losses(output: str) -> dict[int, float]:
     return {step: run.metrics_at(step).get("train/loss") for step in range(1, 7)}
 
 
+@pytest.mark.slow
 def test_a_run_whose_data_changes_ends_before_it_saves_and_resumes_to_the_same_numbers(tiny, dataset, monkeypatch):
     whole = changed(tiny, output=tiny.output + "-whole")
     loop.train(whole)
@@ -285,6 +288,7 @@ def test_a_run_whose_data_changes_ends_before_it_saves_and_resumes_to_the_same_n
     assert losses(tiny.output) == losses(whole.output)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_when_its_data_is_synchronized_again(tiny, dataset, monkeypatch):
     def synchronize() -> None:
         for name in FILES:
@@ -296,6 +300,7 @@ def test_a_run_goes_on_when_its_data_is_synchronized_again(tiny, dataset, monkey
     assert RunFolder(tiny.output).last_checkpoint() == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["first-use", "full", "off"])
 def test_what_is_verified_is_what_the_config_says(tiny, dataset, how, monkeypatch):
     path = dataset / "train/tokens-00000.bin"
@@ -371,6 +376,7 @@ def test_damage_that_is_found_in_the_background_is_raised_where_data_is_read_nex
 # Other commands
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_data_that_is_damaged_or_changes_gives_no_figures(tiny, dataset, capsys):
     config = changed(tiny, training__total_steps=1)
     loop.train(config)

@@ -14,9 +14,9 @@ from support.token_datasets import UNKNOWN, add, flat_shard, publish, starts_of,
 from gpt2_flax.data import dataset as dataset_module
 from gpt2_flax.data import flat_files
 from gpt2_flax.data.dataset import TokenDataset
-from gpt2_flax.data.dataset_info import SPLITS
+from gpt2_flax.data.dataset_info import SPLITS, shard_paths
+from gpt2_flax.data.dataset_writer import ShardWriter
 from gpt2_flax.data.flat_files import KEPT_BYTES
-from gpt2_flax.data.shards import ShardWriter, shard_paths
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.tokenizers.ragged_ids import token_dtype
 
@@ -25,7 +25,7 @@ VOCABULARIES = st.sampled_from([300, 2**16, 2**16 + 1, 2**17])
 
 @st.composite
 def corpora(draw) -> tuple[int, list[list[list[int]]]]:
-    """A vocabulary size and shards of documents; ids are drawn with their extremes."""
+    """A vocabulary size and shards of documents; the smallest and largest ids are likely."""
     vocab_size = draw(VOCABULARIES)
     ids = st.one_of(st.integers(0, vocab_size - 1), st.sampled_from([0, UNKNOWN, vocab_size - 1]))
     documents = st.lists(ids, min_size=1, max_size=9)
@@ -37,6 +37,7 @@ def dataset(tmp_path) -> TokenDataset:
     return write_dataset(tmp_path, 100, [[[2, 5, 3], [2, 6, 7, 3]], [], [[2, 99, 3], [2, 4, 8, 3]]])
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(corpus=corpora(), chunk=st.sampled_from([1, 2, 3, 2**20]), data=st.data())
 def test_any_part_of_the_stream_is_read_as_it_was_written(tmp_path_factory, corpus, chunk, data):
@@ -60,6 +61,7 @@ def test_any_part_of_the_stream_is_read_as_it_was_written(tmp_path_factory, corp
     assert split.read(start, stop).tolist() == stream[start:stop]
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(corpus=corpora(), length=st.integers(1, 12), stride=st.sampled_from([1, 2, 3, 32]), data=st.data())
 def test_parts_of_the_stream_are_gathered_with_the_places_where_documents_start(
@@ -156,30 +158,6 @@ def test_a_shard_is_on_the_disk_before_it_has_its_name_and_its_name_before_close
     assert done == ["train/tokens-00000.bin.tmp", "train", "train/offsets-00000.bin.tmp", "train"]
 
 
-@pytest.mark.parametrize("absolute", [True, False])
-def test_the_tokens_of_a_shard_may_be_part_of_another_file(tmp_path, absolute):
-    folder, file = tmp_path / "dataset", tmp_path / "tokens.bin"
-    content = np.array([9, 9, 9, 0, 7, 1, 0, 4, 1, 9], "<u4").tobytes()
-    file.write_bytes(content)
-    name = str(file) if absolute else "../tokens.bin"
-    with ShardWriter(folder, "train", 0, 10, UNKNOWN, dtype="uint32", file=name, first=3) as writer:
-        add(writer, [[0, 7, 1], [0, 4, 1]], 2)
-        shard = writer.close()
-    dataset = publish(folder, {"train": [shard], "validation": []}, 10, "uint32")
-    assert [ids.tolist() for ids in dataset.train.documents()] == [[0, 7, 1], [0, 4, 1]]
-    assert not shard_paths(folder, "train", 0)[0].exists()
-    dataset.verify()
-
-    file.write_bytes(content[:20] + b"\x05" + content[21:])
-    with pytest.raises(UserError, match="sha256 differs"):
-        TokenDataset(folder).verify()
-    file.write_bytes(content[:-8])
-    with pytest.raises(UserError, match="has 32 bytes where dataset") as error:
-        TokenDataset(folder)
-    assert error.value.exit_code == ExitCode.DATA
-    assert error.value.where.endswith("tokens.bin")
-
-
 READ_ALL = """
 import resource, sys, threading
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
@@ -197,6 +175,7 @@ print(dataset.train.n_documents, len(found[0]))
 """
 
 
+@pytest.mark.multiprocess
 def test_thousands_of_shards_are_read_with_few_open_files(tmp_path):
     records = {}
     for split, count in (("train", 3000), ("validation", 100)):
@@ -306,6 +285,7 @@ def test_an_id_that_no_int32_holds_is_found_when_read(tmp_path):
         dataset.train.read(0, 3)
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(
     starts=st.lists(st.one_of(st.integers(0, 10), st.integers(2**62, 2**64 - 1)), min_size=1, max_size=6),

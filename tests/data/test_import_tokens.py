@@ -17,13 +17,12 @@ from support.foreign_files import (
     flatten,
     imported,
     refused,
-    shares,
     write_ids,
     write_llm_c,
     write_megatron,
 )
 
-from gpt2_flax.data import flat_files, megatron
+from gpt2_flax.data import foreign_files
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.import_tokens import import_tokens
 from gpt2_flax.errors import ExitCode, UserError
@@ -45,7 +44,7 @@ def test_documents_of_megatron_are_those_of_its_index(tmp_path_factory, document
     stem = write_megatron(folder / "text_document", documents, dtype)
     held = write_megatron(folder / "held", [[[5, 6], [2]]], "uint16")
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    with mock.patch.object(flat_files, "_CHUNK", chunk), mock.patch.object(megatron, "_CHUNK", chunk):
+    with mock.patch.object(foreign_files, "_CHUNK", chunk):
         dataset = imported(folder, [stem], [f"{held}.idx"])
     assert contents(dataset.train) == [flatten(document) for document in documents if flatten(document)]
     assert contents(dataset.validation) == [[5, 6, 2]]
@@ -68,11 +67,10 @@ def test_documents_of_plain_files_are_told_by_their_special_token(tmp_path_facto
     framed = [before + ids + after for ids in [[9], *documents]]
     write = write_ids if kind == "nanogpt" else write_llm_c
     train, held = (write(folder / name, flatten(framed)) for name in ("train.bin", "val.bin"))
-    with mock.patch.object(flat_files, "_CHUNK", chunk):
+    with mock.patch.object(foreign_files, "_CHUNK", chunk):
         dataset = imported(folder, [train], [held], tokenizer)
     assert contents(dataset.train) == contents(dataset.validation) == framed
     assert dataset.info.bos_id == (None if style == "after" else tokenizer.bos_id)
-    assert shares(dataset, "train") == [train]
     assert dataset.validation.n_characters == len(flatten(documents)) + 1
 
 
@@ -100,12 +98,11 @@ def test_without_validation_files_the_end_of_the_others_is_for_it(tmp_path_facto
     position = total - max(2, math.ceil(total * fraction))
     kept = [number for number, start in enumerate(starts) if start >= position]
     tokenizer = Letters(100, bos_id=EOS)
-    with mock.patch.object(flat_files, "_CHUNK", chunk):
+    with mock.patch.object(foreign_files, "_CHUNK", chunk):
         if position < 2:
             assert "too few" in str(refused(folder, names, (), tokenizer, validation_fraction=fraction))
             return
         dataset = imported(folder, names, (), tokenizer, validation_fraction=fraction)
-    assert None not in shares(dataset, "train") + shares(dataset, "validation")
     if not kept:  # the end of the last document
         cut = position - starts[-1]
         assert contents(dataset.train) == [*documents[:-1], documents[-1][:cut]]
@@ -124,7 +121,7 @@ def test_a_shard_that_was_cut_inside_a_document_is_read_like_the_others(tmp_path
     dataset = imported(tmp_path, [train], [held], tokenizer)
     assert contents(dataset.train) == [[7, 8], [EOS, 9, 9], [EOS, 5]]
     assert contents(dataset.validation) == [[EOS, 3, 4], [EOS, 6]]
-    # Alone, only its header tells.
+    # Without the other file, only the header shows that a token begins documents.
     alone = imported(tmp_path, [train], [], tokenizer, validation_fraction=0.3, overwrite=True)
     assert contents(alone.train) == [[7, 8], [EOS, 9, 9]]
     assert alone.info.bos_id == EOS
@@ -136,26 +133,26 @@ def test_llama_files_of_llm_c_hold_ids_of_32_bits(tmp_path):
     held = write_llm_c(tmp_path / "held.bin", ids, 20240801, 7)
     dataset = imported(tmp_path, [name], [held], Letters(100_000))
     assert contents(dataset.train) == [[BOS, 70_000, 5], [BOS, 6]]
-    assert (dataset.info.dtype, dataset.info.shards["train"][0].first) == ("uint32", 256)
+    assert dataset.info.dtype == "uint32"
 
 
 @pytest.mark.parametrize(
-    ("types", "vocab_size", "dtype", "in_place"),
+    ("types", "vocab_size", "dtype"),
     [
-        (["uint16"], 100, "uint16", [True]),
-        (["uint16"], 70_000, "uint16", [True]),
-        (["int32"], 100, "uint32", [True]),
-        (["int32"], 70_000, "uint32", [True]),
-        (["int64"], 100, "uint16", [False]),
-        (["int64"], 70_000, "uint32", [False]),
-        (["uint8", "int16"], 70_000, "uint16", [False, False]),
-        (["uint16", "int64"], 70_000, "uint32", [False, False]),
-        (["uint16", "int32"], 70_000, "uint32", [False, True]),
-        (["uint16", "int32"], 100, "uint16", [True, False]),
-        (["uint16", "int32", "int32"], 100, "uint32", [False, True, True]),
+        (["uint16"], 100, "uint16"),
+        (["uint16"], 70_000, "uint16"),
+        (["int32"], 100, "uint32"),
+        (["int32"], 70_000, "uint32"),
+        (["int64"], 100, "uint16"),
+        (["int64"], 70_000, "uint32"),
+        (["uint8", "int16"], 70_000, "uint16"),
+        (["uint16", "int64"], 70_000, "uint32"),
+        (["uint16", "int32"], 70_000, "uint32"),
+        (["uint16", "int32"], 100, "uint16"),
+        (["uint16", "int32", "int32"], 100, "uint32"),
     ],
 )
-def test_as_many_tokens_as_can_be_stay_in_their_files(tmp_path, types, vocab_size, dtype, in_place):
+def test_the_ids_of_a_dataset_have_the_type_of_most_tokens_that_holds_them_all(tmp_path, types, vocab_size, dtype):
     wide = vocab_size > 2**16
     ids = [[66_000, 5] if wide and np.dtype(kind).itemsize > 2 else [50, 5] for kind in types]
     names = [
@@ -164,31 +161,27 @@ def test_as_many_tokens_as_can_be_stay_in_their_files(tmp_path, types, vocab_siz
     held = write_megatron(tmp_path / "held", [[[3, 4]]], {"uint16": "uint16", "uint32": "int32"}[dtype])
     dataset = imported(tmp_path, names, [held], Letters(vocab_size))
     assert dataset.info.dtype == dtype
-    assert shares(dataset, "train") == [
-        f"{name}.bin" if stay else None for name, stay in zip(names, in_place, strict=True)
-    ]
     assert contents(dataset.train) == ids
 
 
-def test_a_dataset_says_when_a_file_that_it_refers_to_was_changed(tmp_path):
+def test_a_dataset_does_not_need_the_files_that_it_was_imported_from(tmp_path):
     name = write_ids(tmp_path / "train.bin", [5, 6, EOS] * 4)
     held = write_ids(tmp_path / "val.bin", [5, EOS])
+    content = (tmp_path / "train.bin").read_bytes()
     dataset = imported(tmp_path, [name], [held])
-    assert (
-        dataset.info.shards["train"][0].tokens_sha256
-        == hashlib.sha256((tmp_path / "train.bin").read_bytes()).hexdigest()
-    )
-    write_ids(tmp_path / "train.bin", [5, 7, EOS] * 4)
-    with pytest.raises(UserError, match="sha256 differs") as error:
-        dataset.verify()
-    assert error.value.where == name
-    write_ids(tmp_path / "train.bin", [5, 6, EOS] * 3)
-    with pytest.raises(UserError, match="has 18 bytes where dataset") as error:
-        TokenDataset(dataset.folder)
-    assert error.value.where == name
+    assert (dataset.folder / "train" / "tokens-00000.bin").read_bytes() == content
+    assert dataset.info.shards["train"][0].tokens_sha256 == hashlib.sha256(content).hexdigest()
     (tmp_path / "train.bin").unlink()
-    with pytest.raises(UserError, match="shard missing"):
-        TokenDataset(dataset.folder)
+    TokenDataset(dataset.folder).verify()
+
+
+def test_a_file_that_becomes_shorter_while_it_is_copied_is_named(tmp_path):
+    name = write_ids(tmp_path / "train.bin", [5, 6, EOS] * 4)
+    opened = foreign_files.open_token_file(name, None)
+    os.truncate(name, 8)
+    with pytest.raises(UserError, match="became shorter") as error:
+        list(opened.pieces(0, 12, foreign_files.Mark(EOS, begins=False)))
+    assert (error.value.exit_code, error.value.where) == (ExitCode.DATA, name)
 
 
 def test_characters_of_validation_are_counted_by_decoding(tmp_path):
@@ -221,7 +214,6 @@ def test_big_endian_files_of_megatron_are_copied_in_our_order(tmp_path, dtype, h
     dataset = imported(tmp_path, [swapped], [held])
     assert contents(dataset.train) == list(map(flatten, documents))
     assert contents(dataset.validation) == [[4, 5]]
-    assert shares(dataset, "train") == [None]
     assert contents(imported(tmp_path, [plain], [held], overwrite=True).train) == list(map(flatten, documents))
 
 
@@ -231,7 +223,6 @@ def test_big_endian_files_of_llm_c_are_copied_in_our_order(tmp_path, magic, vers
     name = write_llm_c(tmp_path / "a.bin", ids, magic, version, ">")
     dataset = imported(tmp_path, [name], [], Letters(100_000, bos_id=EOS), validation_fraction=0.3)
     assert (contents(dataset.train), contents(dataset.validation)) == ([ids[:4]], [ids[4:]])
-    assert shares(dataset, "train") == [None]
     assert "of another kind" in str(refused(tmp_path / "new", [write_llm_c(tmp_path / "b.bin", ids, magic, 3, ">")]))
 
 
@@ -257,7 +248,7 @@ def test_what_is_no_share_is_an_error_of_usage(tmp_path, fraction):
     assert error.where == "--validation-fraction"
 
 
-# What is refused.
+# Refused files
 
 
 def test_missing_files_and_folders_are_refused(tmp_path):
@@ -326,8 +317,9 @@ def test_splits_without_anything_to_predict_are_refused(tmp_path):
     assert "given twice" in str(refused(tmp_path, [good], [good], code=ExitCode.USAGE))
 
 
-def test_a_file_name_that_no_json_can_hold_is_refused(tmp_path):
+def test_a_file_name_that_is_not_utf_8_is_escaped_in_the_sources(tmp_path):
     path = os.fsencode(tmp_path) + b"/\xff.bin"
     with open(path, "wb") as file:
         file.write(np.array([5, 6, EOS] * 2, "<u2").tobytes())
-    assert "not UTF-8" in str(refused(tmp_path, [os.fsdecode(path)], validation_fraction=0.5))
+    dataset = imported(tmp_path, [os.fsdecode(path)], [], validation_fraction=0.5)
+    assert dataset.info.sources == [f"{tmp_path}/\\xff.bin"]

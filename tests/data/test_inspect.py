@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.dataset_info import SPLITS, DatasetInfo, Duplicates, Example, LeftOut, write_info
+from gpt2_flax.data.dataset_writer import ShardWriter
 from gpt2_flax.data.inspect import PERCENTS, inspection_lines, left_out_lines, split_figures, split_line
-from gpt2_flax.data.shards import ShardWriter
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.tokenizers.ragged_ids import token_dtype
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
@@ -117,20 +117,6 @@ def test_a_split_without_documents_and_characters_that_are_not_known_are_shown(t
     assert split_line(dataset.info, "validation") == "validation: 0 documents, 0 characters, 0 tokens"
 
 
-def test_tokens_in_files_elsewhere_are_counted_apart(tmp_path, dataset):
-    held = dataset.info.shards["train"][0]
-    elsewhere = tmp_path / "tokens.bin"
-    (dataset.folder / "train" / "tokens-00000.bin").rename(elsewhere)
-    shards = dataset.info.shards | {"train": [held.model_copy(update={"file": str(elsewhere)})]}
-    write_info(dataset.folder, dataset.info.model_copy(update={"shards": shards}))
-    dataset = TokenDataset(dataset.folder)
-    dataset.verify()
-    (line,) = (line for line in inspection_lines(dataset) if line.startswith("on disk"))
-    ours = sum(path.stat().st_size for path in dataset.folder.rglob("*") if path.is_file())
-    assert f" {ours:,} bytes" in line
-    assert line.endswith(f"and {2 * held.tokens:,} of tokens in 1 files elsewhere")
-
-
 def test_what_was_left_out_is_told_and_nothing_reaches_the_terminal_raw(tmp_path, vocabulary):
     example = Example(file="a\x1b[2J.txt", line=7, reason="not UTF-8")
     dataset = write_dataset(
@@ -149,7 +135,7 @@ def test_what_was_left_out_is_told_and_nothing_reaches_the_terminal_raw(tmp_path
     assert "and 2 more" in lines[0]
     assert set(told) <= set(lines)
     assert all(line.isprintable() for line in lines)
-    escape = np.array([2, 4, 3], "<u2")  # a vocabulary may hold what a terminal obeys
+    escape = np.array([2, 4, 3], "<u2")  # a vocabulary may contain terminal sequences
     with ShardWriter(dataset.folder, "train", 0, dataset.info.vocab_size, 1) as writer:
         writer.add(escape, np.array([0]), 1)
         shard = writer.close()
@@ -167,6 +153,7 @@ def test_a_dataset_with_another_tokenizer_is_refused(dataset):
     assert error.value.where == str(dataset.tokenizer_folder)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the sample of CLUECorpusSmall")
 def test_figures_of_a_real_corpus(tmp_path):
     texts = (SHARED / "CLUECorpusSmall_sampled.txt").read_text(encoding="utf-8").split("\n")
@@ -174,26 +161,22 @@ def test_figures_of_a_real_corpus(tmp_path):
     dataset = write_dataset(tmp_path / "dataset", SHARED / "google_zh_vocab.txt", texts)
     figures = split_figures(dataset.train)
     short, long = figures.rows
-    # A word of more than 100 characters is one unknown token; where the limit is 200, there are 80 tokens more.
+    # A word of more than 100 characters is one unknown token; a limit of 200 would give 80 tokens more.
     assert (figures.documents, figures.tokens) in ((2500, 663_005 - 80), (2500, 663_005))
     assert (short.padded_rows, f"{short.padding:.1%}") in ((6572, "21.7%"), (6573, "21.7%"))
     assert (long.padded_rows, f"{long.padding:.1%}") == (2716, "76.2%")
     assert (short.packed_rows, long.packed_rows) == (5180, 648)
 
 
+@pytest.mark.multiprocess
 def test_the_program_in_the_readme_reads_what_we_read(tmp_path, dataset):
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "data" / "README.md").read_text(encoding="utf-8"), re.S)
     assert len(program.splitlines()) <= 22
-    # Also tokens that begin inside a file elsewhere, and an empty shard.
-    elsewhere = tmp_path / "tokens.bin"
-    ids = np.array([2, 5, 6, 3, 2, 7, 3], "<u2")
-    elsewhere.write_bytes(b"\0" * 6 + ids.tobytes())
-    more = []
-    with ShardWriter(dataset.folder, "train", 1, 15, 1, file="../tokens.bin", first=3) as writer:
-        writer.add(ids, np.array([0, 4]), None)
-        more.append(writer.close())
-    with ShardWriter(dataset.folder, "train", 2, 15, 1) as writer:
-        more.append(writer.close())
+    more = []  # another shard, and an empty one
+    for number, ids in ((1, [2, 5, 6, 3, 2, 7, 3]), (2, [])):
+        with ShardWriter(dataset.folder, "train", number, 15, 1) as writer:
+            writer.add(np.array(ids, np.uint16), np.array([0, 4]), None)
+            more.append(writer.close())
     shards = dataset.info.shards | {"train": dataset.info.shards["train"] + more}
     write_info(dataset.folder, dataset.info.model_copy(update={"shards": shards}))
     show = f"print(json.dumps([[d.tolist() for d in read_documents({str(dataset.folder)!r}, s)] for s in {SPLITS}]))"

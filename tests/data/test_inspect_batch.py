@@ -1,4 +1,4 @@
-"""What `inspect --batch` shows is what the training loop feeds, and where it says it comes from."""
+"""`inspect --batch` shows the rows that the training loop feeds, and their true origin."""
 
 import re
 
@@ -9,7 +9,7 @@ from cli.test_cli import fails
 from support.configs import CHARACTERS, changed
 
 from gpt2_flax import __main__ as cli
-from gpt2_flax.data.inspect_batch import batch_lines
+from gpt2_flax.data.inspect import batch_lines
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import IGNORE
 from gpt2_flax.data.prepare import prepare
@@ -38,7 +38,7 @@ def parsed(lines):
 
 
 def text_of(ids, tokenizer):
-    """Each token by itself: every one of the small vocabulary is a character."""
+    """Decode each token by itself: every token of the small vocabulary is a character."""
     signs = {tokenizer.bos_id: "⟨begin⟩", tokenizer.eos_id: "⟨end⟩", tokenizer.unk_id: "\ufffd"}
     return "".join(signs.get(token) or tokenizer.decode([token]) for token in ids)
 
@@ -52,6 +52,7 @@ def mixed(config, corpus, tokenizer_folder, tmp_path):
     return changed(config, data__dataset={config.data.dataset: 1.0, str(tmp_path / "other"): 1.0})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["stream", "best_fit", "document"])
 def test_what_is_shown_is_what_the_loop_feeds(mixed, monkeypatch, packing):
     config = changed(mixed, data__packing=packing, training__total_steps=3)

@@ -16,7 +16,7 @@ from support.rows import batches_of
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.source import load_source
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.data.batches import Batches, deal, shares_of_rest
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import RowLayout
@@ -187,6 +187,7 @@ def metrics_of(config):
     return found
 
 
+@pytest.mark.slow
 def test_a_run_on_two_datasets_learns_and_goes_on_with_the_same_bits(config, weights, tmp_path):
     config = changed(config, data__dataset=weights, optimizer__schedule="constant", model__resid_pdrop=0.1)
     train = functools.partial(loop.train, devices=jax.devices()[:2])

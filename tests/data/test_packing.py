@@ -22,16 +22,16 @@ from support.token_datasets import write_dataset
 
 from gpt2_flax.checkpoint.source import load_source
 from gpt2_flax.checkpoint.weights import model_from_weights
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.data import flat_files, row_index
 from gpt2_flax.data.batches import Batches
 from gpt2_flax.data.best_fit import best_fit_decreasing
 from gpt2_flax.data.dataset import TokenDataset
+from gpt2_flax.data.dataset_info import shard_paths
 from gpt2_flax.data.flat_files import KEPT_BYTES
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import IGNORE, RowLayout, rows_of
 from gpt2_flax.data.prepare import prepare_text
-from gpt2_flax.data.shards import shard_paths
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.inference.evaluate import evaluate_source
 from gpt2_flax.model.gpt2 import GPT2
@@ -421,6 +421,7 @@ def losses(model, loader):
     return dict(zip(batch.targets_BT[trained].tolist(), found[trained].tolist(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_losses_of_a_document_that_fits_in_a_row_are_the_same_however_it_is_packed(model, tmp_path):
     lengths = [5, 17, 1, 9, 33, 2, 30, 16, 40, 3, 100, 12, 32, 31, 6]
     split = split_of(tmp_path, [lengths[:7], lengths[7:]])
@@ -476,6 +477,7 @@ def test_a_mixture_of_one_dataset_is_packed_as_the_dataset_alone(split):
                 np.testing.assert_array_equal(field, other)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_packing_and_its_evaluation_uses_it(config, tmp_path):
     config = changed(config, data__packing="best_fit", model__attend_across_documents=True, training__total_steps=3)
     loop.train(config, devices=jax.devices()[:2])
@@ -499,6 +501,7 @@ def test_a_run_keeps_its_packing_and_its_evaluation_uses_it(config, tmp_path):
 # A real corpus
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the sample of CLUECorpusSmall")
 def test_rows_of_a_real_corpus(tmp_path):
     tokenizer = load_tokenizer(DATA / "google_zh_vocab.txt")

@@ -58,7 +58,7 @@ def stream(folder: Path, split: str) -> list[list[int]]:
     return [ids.tolist() for ids in getattr(TokenDataset(folder), split).documents()]
 
 
-HALF = st.sampled_from([0, 1, 2**63, 2**64 - 1])  # of a hash
+HALF = st.sampled_from([0, 1, 2**63, 2**64 - 1])  # values of one half of a hash
 
 
 def split_of(text: str, fraction: float) -> str:
@@ -66,7 +66,7 @@ def split_of(text: str, fraction: float) -> str:
 
 
 class Unit:
-    """Stands in for a unit of a corpus: as soon as it is read, `happens` is called."""
+    """A fake unit of a corpus that calls `happens` as soon as it is read."""
 
     name, size, files = "a unit", 1, ()
 
@@ -79,7 +79,7 @@ class Unit:
 
 
 def die(home: int = 0) -> None:
-    if os.getpid() != home:  # which looks at the corpus before the work begins
+    if os.getpid() != home:  # the main process reads the corpus before the work begins
         os._exit(1)  # as when the system kills a process for memory
 
 
@@ -98,6 +98,7 @@ def test_every_document_stands_framed_in_the_split_of_its_hash(corpus, tokenizer
     assert {path.split("/")[0] for path in files_of(tmp_path / "dataset")} == {"dataset.json", "tokenizer", *SPLITS}
 
 
+@pytest.mark.multiprocess
 def test_the_bytes_do_not_depend_on_the_number_of_workers(corpus, tokenizer, tmp_path):
     for workers in (1, 2):
         prepare([str(corpus)], tokenizer, tmp_path / str(workers), workers=workers, unit_bytes=4000, deduplicate=True)
@@ -118,7 +119,7 @@ def test_a_long_document_that_comes_in_parts_gives_the_tokens_of_the_whole(token
     texts = ["".join(DOCUMENTS[:40]), *DOCUMENTS[40:100], "".join(DOCUMENTS[100:])]
     (tmp_path / "corpus.txt").write_text("\n".join(texts))
     prepare([str(tmp_path / "corpus.txt")], tokenizer, tmp_path / "whole", validation_fraction=0.2)
-    monkeypatch.setattr(documents, "PART_CHARACTERS", 64)
+    monkeypatch.setattr(documents, "SLICE_CHARACTERS", 64)
     unit, *_ = corpus_units([str(tmp_path / "corpus.txt")])
     assert sum(batch.unfinished for batch in unit.batches(None)) > 20
     for deduplicate in (False, True):
@@ -129,7 +130,7 @@ def test_a_long_document_that_comes_in_parts_gives_the_tokens_of_the_whole(token
 
 
 def wholes(parts: list[str], texts: list[str]) -> list[str]:
-    """What the parts are the beginnings of; of other parts the split has been decided before."""
+    """Return the document that begins with each part; the split of the other parts is already decided."""
     return [next((text for text in [part, *texts] if text in texts and text.startswith(part)), "") for part in parts]
 
 
@@ -183,6 +184,8 @@ def test_duplicates_are_found_in_portions_of_any_size(tmp_path_factory, hashes):
         assert [found.tolist() for found in find_duplicates(paths, portion)] == expected
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_what_cannot_be_read_is_counted_and_the_first_places_are_named(tokenizer, tmp_path):
     lines = [text.encode() for text in DOCUMENTS]
     bad = [number for number in range(400) if number % 3 == 0]
@@ -214,7 +217,7 @@ ONE = "".join(DRAW.choices("天地玄黄宇宙洪荒", k=3000))
 
 
 def expected_tail(documents: list[list[int]], fraction: float) -> list[list[list[int]]]:
-    """The documents of both splits when the last tokens of all are cut off, the plain way."""
+    """Return the documents of both splits after the last tokens are cut off, computed in the simplest way."""
     total = sum(map(len, documents))
     position = total - max(2, math.ceil(total * fraction))
     train, held, start = [], [], 0
@@ -226,13 +229,15 @@ def expected_tail(documents: list[list[int]], fraction: float) -> list[list[list
     return [train, held]
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", [0.01, 0.5])
 @pytest.mark.parametrize("side", SPLITS)
 @pytest.mark.parametrize("count", [1, 3])
 def test_of_documents_in_one_split_the_last_tokens_are_for_validation(
     tokenizer, tmp_path, monkeypatch, capsys, fraction, side, count
 ):
-    """The cut is the same with any number of workers, and wherever units and reading blocks end."""
+    """The cut does not depend on the number of workers or on the ends of units and reading blocks."""
     monkeypatch.setattr(flat_files, "_CHUNK", 700)
     texts = [text for text in (ONE[number * 20 :] for number in range(10**3)) if split_of(text, fraction) == side]
     texts = texts[:count]
@@ -298,6 +303,7 @@ def test_what_is_no_share_is_an_error_of_usage(corpus, tokenizer, tmp_path, frac
     assert (error.exit_code, error.where) == (ExitCode.USAGE, "--validation-fraction")
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("encoding", ["gb18030", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
 def test_the_same_text_in_any_encoding_gives_the_same_tokens(corpus, tokenizer, tmp_path, encoding, capsys):
     texts = [text for text in SIMPLIFIED for _ in range(20)]
@@ -316,6 +322,8 @@ def test_the_same_text_in_any_encoding_gives_the_same_tokens(corpus, tokenizer, 
     assert (f"read 1 file as {shown}".lower() in capsys.readouterr().out.lower()) == bool(shown)
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_a_vocabulary_that_does_not_fit_stops_before_the_work_begins(corpus, tmp_path, monkeypatch, capsys):
     other = train_wordpiece(["天地玄黄" * 3, "一二三四" * 3], 50)
     texts = DOCUMENTS * 5
@@ -325,7 +333,7 @@ def test_a_vocabulary_that_does_not_fit_stops_before_the_work_begins(corpus, tmp
         error = refused(corpus, other, tmp_path / "dataset")
     assert error.exit_code == ExitCode.DATA
     assert "--allow-unknown" in error.fix
-    # The share and the characters, counted the plain way.
+    # The share and the characters, counted in the simplest way.
     known, texts = set("天地玄黄"), [text for text in texts if text.strip()]
     words = list(itertools.chain.from_iterable(re.findall(r"[a-z]+|[^a-z\s]", text) for text in texts))
     unknown = [word for word in words if not known.issuperset(word)]
@@ -350,7 +358,7 @@ def test_what_the_sample_does_not_show_stops_at_the_end_and_is_kept(tokenizer, t
     error = refused(tmp_path / "corpus.txt", tokenizer, tmp_path / "dataset")
     assert (error.exit_code, error.what.partition("% of")[2]) == (ExitCode.DATA, " the tokens are unknown")
     prepare([str(tmp_path / "corpus.txt")], tokenizer, tmp_path / "dataset", allow_unknown=True)
-    assert "going on: 1 of 1 parts" in capfd.readouterr().err
+    assert "resuming: 1 of 1 shards" in capfd.readouterr().err
 
 
 def test_few_unknown_tokens_are_no_warning(corpus, tokenizer, tmp_path, capsys):
@@ -424,6 +432,7 @@ def test_a_corpus_of_blank_lines_is_empty(tokenizer, tmp_path):
     assert (error.exit_code, error.what) == (ExitCode.DATA, "no text in the corpus")
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_damaged_line_is_reported_whatever_process_finds_it(corpus, tokenizer, tmp_path, workers):
     with open(corpus, "ab") as file:
@@ -439,7 +448,7 @@ def test_a_call_that_failed_goes_on_where_it_was(corpus, tokenizer, tmp_path, ca
     refused(corpus, tokenizer, tmp_path / "dataset", **options)
     capfd.readouterr()
     prepare([str(corpus)], tokenizer, tmp_path / "dataset", options=CorpusOptions(on_error="skip"), **options)
-    assert capfd.readouterr().err.startswith("going on: ")
+    assert capfd.readouterr().err.startswith("resuming: ")
     prepare([str(corpus)], tokenizer, tmp_path / "fresh", options=CorpusOptions(on_error="skip"), **options)
     assert files_of(tmp_path / "dataset") == files_of(tmp_path / "fresh")
     assert not list(tmp_path.glob(".*"))
@@ -489,11 +498,12 @@ def test_a_full_disk_is_one_sentence_and_what_is_finished_is_kept(corpus, tokeni
         error = refused(corpus, tokenizer, tmp_path / "dataset", unit_bytes=1000)
     assert (error.exit_code, error.what) == (ExitCode.IO, "disk full")
     prepare([str(corpus)], tokenizer, tmp_path / "dataset", unit_bytes=1000)
-    assert "going on: " in capfd.readouterr().err
+    assert "resuming: " in capfd.readouterr().err
     prepare([str(corpus)], tokenizer, tmp_path / "fresh", unit_bytes=1000)
     assert files_of(tmp_path / "dataset") == files_of(tmp_path / "fresh")
 
 
+@pytest.mark.multiprocess
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tokenizer, tmp_path):
     texts = ["".join(DRAW.choices(DOCUMENTS, k=20)) for _ in range(4000)]
     (tmp_path / "corpus.txt").write_text("\n".join(texts))
@@ -529,6 +539,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tokenizer, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.multiprocess
 def test_the_death_of_a_worker_is_an_error_and_not_a_hang(corpus, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "corpus_units", lambda *options: [Unit(functools.partial(die, os.getpid()))] * 2)
     error = refused(corpus, tokenizer, tmp_path / "dataset", workers=2)

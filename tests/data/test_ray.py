@@ -1,4 +1,4 @@
-"""Preparing a corpus on a Ray cluster; here one of two workers on this machine."""
+"""A corpus is prepared on a Ray cluster, here of two workers on this machine."""
 
 import functools
 import os
@@ -43,6 +43,7 @@ def corpus(tmp_path):
 OPTIONS = {"unit_bytes": 2000, "validation_fraction": 0.1, "deduplicate": True}
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_cluster_writes_the_same_bytes(cluster, corpus, tokenizer, tmp_path, remote):
     prepare([corpus], tokenizer, tmp_path / "local", **OPTIONS)
@@ -52,6 +53,7 @@ def test_a_cluster_writes_the_same_bytes(cluster, corpus, tokenizer, tmp_path, r
     assert info.duplicates.documents >= len(DOCUMENTS)
 
 
+@pytest.mark.multiprocess
 def test_a_url_is_taken_up_where_it_was(cluster, corpus, tokenizer, tmp_path, capfd):
     options = OPTIONS | {"deduplicate": False}
     with open(corpus, "ab") as file:
@@ -63,7 +65,7 @@ def test_a_url_is_taken_up_where_it_was(cluster, corpus, tokenizer, tmp_path, ca
     assert not (tmp_path / "ray/dataset.json").exists()
     skip = CorpusOptions(on_error="skip")
     prepare([corpus], tokenizer, output, engine="ray", options=skip, **options)
-    assert "going on: " in capfd.readouterr().err
+    assert "resuming: " in capfd.readouterr().err
     prepare([corpus], tokenizer, tmp_path / "local", options=skip, **options)
     assert files_of(tmp_path / "local") == files_of(tmp_path / "ray")
     with pytest.raises(UserError) as error:
@@ -83,6 +85,7 @@ def test_a_url_that_holds_something_else_is_left_alone(corpus, tokenizer, tmp_pa
     assert files_of(tmp_path / "mine") == {"photo.jpg": b"a cat"}
 
 
+@pytest.mark.multiprocess
 def test_the_death_of_a_worker_is_one_sentence(cluster, corpus, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "corpus_units", lambda *options: [Unit(functools.partial(die, os.getpid()))] * 2)
     with pytest.raises(UserError) as error:

@@ -63,6 +63,7 @@ H100 = (
 )
 
 
+@pytest.mark.multiprocess
 def test_gpus_and_processes_are_read(nvidia_smi):
     nvidia_smi(
         H100, "4711, GPU-aa, 69000, python3, with a comma\\n12, GPU-bb, [N/A], [Not Found]\\n", "0, 9.0\\n1, 9.0\\n"
@@ -77,6 +78,7 @@ def test_gpus_and_processes_are_read(nvidia_smi):
     ]
 
 
+@pytest.mark.multiprocess
 def test_no_program_is_no_gpu_and_a_failing_one_says_why(nvidia_smi, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(nvidia, "_WINDOWS_PROGRAM", str(tmp_path / "none"))
@@ -197,6 +199,7 @@ def test_what_jax_takes_follows_its_settings(environment, enough):
     assert (not said) == enough
 
 
+@pytest.mark.multiprocess
 def test_the_machine_is_described(found, nvidia_smi, monkeypatch, tmp_path):
     nvidia_smi(H100, "4711, GPU-aa, 69000, python3\\n", "0, 9.0\\n1, 9.0\\n")
     for index, (vendor, device) in enumerate([("0x1ae0", "0x0063"), ("0x1ae0", "0x0063"), ("0x1ae0", "0x0042")]):
@@ -220,6 +223,7 @@ def test_the_machine_is_described(found, nvidia_smi, monkeypatch, tmp_path):
     json.dumps(records, allow_nan=False)
 
 
+@pytest.mark.multiprocess
 def test_a_failing_driver_is_named_only_where_there_is_a_gpu(found, nvidia_smi, monkeypatch, tmp_path):
     nvidia_smi("NVIDIA-SMI has failed", code=9)
     monkeypatch.setattr(nvidia, "_DEVICES", tmp_path / "dev")
@@ -292,6 +296,7 @@ def test_the_reference_is_that_of_torch(documents, rate):
         np.testing.assert_allclose(result, other.detach().numpy(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("dropout", [False, True])
 def test_the_kernel_of_this_cpu_agrees_with_the_reference(documents, dropout):
@@ -314,6 +319,7 @@ def test_the_mask_is_the_one_that_a_kernel_used():
     np.testing.assert_array_equal(attention.kept_weights(attend, "float32"), kept_BHTS & causal_TS)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_computes_wrong_numbers_or_fails_is_named(found, monkeypatch):
     right = kernels.causal_attention
 
@@ -354,6 +360,7 @@ def test_gradients_alone_can_be_wrong(found, monkeypatch):
     assert max(errors[name] for name in ("out", "dq", "dk")) < 1e-6
 
 
+@pytest.mark.slow
 def test_collectives_of_eight_devices(found):
     report, records = found
     rates.collectives(report)
@@ -392,6 +399,7 @@ def test_a_slow_device_is_named(found, monkeypatch):
     assert len(records) == 3
 
 
+@pytest.mark.slow
 def test_steps_that_differ_are_counted(found, monkeypatch):
     prepared, runs = training._prepared, []
 
@@ -478,6 +486,7 @@ def part(name, seconds=30.0):
     return Part(name, f"doctor_parts:{name}", seconds)
 
 
+@pytest.mark.multiprocess
 def test_a_part_gives_what_it_found():
     outcome = run_part(part("good"), 30)
     assert outcome.status == "done"
@@ -486,6 +495,7 @@ def test_a_part_gives_what_it_found():
     assert not outcome.skipped
 
 
+@pytest.mark.multiprocess
 def test_a_part_that_raises_crashes_or_hangs_keeps_what_it_found():
     raised, crashed = run_part(part("raising"), 30), run_part(part("crashing"), 30)
     start = time.monotonic()
@@ -503,6 +513,7 @@ def test_a_part_that_raises_crashes_or_hangs_keeps_what_it_found():
     assert "doctor_parts.py" in hung.log
 
 
+@pytest.mark.multiprocess
 def test_a_part_skips_what_it_has_no_time_for():
     outcome = run_part(part("slow"), 6)
     assert outcome.status == "done"
@@ -515,6 +526,7 @@ def test_a_part_skips_what_it_has_no_time_for():
     assert cut.skipped == ["the rest of hanging, cut off after 5s: give more --seconds"]
 
 
+@pytest.mark.multiprocess
 def test_one_part_does_not_stop_the_others(monkeypatch, tmp_path):
     parts = [part("good"), part("crashing"), part("wrong"), part("good")._replace(name="again")]
     monkeypatch.setattr(examination, "PARTS", parts)
@@ -533,6 +545,7 @@ def test_one_part_does_not_stop_the_others(monkeypatch, tmp_path):
     assert lines[-1].startswith("result                      2 things wrong, in ")
 
 
+@pytest.mark.multiprocess
 def test_without_jax_and_without_time_the_rest_is_skipped(monkeypatch):
     parts = [part("raising")._replace(name="jax"), part("good")]
     monkeypatch.setattr(examination, "PARTS", parts)
@@ -567,6 +580,7 @@ def environment(**more):
     return kept | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | more
 
 
+@pytest.mark.multiprocess
 def test_the_whole_command_on_a_cpu(tmp_path):
     output = tmp_path / "report.json"
     command = [sys.executable, "-m", "gpt2_flax", "doctor", "--json", str(output)]
@@ -587,6 +601,7 @@ def test_the_whole_command_on_a_cpu(tmp_path):
         assert f"\n{line}" in f"\n{done.stdout}"
 
 
+@pytest.mark.multiprocess
 def test_a_gpu_that_jax_does_not_see_is_exit_code_69(nvidia_smi, monkeypatch, capsys):
     nvidia_smi(H100, "", "0, 9.0\\n1, 9.0\\n")
     monkeypatch.setattr(examination, "PARTS", examination.PARTS[:2])
@@ -607,6 +622,7 @@ def test_a_file_that_exists_is_kept(tmp_path, capsys):
     assert err == f"error: output exists: {output}; choose another name, or remove it\n"
 
 
+@pytest.mark.multiprocess
 def test_ctrl_c_ends_the_part_under_way(tmp_path):
     command = [sys.executable, "-m", "gpt2_flax", "doctor"]
     with subprocess.Popen(

@@ -10,7 +10,7 @@ from support.configs import changed
 from support.weight_folders import random_weights
 
 from gpt2_flax.checkpoint.source import Source
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.export.example import example_prompt
 from gpt2_flax.export.publish import publish
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
@@ -66,6 +66,7 @@ def test_without_any_text_the_vocabulary_says_which_language(tokenizer):
     assert example_prompt([], [], train_sentencepiece([CHINESE] * 5, 280, "bpe"), 1024) == CHINESE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [None, "", "  "])
 @pytest.mark.parametrize("dataset", [True, False])
 def test_every_card_has_a_widget_and_the_same_prompt_in_its_examples(

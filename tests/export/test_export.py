@@ -16,7 +16,8 @@ import yaml
 from support.weight_folders import random_weights
 
 from gpt2_flax.checkpoint.huggingface import read_folder
-from gpt2_flax.config import ModelConfig, parse_config
+from gpt2_flax.config.parse import parse_config
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export import transformers_folder, verify
 from gpt2_flax.export.model_card import CardFacts, model_card
@@ -128,6 +129,7 @@ def test_pipeline_of_the_folder_adds_no_end_of_document_and_no_blanks(exported, 
     assert long.startswith(PROMPT)
 
 
+@pytest.mark.slow
 def test_sentencepiece_works_with_the_auto_classes(exported_sentencepiece, silence):
     from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -211,6 +213,7 @@ def spoil_a_number(state_dict):
     state_dict["transformer.ln_f.bias"] = state_dict["transformer.ln_f.bias"] * np.float32("nan")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [drop_a_tensor, add_a_tensor, cut_a_tensor, change_a_number, spoil_a_number])
 def test_a_folder_that_differs_from_the_model_is_not_published(tmp_path, wordpiece, monkeypatch, fault):
     pytest.importorskip("transformers")
@@ -225,12 +228,14 @@ def test_a_folder_that_differs_from_the_model_is_not_published(tmp_path, wordpie
     assert "the export is wrong" in refusal(ExitCode.BUG, tmp_path / "out", wordpiece)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_differs_is_not_published(tmp_path, wordpiece, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(type(wordpiece), "encode_batch", lambda self, texts: [np.zeros(3, np.int32) for _ in texts])
     assert "AutoTokenizer gives other ids" in refusal(ExitCode.BUG, tmp_path / "out", wordpiece)
 
 
+@pytest.mark.slow
 def test_verification_shows_nothing_of_transformers(tmp_path, wordpiece, capfd):
     pytest.importorskip("transformers")
     capfd.readouterr()
@@ -246,6 +251,7 @@ def test_without_torch_the_folder_is_written_but_not_verified(tmp_path, wordpiec
     assert "pip install" in refusal(ExitCode.USAGE, tmp_path / "other", wordpiece, format="bin")
 
 
+@pytest.mark.multiprocess
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
     # In its own process: the limit on file sizes cannot be lifted again. It stands for a disk that is full.
     code = """
@@ -269,6 +275,7 @@ except UserError as error:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.multiprocess
 def test_reading_and_writing_folders_needs_neither_jax_nor_torch_to_import():
     code = """
 import sys

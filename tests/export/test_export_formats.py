@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from support.weight_folders import random_weights
 
 from gpt2_flax.checkpoint.huggingface import read_folder, to_state_dict
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export import weight_files
 from gpt2_flax.export.transformers_folder import export_folder
@@ -46,6 +46,7 @@ def export(output, tokenizer, **options):
 # Types
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", LOWER)
 def test_a_lower_precision_holds_the_nearest_numbers_and_is_compared_with_them(tmp_path, wordpiece, dtype):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
@@ -82,6 +83,7 @@ def test_a_number_that_float16_cannot_hold_is_refused(tmp_path, wordpiece):
 # Shards
 
 
+@pytest.mark.slow
 def test_shards_stay_below_the_size_and_are_one_model(tmp_path, wordpiece, caplog):
     transformers = pytest.importorskip("transformers")
     limit = 6000

@@ -7,7 +7,7 @@ from support.weight_folders import random_weights
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gpt2_flax.checkpoint.huggingface import to_hf_config
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.export.transformers_folder import export_folder
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 from gpt2_flax.tokenizers.train import train_sentencepiece, train_wordpiece
@@ -74,6 +74,7 @@ def generators(folder):
     return ways | {"pipeline": of_pipeline(pipeline("text-generation", str(folder)))}, tokenizers
 
 
+@pytest.mark.slow
 def test_a_length_is_obeyed_and_nothing_is_warned_of(tmp_path, silence):
     ways, tokenizers = generators(export(train_wordpiece(TEXTS, 120), MANY, tmp_path / "many"))
     for way, generate in ways.items():
@@ -89,6 +90,7 @@ def test_a_length_is_obeyed_and_nothing_is_warned_of(tmp_path, silence):
     assert len(made(PROMPT, return_tensors=True)[0]["generated_token_ids"]) == start + 7
 
 
+@pytest.mark.slow
 def test_a_model_of_few_positions_stops_at_the_last(tmp_path):
     ways, _ = generators(export(train_wordpiece(TEXTS, 120), FEW, tmp_path / "few"))
     for way, generate in ways.items():
@@ -96,6 +98,7 @@ def test_a_model_of_few_positions_stops_at_the_last(tmp_path):
         assert len(generate(PROMPT, max_length=20)) == 20, way
 
 
+@pytest.mark.slow
 def test_a_batch_is_continued_as_each_of_its_prompts(folder, silence):
     model, tokenizer = GPT2LMHeadModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     expected = []

@@ -41,6 +41,7 @@ def card_of(folder) -> tuple[dict, str]:
     return yaml.safe_load(header), text
 
 
+@pytest.mark.slow
 def test_a_run_is_published_with_all_that_is_known(source, tmp_path):
     pytest.importorskip("transformers")
     (tmp_path / "more.md").write_text("## Thanks\n\nTo 所有人.\n\n", encoding="utf-8")
@@ -83,6 +84,7 @@ def test_a_run_is_published_with_all_that_is_known(source, tmp_path):
     assert f"token ids of {verification.texts} texts are the same" in text
 
 
+@pytest.mark.slow
 def test_a_run_without_its_dataset_is_published_without_its_counts(source, tmp_path):
     pytest.importorskip("transformers")
     gone = changed(source.config, data__dataset=str(tmp_path / "gone"))
@@ -91,6 +93,7 @@ def test_a_run_without_its_dataset_is_published_without_its_counts(source, tmp_p
     assert "## Training data" not in card_of(tmp_path / "out")[1]
 
 
+@pytest.mark.slow
 def test_the_run_says_what_it_was_trained_on(source, tmp_path):
     trained = dataclasses.replace(source, hardware="8 x TPU v5 lite")
     publish(trained, tmp_path / "out", name="A model")
@@ -118,6 +121,7 @@ def test_a_dataset_that_was_damaged_since_does_not_keep_a_model_from_being_publi
     assert publish_module._sample_texts(damaged, load_tokenizer(tokenizer_folder)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_positions", [1, 2, 3])
 def test_a_model_of_few_positions_is_published_too(source, tmp_path, n_positions):
     pytest.importorskip("transformers")
@@ -127,6 +131,7 @@ def test_a_model_of_few_positions_is_published_too(source, tmp_path, n_positions
     assert verification.new_tokens == 2 * (n_positions // 2)
 
 
+@pytest.mark.slow
 def test_a_byte_order_mark_of_the_section_is_no_part_of_it(source, tmp_path):
     (tmp_path / "more.md").write_bytes(b"\xef\xbb\xbf## More")
     publish(source, tmp_path / "out", card_extra=tmp_path / "more.md", name="A model")
@@ -148,6 +153,7 @@ def test_a_section_that_cannot_be_read_is_refused_before_anything_is_done(source
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["safetensors", "gguf"])
 def test_the_code_of_the_card_runs_in_the_folder(source, tmp_path, monkeypatch, capsys, format):
     pytest.importorskip("transformers")
@@ -176,6 +182,7 @@ def test_a_shell_command_of_the_card_holds_its_prompt_as_one_word(source, prompt
     assert json.loads(arguments[-1])["prompt"] == [2, prompt]
 
 
+@pytest.mark.slow
 def test_the_card_says_what_llama_cpp_does_otherwise(source, tmp_path):
     pytest.importorskip("gguf")
     publish(source, tmp_path / "out", format="gguf", name="A model")
@@ -201,6 +208,7 @@ def refused(source, output) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_folder_that_generates_other_tokens_is_not_published(source, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     faultless = transformers_folder._generation_config
@@ -209,6 +217,7 @@ def test_a_folder_that_generates_other_tokens_is_not_published(source, tmp_path,
     assert "greedy continuation" in refused(source, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_differs_on_a_document_is_not_published(source, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     encode_batch = type(load_tokenizer(source.tokenizer_folder)).encode_batch
@@ -221,24 +230,28 @@ def test_a_tokenizer_that_differs_on_a_document_is_not_published(source, tmp_pat
     assert "AutoTokenizer gives other ids for '\\u5c71\\u6cb3'" in refused(source, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_where_two_tokens_are_as_likely_either_may_come_first(source, tmp_path):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
     publish(source, tmp_path / "out", name="A model")
     tokenizer = load_tokenizer(source.tokenizer_folder)
     ours = verify._compute(source.weights, source.model, tokenizer, "float32", [PROMPT])
-    model = verify._load(torch, transformers, tmp_path / "out", "model.safetensors")
-    _, same = verify._compare(torch, model, ours, tmp_path)
+    model = verify._load(tmp_path / "out", "model.safetensors")
+    _, same = verify._compare_model(model, ours, tmp_path)
     assert same == len(ours.continuations[0])
     other = [[*ours.continuations[0][:2], *((np.array(ours.continuations[0][2:]) + 1) % 5).tolist()]]
     tied = [[*ours.leads[0][:2], 1e-7, *ours.leads[0][3:]]]
     changed_ours = ours._replace(continuations=other, leads=tied)
-    assert verify._compare(torch, model, changed_ours, tmp_path)[1] == 2
+    assert verify._compare_model(model, changed_ours, tmp_path)[1] == 2
     with pytest.raises(UserError, match="greedy continuation"):
-        verify._compare(torch, model, changed_ours._replace(leads=ours.leads), tmp_path)
+        verify._compare_model(model, changed_ours._replace(leads=ours.leads), tmp_path)
 
 
+@pytest.mark.slow
 def test_what_torch_computes_first_is_not_what_counts(source, tmp_path):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
     publish(source, tmp_path / "out", name="A model")
     ours = verify._compute(source.weights, source.model, load_tokenizer(source.tokenizer_folder), "float32", [PROMPT])
     calls_that_are_off = 1
@@ -249,13 +262,13 @@ def test_what_torch_computes_first_is_not_what_counts(source, tmp_path):
         if calls_that_are_off >= 0:
             output.logits += 1e-3
 
-    model = verify._load(torch, transformers, tmp_path / "out", "model.safetensors")
+    model = verify._load(tmp_path / "out", "model.safetensors")
     model.register_forward_hook(less_exact_at_first)
-    difference, _ = verify._compare(torch, model, ours, tmp_path)
+    difference, _ = verify._compare_model(model, ours, tmp_path)
     assert difference < 1e-5
     calls_that_are_off = 2
     with pytest.raises(UserError, match="logits differ by 1"):
-        verify._compare(torch, model, ours, tmp_path)
+        verify._compare_model(model, ours, tmp_path)
 
 
 def test_ties_of_sentencepiece_are_told_but_few_of_them_are_allowed(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from support.fake_hub import TOKEN, fake_hub
 from support.weight_folders import random_weights
 
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export.push import check_whole, push
 from gpt2_flax.export.transformers_folder import export_folder
@@ -56,6 +56,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.multiprocess
 def test_a_folder_arrives_whole_on_a_branch_of_a_private_repository(folder, hub):
     hub.branches["main"] = {"README.md": b"old", "model-00001-of-00002.safetensors": b"old", "notes.txt": b"stays"}
     code, said = command(folder, hub.address, "somebody/a-model", "--private", "--revision", "v2", HF_TOKEN=TOKEN)
@@ -67,6 +68,7 @@ def test_a_folder_arrives_whole_on_a_branch_of_a_private_repository(folder, hub)
     assert hub.commits == ["Model exported by gpt2_flax (model)"]
 
 
+@pytest.mark.multiprocess
 def test_a_name_without_owner_is_the_users_own_and_may_be_pushed_to_again(folder, hub):
     for _ in range(2):
         code, said = command(folder, hub.address, "a-model", HF_TOKEN=TOKEN)
@@ -75,6 +77,7 @@ def test_a_name_without_owner_is_the_users_own_and_may_be_pushed_to_again(folder
     assert hub.branches["main"] == content(folder)
 
 
+@pytest.mark.multiprocess
 def test_what_was_to_be_private_does_not_go_where_it_is_public(folder, hub):
     hub.repository = "somebody/a-model"
     code, said = command(folder, hub.address, "somebody/a-model", "--private", HF_TOKEN=TOKEN)
@@ -82,6 +85,7 @@ def test_what_was_to_be_private_does_not_go_where_it_is_public(folder, hub):
     assert said.startswith("error: repository exists and is public: somebody/a-model; ")
 
 
+@pytest.mark.multiprocess
 def test_refusals_of_the_hub_are_one_sentence(folder, hub):
     code, said = command(folder, hub.address, "somebody/a-model", HF_TOKEN="hf_a_bad_one")
     assert code == ExitCode.USAGE
@@ -98,6 +102,7 @@ def test_refusals_of_the_hub_are_one_sentence(folder, hub):
     assert hub.commits == []
 
 
+@pytest.mark.multiprocess
 def test_without_network_or_token_it_says_so(folder):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

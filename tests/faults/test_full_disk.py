@@ -18,7 +18,7 @@ from support.configs import changed
 from tensorboardX import record_writer
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
-from gpt2_flax.config import dump_config
+from gpt2_flax.config.parse import dump_config
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.training import loop, metrics, profiler, tensorboard
 
@@ -83,6 +83,7 @@ def on_a_small_disk(config, folder, monkeypatch, step, signalled=False, **change
     return error.value
 
 
+@pytest.mark.multiprocess
 def test_a_disk_that_fills_ends_the_run_and_names_the_checkpoint_before(config, tmp_path, monkeypatch, capfd):
     error = on_a_small_disk(config, tmp_path / "disk", monkeypatch, 4)
     assert (error.exit_code, error.what) == (ExitCode.IO, "disk full")
@@ -94,6 +95,7 @@ def test_a_disk_that_fills_ends_the_run_and_names_the_checkpoint_before(config, 
     assert "Traceback" not in err
 
 
+@pytest.mark.multiprocess
 def test_a_checkpoint_that_cannot_be_written_is_not_said_to_be_saved(config, tmp_path, monkeypatch, capfd):
     seldom = dict.fromkeys(("training__log_every", "training__evaluate_every"), 100)
     error = on_a_small_disk(config, tmp_path / "disk", monkeypatch, 4, signalled=True, **seldom)
@@ -105,6 +107,7 @@ def test_a_checkpoint_that_cannot_be_written_is_not_said_to_be_saved(config, tmp
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_metrics_on_a_full_device_are_named_with_their_step(config, capsys):
     """The same where nobody may mount."""
     run = RunFolder(config.output)
@@ -121,6 +124,7 @@ def test_metrics_on_a_full_device_are_named_with_their_step(config, capsys):
     assert run.last_checkpoint() == 6  # the run went on to its end
 
 
+@pytest.mark.slow
 def test_samples_on_a_full_device_are_named_with_their_step(config):
     run = RunFolder(config.output)
     run.create()
@@ -132,6 +136,7 @@ def test_samples_on_a_full_device_are_named_with_their_step(config):
     assert run.last_checkpoint() == 6
 
 
+@pytest.mark.slow
 def test_lines_that_a_full_disk_refused_are_written_once_there_is_space(config, monkeypatch, capsys):
     """All of them, and each once, though a write may be cut short."""
     full = []
@@ -152,6 +157,7 @@ def test_lines_that_a_full_disk_refused_are_written_once_there_is_space(config, 
     assert [line["checkpoint"] for line in lines if "checkpoint" in line] == [3, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flush_seconds", [30.0, -1.0, 1e9], ids=["at first", "always", "at the end"])
 def test_a_run_goes_on_without_tensorboard_after_one_warning(config, capsys, monkeypatch, flush_seconds):
     monkeypatch.setattr(tensorboard, "_FLUSH_SECONDS", flush_seconds)
@@ -165,6 +171,7 @@ def test_a_run_goes_on_without_tensorboard_after_one_warning(config, capsys, mon
     assert set(steps) == {1, 2, 3, 4, 5, 6}
 
 
+@pytest.mark.slow
 def test_a_folder_of_events_that_cannot_be_made_is_a_warning(config, capsys):
     run = RunFolder(config.output)
     run.create()
@@ -174,6 +181,7 @@ def test_a_folder_of_events_that_cannot_be_made_is_a_warning(config, capsys):
     assert "warning: no more events for TensorBoard (File exists)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_profile_that_cannot_be_written_is_a_warning(config, capsys, monkeypatch):
     def full():
         raise RuntimeError("UNKNOWN: No space left on device\nmore")
@@ -184,6 +192,7 @@ def test_a_profile_that_cannot_be_written_is_a_warning(config, capsys, monkeypat
     assert "warning: no profile in " in capsys.readouterr().out
 
 
+@pytest.mark.multiprocess
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
 def test_a_limit_of_file_sizes_is_one_line(config, tmp_path):
     """Stands for a full disk in a real process: every file that is larger than 20 kB fails."""
@@ -231,6 +240,7 @@ def failing_saves(monkeypatch, kind, steps):
     monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", waiting)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FULL_DISK)
 def test_a_save_that_fails_ends_that_save_and_not_the_run(config, monkeypatch, capsys, kind):
     """The next save tries again, and none is given up before a newer one is there."""
@@ -248,6 +258,7 @@ def test_a_save_that_fails_ends_that_save_and_not_the_run(config, monkeypatch, c
     assert [record["checkpoint"] for record in records if "checkpoint" in record] == [1, 4, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FULL_DISK)
 @pytest.mark.parametrize(("fails", "resumes"), [({1}, "it starts from its beginning"), ({6}, "it resumes from step 5")])
 def test_the_last_save_and_the_first_must_succeed(config, monkeypatch, kind, fails, resumes):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.configs import changed
 
-from gpt2_flax.config import dump_config
+from gpt2_flax.config.parse import dump_config
 from gpt2_flax.folders import new_folder
 from gpt2_flax.interruption import FirstSignal
 
@@ -56,7 +56,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 @pytest.fixture(scope="module")
 def made(corpus, tokenizer_folder, dataset_folder, tmp_path_factory):
     """What the commands need; a run that has ended among it."""
-    from gpt2_flax.config import parse_config
+    from gpt2_flax.config.parse import parse_config
     from gpt2_flax.training.loop import train
 
     folder = tmp_path_factory.mktemp("made")
@@ -83,6 +83,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[0])
 def test_a_signal_at_any_moment_ends_a_command_with_one_line(command, made, tmp_path):
     name, *arguments = command.format(**made).split()
@@ -130,6 +131,7 @@ def test_a_signal_at_any_moment_ends_a_command_with_one_line(command, made, tmp_
     assert sum(code != 0 for _, _, code, _, _ in results) >= MOMENTS / 2
 
 
+@pytest.mark.multiprocess
 def test_a_signal_to_all_processes_of_prepare_ends_all_with_one_line(made, tmp_path):
     (tmp_path / "corpus.txt").write_text(made["corpus"].read_text(encoding="utf-8") * 60, encoding="utf-8")
     arguments = ["prepare", tmp_path / "corpus.txt", "--tokenizer", made["tokenizer"], "--output"]
@@ -185,6 +187,7 @@ def run_as_prepare(body):
     )
 
 
+@pytest.mark.multiprocess
 def test_a_signal_in_a_callback_that_swallows_exceptions_is_not_lost(made, tmp_path):
     body = (
         "import gc\n"
@@ -207,6 +210,7 @@ def in_prepare(made, folder, body):
     return process
 
 
+@pytest.mark.multiprocess
 def test_a_signal_while_c_code_computes_ends_the_process_and_removes_what_was_unfinished(made, tmp_path):
     body = f"with new_folder(Path('new'), 'x') as f:\n    (f / 'x').touch(); print('now', flush=True); {COMPUTE}"
     process = in_prepare(made, tmp_path, body)
@@ -217,6 +221,7 @@ def test_a_signal_while_c_code_computes_ends_the_process_and_removes_what_was_un
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.multiprocess
 def test_what_is_being_removed_is_never_published(made, tmp_path):
     body = (
         "import gpt2_flax.folders as f; removed = threading.Event(); remove = f._remove\n"
@@ -231,6 +236,7 @@ def test_what_is_being_removed_is_never_published(made, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.multiprocess
 def test_a_second_signal_does_not_wait_for_the_clean_up(made, tmp_path):
     body = "def slowly(): print('now', flush=True); time.sleep(100)\nwith cleaned_up(slowly): slowly()"
     process = in_prepare(made, tmp_path, body)
@@ -243,6 +249,7 @@ def test_a_second_signal_does_not_wait_for_the_clean_up(made, tmp_path):
     assert time.monotonic() - begun < 4  # it would wait for five seconds
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("number", CODES)
 def test_a_second_signal_ends_at_once_what_the_first_asked_to_stop(number, made, tmp_path):
     process = in_prepare(made, tmp_path, f"with FirstSignal() as first:\n    print('now', flush=True); {COMPUTE}")
@@ -254,6 +261,7 @@ def test_a_second_signal_ends_at_once_what_the_first_asked_to_stop(number, made,
     assert (code, err.count("\n")) == (CODES[number], 1)
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_that_nohup_or_a_launcher_ignores_stays_ignored(number, made, tmp_path):
     arguments = f"prepare {made['corpus']} --tokenizer {made['tokenizer']} --output new".split()
@@ -267,6 +275,7 @@ def test_a_signal_that_nohup_or_a_launcher_ignores_stays_ignored(number, made, t
     assert err.startswith("error: disk full: the end; ")
 
 
+@pytest.mark.multiprocess
 def test_a_signal_that_comes_twice_at_once_is_one(made, tmp_path):
     body = (
         "with FirstSignal() as first:\n"
@@ -279,6 +288,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(made, tmp_path):
     assert err.startswith("error: interrupted: gpt2-flax prepare, by SIGTERM; ")
 
 
+@pytest.mark.multiprocess
 def test_a_signal_after_the_end_changes_nothing(made, tmp_path):
     """What libraries do at the end of the interpreter changes no exit code, and a second signal cuts it short."""
     late = "import atexit\ndef slowly(): print('now', flush=True); time.sleep(100)\natexit.register(slowly)\n"

@@ -23,17 +23,17 @@ LAYERS = [
     "folders",
     "input_files",
     "compilation_cache",
-    "config_errors",
     "config",
-    "config_file",
     "text",
     "tokenizers",
     "data",
     "parallel",
     "processes",
     "model",
+    "formats.registry",
     "checkpoint",
     "export",
+    "formats",
     "inference",
     "training",
     "plan",
@@ -54,9 +54,7 @@ JAX_FREE = (
     "progress",
     "folders",
     "input_files",
-    "config_errors",
     "config",
-    "config_file",
     "text",
     "tokenizers",
     "data",
@@ -73,9 +71,13 @@ def imports(path):
             yield node.module, node
 
 
+def layer_of(module):
+    """The layer of a module named by its dotted path below the package."""
+    return module if module == "formats.registry" else module.split(".")[0]
+
+
 def layer(path):
-    part = path.relative_to(PACKAGE).parts[0]
-    return part.removesuffix(".py")
+    return layer_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -84,8 +86,17 @@ def test_imports_point_down(path):
         return
     for module, _ in imports(path):
         if module.startswith("gpt2_flax."):
-            target = module.split(".")[1]
+            target = layer_of(module.removeprefix("gpt2_flax."))
             assert LAYERS.index(target) <= LAYERS.index(layer(path)), f"{path.name} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_formats_are_reached_through_their_registry_only(path):
+    if layer(path) == "formats":
+        return
+    for module, node in imports(path):
+        is_format = module.startswith("gpt2_flax.formats") and module != "gpt2_flax.formats.registry"
+        assert not is_format, f"{path.name}:{node.lineno} imports {module}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -100,8 +111,8 @@ def test_torch_and_transformers_are_imported_inside_functions_only(path):
 def test_contributing_lists_the_package_in_the_order_of_the_layers():
     tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```")[1]
     names = re.findall(r"^  (\w+)(?:/|\.py) +\S", tree, re.MULTILINE)
-    assert names == LAYERS[::-1]
-    assert set(names) == {layer(path) for path in FILES} - {"__init__"}
+    assert names == [name for name in LAYERS[::-1] if "." not in name]
+    assert set(names) == {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES} - {"__init__"}
 
 
 def test_files_are_short():
@@ -133,8 +144,9 @@ def test_text_is_utf8_whatever_the_locale(path):
         assert is_bytes or says or is_system, f"{path.name}:{call.lineno}"
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(
-    "module", ["gpt2_flax.cli", "gpt2_flax.data.prepare", "gpt2_flax.data.loader", "gpt2_flax.checkpoint.huggingface"]
+    "module", ["gpt2_flax.cli", "gpt2_flax.data.prepare", "gpt2_flax.data.batches", "gpt2_flax.checkpoint.huggingface"]
 )
 def test_what_needs_no_jax_does_not_import_it(module):
     code = f"import {module}, sys; sys.exit(bool({{'jax', 'torch', 'transformers'}} & set(sys.modules)))"

@@ -1,9 +1,9 @@
 """The packaging metadata: what the package imports is declared, and what an installation needs is packed."""
 
 import ast
+import configparser
 import re
 import sys
-import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -12,7 +12,8 @@ import pytest
 import gpt2_flax
 
 ROOT = Path(__file__).parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+SETUP = configparser.ConfigParser(interpolation=None)
+SETUP.read(ROOT / "setup.cfg", encoding="utf-8")
 FILES = sorted((ROOT / "gpt2_flax").rglob("*.py"))
 
 
@@ -25,9 +26,9 @@ def names(requirements):
     return {normalized(re.match(r"[\w.-]+", requirement)[0]) for requirement in requirements}
 
 
-REQUIRED = names(PROJECT["dependencies"])
+REQUIRED = names(SETUP["options"]["install_requires"].split("\n")[1:])
 INSTALLED = packages_distributions()
-OPTIONAL = {extra: names(requirements) for extra, requirements in PROJECT["optional-dependencies"].items()}
+OPTIONAL = {extra: names(lines.split("\n")[1:]) for extra, lines in SETUP["options.extras_require"].items()}
 
 
 def imported(path):
@@ -55,8 +56,10 @@ def test_every_imported_distribution_is_declared(path):
 
 
 def test_the_supported_pythons_are_those_that_the_scripts_accept():
-    assert PROJECT["requires-python"] == ">=3.11,<3.14"
-    versions = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if "Python :: 3" in line]
+    assert SETUP["options"]["python_requires"] == ">=3.11,<3.14"
+    versions = [
+        line.rpartition(" ")[2] for line in SETUP["metadata"]["classifiers"].split("\n") if "Python :: 3" in line
+    ]
     assert versions == ["3.11", "3.12", "3.13"]
     assert "(3, 11) <= sys.version_info[:2] <= (3, 13)" in (ROOT / "scripts/environment.sh").read_text()
 

@@ -13,7 +13,7 @@ from text.test_detect_encoding import SIMPLIFIED
 from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint.source import Source, save_as_run
 from gpt2_flax.checkpoint.weights import weights_of
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.prepare import prepare
 from gpt2_flax.errors import ExitCode, UserError
@@ -53,6 +53,7 @@ def assert_adds_up(lines, whole):
     assert nats == pytest.approx(whole.nats, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("across", [False, True])
 def test_documents_of_a_text_add_up_to_it(tokenizer_folder, corpus, tmp_path, across):
     source = make_source(tokenizer_folder, attend_across_documents=across)
@@ -71,6 +72,7 @@ def test_documents_of_a_text_add_up_to_it(tokenizer_folder, corpus, tmp_path, ac
         assert line["bits_per_character"] == pytest.approx(bits / line["characters"])
 
 
+@pytest.mark.slow
 def test_a_document_has_the_loss_that_it_has_alone(source, tmp_path):
     texts = ["这是很久之前的事情了", "我们在北京看见一只大鸟", "好", "山河人说好天水火木金土日月年时书车马" * 3]
     (tmp_path / "all.txt").write_text("\n".join(texts), encoding="utf-8")
@@ -84,6 +86,7 @@ def test_a_document_has_the_loss_that_it_has_alone(source, tmp_path):
                 assert lines[number]["loss"] == pytest.approx(alone.loss, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["train", "validation"])
 def test_either_split_of_a_dataset_is_evaluated(source, dataset_folder, tmp_path, part):
     whole = evaluate_source(source, str(dataset_folder), 16, 8, 0, OPTIONS, part)
@@ -110,7 +113,7 @@ def test_documents_are_found_in_rows_of_any_packing(config, dataset_folder, sour
 
 
 def test_long_documents_and_those_without_tokens_are_counted_as_they_were_prepared(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "PART_CHARACTERS", 20)
+    monkeypatch.setattr(documents, "SLICE_CHARACTERS", 20)
     monkeypatch.setattr(documents, "BATCH_CHARACTERS", 30)
     texts = ["这是很久之前的事情了" * 9, "\u0001", "好", "我们" * 40, "\u0001\u0002"]
     (tmp_path / "all.txt").write_text("\n".join(texts), encoding="utf-8")
@@ -158,6 +161,7 @@ def test_what_makes_no_sense_is_refused(source, corpus, dataset_folder, tmp_path
         assert error.value.exit_code == code
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_file_and_prints_the_whole(source, tokenizer_folder, corpus, tmp_path, capsys):
     save_as_run(source, tmp_path / "run")
     prepare([str(corpus)], load_tokenizer(tokenizer_folder), tmp_path / "data", validation_fraction=0.2)

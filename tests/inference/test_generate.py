@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from support.rows import rows
 
 from gpt2_flax.checkpoint.weights import weights_of
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.shard_job import in_validation
 from gpt2_flax.errors import ExitCode, UserError
@@ -24,6 +24,8 @@ from gpt2_flax.model.decoding import decoder_of
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.slow
 
 GREEDY = Sampling(temperature=0.0)
 NO_END = -1  # an id that never comes: every continuation gets its full length

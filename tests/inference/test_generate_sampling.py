@@ -124,6 +124,7 @@ def test_top_k_keeps_the_k_likeliest_and_equal_ones_with_them(seed, top_k, ties)
     np.testing.assert_array_equal(kept_1V, logits_1V >= np.sort(logits_1V)[:, -top_k])
 
 
+@pytest.mark.slow
 def test_tokens_are_drawn_as_often_as_their_probability_says():
     logits_V, n = np.log(np.array([0.5, 0.2, 0.15, 0.1, 0.05], np.float32)), 20_000
     arrays = Sampling(temperature=0.5, top_k=4, top_p=0.95).arrays(5)
@@ -136,6 +137,7 @@ def test_tokens_are_drawn_as_often_as_their_probability_says():
     assert np.abs(counts / n - expected).max() < 4 * math.sqrt(0.25 / n)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_document_ends_when_every_token_is_ruled_out(temperature):
     sampling = Sampling(temperature, no_repeat_ngram=1)
@@ -146,6 +148,7 @@ def test_a_document_ends_when_every_token_is_ruled_out(temperature):
     assert chosen_B[1] != 5
 
 
+@pytest.mark.slow
 def test_greedy_takes_the_first_of_the_likeliest():
     logits_BV = np.zeros((2, VOCABULARY), np.float32)
     logits_BV[0, [9, 20]] = 1

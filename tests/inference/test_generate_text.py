@@ -10,7 +10,7 @@ from flax import nnx
 from gpt2_flax.checkpoint.source import Source
 from gpt2_flax.checkpoint.weights import model_from_weights, weights_of
 from gpt2_flax.cli import app
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export.transformers_folder import export_folder
 from gpt2_flax.inference import decode
@@ -19,6 +19,8 @@ from gpt2_flax.inference.sampling import Sampling
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 from gpt2_flax.tokenizers.train import train_sentencepiece
+
+pytestmark = pytest.mark.slow
 
 PROMPTS = ["这是很久之前的事情了", "", "我们在北京", "好"]
 ENGLISH = "The quick brown fox jumps over the lazy dog. 今天天气很好, we walk to the river.\n"

@@ -7,7 +7,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.inference import decode
 from gpt2_flax.inference.prompt_lookup import look_up
 from gpt2_flax.inference.sampling import Sampling
@@ -62,6 +62,7 @@ def test_a_text_without_repetition_or_of_one_token_has_some_draft():
     assert look_up(tokens_BS, np.array([4, 1]), 3).shape == (2, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -87,6 +88,7 @@ def test_always_and_never_drafting_give_the_same_text(decoder, monkeypatch, samp
     assert all(len(prompt) + len(row) <= 64 and len(row) <= 40 for prompt, row in zip(prompts, found[0], strict=True))
 
 
+@pytest.mark.slow
 def test_a_text_that_repeats_itself_comes_in_fewer_steps(monkeypatch):
     """Small random weights say the same token over and over."""
     decoder, steps = make(0.02), []

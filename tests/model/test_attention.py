@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.attention_reference import assert_close, attend, draw, mesh_2x2x2, reference, with_gradients
 
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.errors import UserError
 from gpt2_flax.model import attention as module
 from gpt2_flax.model.attention import attention, saves_attention
@@ -21,6 +21,7 @@ def set_block(monkeypatch, size):
     jax.clear_caches()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize(
     ("length", "heads", "size"), [(1, 1, 4), (7, 3, 4), (16, 2, 8), (33, 2, 12), (48, 4, 16), (50, 1, 8)]
@@ -38,6 +39,7 @@ def test_xla_equals_float64(monkeypatch, length, heads, size, documents):
     assert_close(ours, expected, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [False, True])
 def test_xla_in_bfloat16_is_as_exact_as_its_inputs(monkeypatch, documents):
     set_block(monkeypatch, 32)
@@ -48,6 +50,7 @@ def test_xla_in_bfloat16_is_as_exact_as_its_inputs(monkeypatch, documents):
     assert_close(ours, reference(*arrays, segments), 2**-7)
 
 
+@pytest.mark.slow
 def test_block_size_changes_nothing_but_rounding(monkeypatch):
     *arrays, segments = draw(2, 40, 2, 8)
     results = []
@@ -58,12 +61,14 @@ def test_block_size_changes_nothing_but_rounding(monkeypatch):
     assert_close(results[2], results[0], 2e-6)
 
 
+@pytest.mark.slow
 def test_large_scores_stay_finite():
     q, k, v, d_out, segments = draw(1, 20, 1, 8)
     for array in with_gradients("xla", q * 1e3, k * 1e3, v, d_out, segments):
         assert np.isfinite(array).all()
 
 
+@pytest.mark.slow
 def test_the_future_and_other_documents_are_not_seen(monkeypatch):
     set_block(monkeypatch, 8)
     q, k, v, _, _ = draw(1, 30, 2, 4)
@@ -107,6 +112,7 @@ def test_dropout_drops_its_share_and_scales_the_rest(monkeypatch):
     assert (kept[0, :, 32:, :32] != kept[1, :, 32:, :32]).mean() > 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [False, True])
 def test_dropout_going_backward_is_that_of_going_forward(monkeypatch, documents):
     set_block(monkeypatch, 16)
@@ -117,6 +123,7 @@ def test_dropout_going_backward_is_that_of_going_forward(monkeypatch, documents)
     assert_close(ours, reference(*arrays, segments, kept, 0.4), 2e-6)
 
 
+@pytest.mark.slow
 def test_dropout_is_decided_by_the_key(monkeypatch):
     set_block(monkeypatch, 16)
     q, k, v, _, _ = draw(1, 40, 2, 8)
@@ -128,6 +135,7 @@ def test_dropout_is_decided_by_the_key(monkeypatch):
     np.testing.assert_array_equal(plain, attend("xla", q, k, v, None, 0.0, jax.random.key(1)))
 
 
+@pytest.mark.slow
 def test_dropout_keeps_the_mean(monkeypatch):
     set_block(monkeypatch, 8)
     q, k, v, _, _ = draw(1, 20, 1, 4)
@@ -146,6 +154,7 @@ def cudnn(monkeypatch):
 # Memory
 
 
+@pytest.mark.slow
 def test_xla_keeps_no_probabilities_for_the_backward_pass():
     batch, length, heads, size = 1, 1024, 4, 16
     shape = jax.ShapeDtypeStruct((batch, length, heads, size), jnp.float32)
@@ -162,6 +171,7 @@ def test_xla_keeps_no_probabilities_for_the_backward_pass():
     assert (bytes_of(6) - bytes_of(2)) / 4 < 0.6 * (4 * batch * heads * length * length / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "run"), [("xla", r"= exp "), ("cudnn", "attention_fwd")])
 def test_what_rematerialisation_keeps_is_not_computed_again(cudnn, kernel, run):
     x, segments = jnp.zeros((1, 128, 2, 8), jnp.bfloat16), jnp.zeros((1, 128), jnp.int32)
@@ -177,6 +187,7 @@ def test_what_rematerialisation_keeps_is_not_computed_again(cudnn, kernel, run):
 # Splash attention, interpreted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length", "documents"), [(128, False), (256, True), (384, True)])
 def test_splash_equals_float64(interpreted, length, documents):
     *arrays, segments = draw(2, length, 2, 16)
@@ -184,11 +195,13 @@ def test_splash_equals_float64(interpreted, length, documents):
     assert_close(with_gradients("splash", *arrays, segments), reference(*arrays, segments), 1e-5)
 
 
+@pytest.mark.slow
 def test_splash_in_bfloat16(interpreted):
     *arrays, segments = draw(1, 128, 2, 64, jnp.bfloat16)
     assert_close(with_gradients("splash", *arrays, segments), reference(*arrays, segments), 2**-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["xla", "splash"])
 def test_a_mesh_changes_nothing(interpreted, kernel):
     *arrays, segments = draw(4, 128, 2, 8)
@@ -206,6 +219,7 @@ def lowered_for_gpu(function, *shapes):
     return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("mesh", [False, True])
 def test_cudnn_gets_its_own_calls(cudnn, documents, mesh):
@@ -224,6 +238,7 @@ def test_cudnn_gets_its_own_calls(cudnn, documents, mesh):
         assert operands.startswith("tensor<2x128x2x64xbf16>")
 
 
+@pytest.mark.slow
 def test_layers_keep_no_mask_for_cudnn_each(cudnn):
     x, segments = jax.ShapeDtypeStruct((8, 128, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((8, 128), jnp.int32)
 
@@ -241,6 +256,7 @@ def test_layers_keep_no_mask_for_cudnn_each(cudnn):
 # In the model
 
 
+@pytest.mark.slow
 def test_a_model_that_attends_across_documents_sees_the_same_with_and_without_segments():
     from flax import nnx
 
@@ -253,6 +269,7 @@ def test_a_model_that_attends_across_documents_sees_the_same_with_and_without_se
     np.testing.assert_allclose(across[1:, :15], alone, atol=1e-6)  # padding is not seen by what comes before it
 
 
+@pytest.mark.slow
 def test_a_kernel_that_cannot_be_is_refused_where_the_model_runs():
     from flax import nnx
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.model import embedding
 from gpt2_flax.model.embedding import copies, look_up, look_up_whole, sum_by_id
@@ -46,6 +46,7 @@ def added_up(x_ND, ids_N, n_ids):
     return sums_VD, sizes_VD
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
     ("n", "n_ids"), [(1, 1), (127, 3), (128, 400), (5000, 1), (5000, 7), (5000, 400), (4096, 20_000)]
@@ -67,6 +68,7 @@ def test_ones_add_up_to_their_number():
     np.testing.assert_array_equal(sum_by_id(jnp.ones((2**16, 4), jnp.bfloat16), jnp.zeros(2**16, jnp.int32), 1), 2**16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 @pytest.mark.parametrize("table", ["tokens", "positions"])
 def test_gradients_on_gpus_are_the_sums_of_all_rows_of_all_devices(table, sizes, on_gpu):
@@ -106,6 +108,7 @@ def gradient_of_loss():
     return jax.grad(lambda model, batch: model.loss(batch).nats), (model, Batch(*[ids] * len(Batch._fields)))
 
 
+@pytest.mark.slow
 def test_a_gradient_for_gpus_scatters_nothing_and_sorts_ids_alone(on_gpu):
     gradient, arguments = gradient_of_loss()
     program = jax.jit(gradient).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
@@ -114,6 +117,7 @@ def test_a_gradient_for_gpus_scatters_nothing_and_sorts_ids_alone(on_gpu):
     assert set(sorted_shapes) == {"tensor<256xi32>, tensor<256xi32>"}
 
 
+@pytest.mark.slow
 def test_a_gpu_does_not_round_what_it_adds_up():
     """By default a GPU multiplies float32 as TF32, of 10 bits; a CPU cannot show that."""
     arguments = jax.ShapeDtypeStruct((300, WIDTH), jnp.float32), jax.ShapeDtypeStruct((300,), jnp.int32)
@@ -123,6 +127,7 @@ def test_a_gpu_does_not_round_what_it_adds_up():
     assert all("precision = [HIGHEST, HIGHEST]" in product for product in products)
 
 
+@pytest.mark.slow
 def test_a_gradient_for_cpus_scatters_as_it_is_quickest_there():
     gradient, arguments = gradient_of_loss()
     program = jax.jit(gradient).lower(*arguments).as_text()
@@ -130,6 +135,7 @@ def test_a_gradient_for_cpus_scatters_as_it_is_quickest_there():
     assert "stablehlo.sort" not in program
 
 
+@pytest.mark.slow
 def test_a_program_compiled_for_a_gpu_scatters_nothing():
     pytest.importorskip("jax_plugins.xla_cuda12")
     gradient, arguments = gradient_of_loss()

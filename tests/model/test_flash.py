@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.attention_reference import assert_close, attend, draw, mesh_2x2x2, reference, with_gradients
 
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.model import gpt2 as gpt2_module
 from gpt2_flax.model.attention import saves_attention
@@ -84,6 +84,7 @@ def test_half_precision_is_as_exact_as_its_inputs(dtype):
     check(arrays, segments, RATE, None, 2**-7)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(st.integers(2, 90), st.sets(st.integers(1, 89), max_size=12), st.sampled_from([0.0, 0.3]))
 def test_any_documents(length, cuts, rate):
@@ -112,6 +113,7 @@ def test_blocks_outside_a_document_are_not_read():
 # In the model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [False, True])
 def test_plain_products_drop_the_same_weights(interpreted, documents):
     *arrays, segments = draw(2, 96, 2, 16)
@@ -120,6 +122,7 @@ def test_plain_products_drop_the_same_weights(interpreted, documents):
     assert_close(with_gradients("flash", *arrays, segments, RATE, key), plain, 2e-6)
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing(interpreted):
     *arrays, segments = draw(4, 64, 2, 16)
     key = jax.random.key(5)
@@ -130,6 +133,7 @@ def test_a_mesh_changes_nothing(interpreted):
     assert_close(ours, alone, 1e-6)  # compiled for a CPU, sums may be in another order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [saves_attention, jax.checkpoint_policies.nothing_saveable])
 def test_rematerialisation_changes_no_bit(interpreted, policy):
     x, _, _, _, segments = draw(2, 64, 2, 16)
@@ -143,6 +147,7 @@ def test_rematerialisation_changes_no_bit(interpreted, policy):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", ["scanned", "unrolled"])
 @pytest.mark.parametrize("remat", ["none", "selected", "full"])
 def test_a_model_has_the_loss_and_gradient_of_plain_products(interpreted, monkeypatch, layers, remat):
@@ -161,6 +166,7 @@ def test_a_model_has_the_loss_and_gradient_of_plain_products(interpreted, monkey
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_no_array_has_a_number_for_each_pair_of_tokens():
     qkv, segments = jax.ShapeDtypeStruct((2, 1024, 3, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 1024), jnp.int32)
 
@@ -232,6 +238,7 @@ def test_dropout_of_activations_has_its_rate_and_keeps_the_mean():
     assert np.abs(products[np.triu_indices(8, 1)]).max() < 4.5
 
 
+@pytest.mark.slow
 def test_dropout_of_activations_is_the_same_on_a_mesh_and_going_backward():
     x = jnp.linspace(1, 2, 8 * 16 * 32).reshape(8, 16, 32)
     run = jax.jit(jax.value_and_grad(lambda x: dropout(x, RATE, jax.random.key(0)).sum()))

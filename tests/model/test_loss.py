@@ -75,6 +75,7 @@ def assert_equal(arrays, expected_arrays, tolerance):
         np.testing.assert_allclose(array, factor * expected_array, rtol=0, atol=tolerance * largest)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     n_rows=st.integers(1, 4),
@@ -92,6 +93,7 @@ def test_sums_and_gradients_equal_float64_numpy(n_rows, length, vocab_size, padd
         assert_equal(found(*arrays, vocab_size), expected(*arrays, vocab_size), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [3, 1024])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_sums_and_gradients_are_the_same_on_every_mesh(mesh, chunk, monkeypatch):
@@ -115,6 +117,7 @@ def test_bfloat16_hidden_states_give_the_gradients_of_float32_within_a_hundredth
     np.testing.assert_allclose(sums, wanted[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [3, 4096])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_float16_logits_give_the_sums_and_gradients_of_float64_on_every_mesh(mesh, chunk, gpu, monkeypatch):
@@ -139,6 +142,7 @@ def test_float16_logits_keep_the_label_in_float32(gpu):
     np.testing.assert_allclose(found(*arrays, 64)[0], expected(*arrays, 64)[0], rtol=0.02)
 
 
+@pytest.mark.slow
 def test_float16_logits_do_not_make_predictions_right_that_were_not(gpu):
     """Of two likely tokens 0 to 1/64 apart, as far as float16 numbers are at 16, the label is one."""
     draw, cases = np.random.default_rng(0), 512
@@ -155,6 +159,7 @@ def test_float16_logits_do_not_make_predictions_right_that_were_not(gpu):
     assert overcount > 0.2 * cases  # had the label's logit been rounded like the others
 
 
+@pytest.mark.slow
 def test_float16_logits_train_as_float32_ones_do(config, monkeypatch):
     """The losses of a whole run that learns a pattern, and how far every tenth step's gradients are from float64's."""
     step, first, batches = step_and_state(changed(config, model__dtype="bfloat16", training__total_steps=40), 40)
@@ -202,6 +207,7 @@ def makes_float16_logits(dtype, gradients):
     return products == ["f16"]
 
 
+@pytest.mark.slow
 def test_only_training_in_bfloat16_on_a_gpu_makes_float16_logits(monkeypatch):
     traced = {}
     for platform in ("cpu", "gpu", "tpu"):
@@ -212,12 +218,14 @@ def test_only_training_in_bfloat16_on_a_gpu_makes_float16_logits(monkeypatch):
     assert [case for case, float16 in traced.items() if float16] == [("gpu", "bfloat16", True)]
 
 
+@pytest.mark.slow
 def test_all_targets_ignored_is_no_loss_and_no_gradient():
     x_BTD, embedding_VD, targets_BT = example(2, 5, 8, vocab_size=16, padded=16, ignored=1.0)
     for array in found(x_BTD, embedding_VD, targets_BT, 16):
         assert not np.asarray(array).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_padding_of_the_vocabulary_gets_no_gradient(mesh):
     arrays = example(8, 4, 16, vocab_size=64, padded=128)  # of two parts one is padding alone
@@ -227,12 +235,14 @@ def test_padding_of_the_vocabulary_gets_no_gradient(mesh):
     assert of_embedding_VD[:64].any()
 
 
+@pytest.mark.slow
 def test_huge_logits_stay_finite():
     x_BTD, embedding_VD, targets_BT = example(2, 4, 8, vocab_size=30, padded=32)
     arrays = x_BTD * 1e3, embedding_VD, targets_BT
     assert_equal(found(*arrays, 30), expected(*arrays, 30), 1e-5)
 
 
+@pytest.mark.slow
 def test_float16_logits_beyond_65504_stay_finite(gpu):
     x_BTD, embedding_VD, targets_BT = example(2, 4, 8, vocab_size=30, padded=32)
     arrays = (x_BTD * 1e4).astype(jnp.bfloat16), embedding_VD * 1e2, targets_BT
@@ -241,6 +251,7 @@ def test_float16_logits_beyond_65504_stay_finite(gpu):
         assert np.isfinite(np.float32(array)).all()
 
 
+@pytest.mark.slow
 def test_a_hidden_state_that_is_no_number_makes_a_loss_that_is_none(gpu):
     """Training skips such a step."""
     x_BTD, embedding_VD, targets_BT = example(2, 4, 8, vocab_size=30, padded=32, ignored=0)
@@ -248,6 +259,7 @@ def test_a_hidden_state_that_is_no_number_makes_a_loss_that_is_none(gpu):
     assert np.isnan(found(x_BTD.astype(jnp.bfloat16), embedding_VD, targets_BT, 30)[0][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_look_up_takes_rows_and_adds_its_gradient_to_that_of_the_head(mesh):
     x_BTD, embedding_VD, targets_BT = example(8, 5, 16, vocab_size=65, padded=128)
@@ -283,6 +295,7 @@ def compiled(n_tokens, width=64, vocab_size=4096, mesh=(1, 1, 1), gradients=True
         return jax.jit(function).lower(*shapes(n_tokens, width, vocab_size)).compile()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "devices"), [((1, 1, 1), 1), ((8, 1, 1), 8)])
 def test_memory_does_not_grow_with_tokens_times_vocabulary(mesh, devices):
     few, many = (compiled(n * 1024 * devices, mesh=mesh).memory_analysis().temp_size_in_bytes for n in (2, 8))
@@ -295,6 +308,7 @@ def flops(n_tokens, width, gradients):
     return compiled(n_tokens, width, gradients=gradients).cost_analysis()["flops"]
 
 
+@pytest.mark.slow
 def test_evaluation_takes_one_product_and_training_three():
     # In one chunk: the analysis counts a loop as one turn. What is not a product does not depend on the width.
     product = 2 * 1024 * 256 * 4096
@@ -303,6 +317,7 @@ def test_evaluation_takes_one_product_and_training_three():
         assert found == pytest.approx(products * product, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("platform", "tokens"), [("cpu", 1024), ("tpu", 1024), ("gpu", 4096)])
 def test_one_chunk_is_no_loop(platform, tokens, monkeypatch):
     monkeypatch.setattr(loss, "platform", lambda: platform)

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from gpt2_flax.checkpoint.weights import model_from_weights, weights_of
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.data.packing import IGNORE
 from gpt2_flax.model.decoding import Cache, decoder_of
 from gpt2_flax.model.gpt2 import GPT2
@@ -41,6 +41,7 @@ def test_past_tokens_do_change_future_logits(model):
     assert not np.allclose(run(model, TOKENS_BT)[:, -1], run(model, changed_BT)[:, -1])
 
 
+@pytest.mark.slow
 def test_loss_equals_float64_numpy(model):
     x_BTD = model.hidden(TOKENS_BT)
     targets_BT = np.where(np.arange(16) % 3 == 0, IGNORE, TOKENS_BT)
@@ -53,6 +54,7 @@ def test_loss_equals_float64_numpy(model):
     assert sums.correct == (logits_BTV.argmax(-1) == TOKENS_BT)[counted_BT].sum()
 
 
+@pytest.mark.slow
 def test_documents_packed_in_a_row_get_the_logits_they_get_alone(model):
     segments_1T = np.array([[1] * 5 + [2] * 8 + [3] * 3])
     positions_1T = np.concatenate([np.arange(5), np.arange(8), np.arange(3)])[None]
@@ -62,6 +64,7 @@ def test_documents_packed_in_a_row_get_the_logits_they_get_alone(model):
         np.testing.assert_allclose(packed_TV[start:stop], alone_TV, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_dropout_is_off_without_a_key_and_reproducible_with_one():
     model = GPT2(CFG.model_copy(update={"attn_pdrop": 0.5}), rngs=nnx.Rngs(0))
     key = jax.random.key(3)
@@ -71,6 +74,7 @@ def test_dropout_is_off_without_a_key_and_reproducible_with_one():
     assert not np.allclose(dropped, run(model, TOKENS_BT, dropout_key=jax.random.key(4)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", ["embd_pdrop", "attn_pdrop", "resid_pdrop"])
 def test_each_dropout_keeps_the_mean_and_does_something(rate):
     model = GPT2(
@@ -82,6 +86,7 @@ def test_each_dropout_keeps_the_mean_and_does_something(rate):
     assert float(jnp.abs(x_NBTD.mean(0) - model.hidden(TOKENS_BT)).mean()) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("remat", "layers"),
     [("none", "scanned"), ("selected", "scanned"), ("full", "scanned"), ("selected", "unrolled"), ("full", "unrolled")],
@@ -92,6 +97,7 @@ def test_how_layers_are_computed_changes_no_gradient(model, remat, layers):
         np.testing.assert_allclose(plain, rematted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_follows_float32(model):
     half = model_from_weights(CFG.model_copy(update={"dtype": "bfloat16"}), weights_of(model))
     assert half.hidden(TOKENS_BT).dtype == jnp.bfloat16
@@ -116,6 +122,7 @@ def test_weights_round_trip_exactly(model):
         np.testing.assert_array_equal(array, again[path])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", ["apart", "as they lie"])
 def test_decoding_with_a_cache_gives_the_logits_of_the_whole_sequence(model, layers):
     """Rows read prompts of 6 and 1 tokens, padded, then two steps of 3, of which the second row takes back one."""

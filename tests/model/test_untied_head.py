@@ -11,17 +11,18 @@ import pytest
 from flax import nnx
 from support.configs import changed
 from support.rows import batches_of, rows
-from support.weight_folders import random_weights
+from support.weight_folders import as_tensors, random_weights
 
 from gpt2_flax.checkpoint.huggingface import read_folder, to_state_dict
 from gpt2_flax.checkpoint.source import Source, load_source, save_as_run
-from gpt2_flax.checkpoint.uer import from_uer, read_uer, to_uer, to_uer_config
 from gpt2_flax.checkpoint.weights import logits_of, model_from_weights, weights_of
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export.transformers_folder import export_folder
-from gpt2_flax.export.uer_file import write_uer
+from gpt2_flax.formats.uer import from_uer, read_uer
+from gpt2_flax.formats.uer_config import to_uer_config
+from gpt2_flax.formats.uer_export import to_uer, write_folder
 from gpt2_flax.inference.decode import generate
 from gpt2_flax.inference.evaluation import evaluate
 from gpt2_flax.inference.per_document import evaluate_documents
@@ -71,6 +72,7 @@ def trained(config, shape, steps=2):
     return losses, start, weights_of(state.model)
 
 
+@pytest.mark.slow
 def test_losses_are_the_same_on_eight_devices_and_the_head_goes_its_own_way(untied, capfd):
     untied = changed(untied, optimizer__warmup=0)
     expected, start, end = trained(untied, (1, 1, 1))
@@ -83,6 +85,7 @@ def test_losses_are_the_same_on_eight_devices_and_the_head_goes_its_own_way(unti
     assert not np.array_equal(start[HEAD], start["wte/embedding"])
 
 
+@pytest.mark.slow
 def test_all_else_is_drawn_as_in_a_model_whose_head_is_tied(untied):
     tied = untied.model.model_copy(update={"tie_word_embeddings": True})
     ours, theirs = (weights_of(GPT2(model, rngs=nnx.Rngs(3))) for model in (untied.model, tied))
@@ -93,6 +96,7 @@ def test_all_else_is_drawn_as_in_a_model_whose_head_is_tied(untied):
     assert sum(array.size for array in ours.values()) == untied.model.parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("decayed", [False, True])
 def test_the_optimizer_treats_the_head_as_an_embedding(untied, name, decayed):
@@ -119,6 +123,7 @@ def test_documents_are_evaluated_with_it(source, dataset_folder):
     assert sum(found.nats for found in each) == pytest.approx(whole.nats, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_of_one_is_saved_and_loaded_exactly(source, tmp_path):
     save_as_run(source, tmp_path / "run")
     again = load_source(tmp_path / "run")
@@ -145,6 +150,7 @@ def test_a_run_does_not_start_from_a_model_whose_head_is_of_the_other_kind(untie
 # transformers
 
 
+@pytest.mark.slow
 def test_a_folder_of_transformers_comes_back_bit_for_bit_and_goes_on_as_there(source, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     sizes = {name: getattr(source.model, name) for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")}
@@ -192,6 +198,7 @@ def test_other_formats_hold_it_too(source, tmp_path, format):
 # UER-py
 
 
+@pytest.mark.slow
 def test_a_model_of_uer_is_read_and_goes_back(tmp_path):
     torch = pytest.importorskip("torch")
     from support.uer_model import trained
@@ -213,7 +220,7 @@ def test_a_model_of_uer_is_read_and_goes_back(tmp_path):
 
 def test_a_folder_for_uer_is_compared_with_the_head_that_it_has(source, tmp_path):
     torch = pytest.importorskip("torch")
-    compared = write_uer(source, tmp_path / "uer")
+    compared = write_folder(source, tmp_path / "uer")
     assert compared.max_logit_difference < 1e-5 * max(10, compared.max_logit)
     saved = torch.load(tmp_path / "uer" / "model.bin", weights_only=True)
     np.testing.assert_array_equal(saved["target.lm.output_layer.weight"].numpy(), source.weights[HEAD])
@@ -225,11 +232,11 @@ def test_what_the_config_of_uer_says_goes_before_what_the_numbers_say(source):
     tied = source.model.model_copy(update={"tie_word_embeddings": True})
     shared = to_uer({path: array for path, array in source.weights.items() if path != HEAD}, tied)
     apart, heads = to_uer(source.weights, source.model), {"heads_num": 2}
-    assert from_uer(shared, heads)[0].tie_word_embeddings
-    assert not from_uer(shared, heads | {"tie_weights": False})[0].tie_word_embeddings
-    assert not from_uer(apart, heads)[0].tie_word_embeddings
+    assert from_uer(as_tensors(shared), heads, "", "")[0].tie_word_embeddings
+    assert not from_uer(as_tensors(shared), heads | {"tie_weights": False}, "", "")[0].tie_word_embeddings
+    assert not from_uer(as_tensors(apart), heads, "", "")[0].tie_word_embeddings
     with pytest.raises(UserError, match=r"tie_weights is true but target\.lm\.output_layer\.weight differs from"):
-        from_uer(apart, heads | {"tie_weight": True})
+        from_uer(as_tensors(apart), heads | {"tie_weight": True}, "", "")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import jax
 import pytest
 from support.configs import changed
 
-from gpt2_flax.config import parse_config
+from gpt2_flax.config.parse import parse_config
 from gpt2_flax.parallel.auto_mesh import choose_mesh
 from gpt2_flax.parallel.devices import memory_bytes
 from gpt2_flax.parallel.mesh import MeshSizes, platform
@@ -59,6 +59,7 @@ def test_what_does_not_go_together_is_left_to_be_refused():
     assert chosen == MeshSizes(data=-1, fsdp=1, tensor=1)
 
 
+@pytest.mark.slow
 def test_every_mesh_that_is_chosen_can_be_trained_on(config):
     from gpt2_flax.training.loop import train
 
@@ -93,7 +94,7 @@ def test_the_platform_is_that_of_the_mesh_in_force(monkeypatch):
 def test_parameters_are_counted_as_flax_makes_them():
     from flax import nnx
 
-    from gpt2_flax.config import ModelConfig
+    from gpt2_flax.config.schema import ModelConfig
     from gpt2_flax.model.gpt2 import GPT2
 
     cfg = ModelConfig(vocab_size=256, n_positions=10, n_layer=3, n_head=2, n_embd=8)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gpt2_flax.config import parse_config
+from gpt2_flax.config.parse import parse_config
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 from gpt2_flax.parallel.rules import batch_sharding, path_of
@@ -211,6 +211,7 @@ def sent(program):
     return {kind: found.bytes_sent for kind, found in collectives(program.as_text()).items()}
 
 
+@pytest.mark.slow
 def test_data_parallel_sums_every_gradient_once(step):
     program, sizes = step((8, 1, 1))
     # Every device has all gradients, of its rows: one all-reduce of each, the token embedding's of both its uses too.
@@ -220,6 +221,7 @@ def test_data_parallel_sums_every_gradient_once(step):
     assert found["all-reduce"] <= 1.1 * least
 
 
+@pytest.mark.slow
 def test_fsdp_gathers_every_parameter_for_each_use_and_sums_every_gradient_once(step):
     program, sizes = step((1, 8, 1))
     embedding = sizes["wte/embedding"]
@@ -236,6 +238,7 @@ def test_fsdp_gathers_every_parameter_for_each_use_and_sums_every_gradient_once(
     assert found.keys() == {"all-gather", "reduce-scatter", "all-reduce"}  # no all-to-all: no activation moves
 
 
+@pytest.mark.slow
 def test_tensor_parallel_sums_activations_twice_a_layer_each_way(step):
     program, _ = step((1, 1, 4))
     activations = 4 * ROWS * LENGTH * WIDTH
@@ -248,6 +251,7 @@ def test_tensor_parallel_sums_activations_twice_a_layer_each_way(step):
     assert found["all-reduce"] <= 1.1 * least
 
 
+@pytest.mark.slow
 def test_all_three_together_send_no_more_than_their_parts(step):
     program, sizes = step((2, 2, 2))
     embedding = sizes["wte/embedding"]
@@ -263,6 +267,7 @@ def test_all_three_together_send_no_more_than_their_parts(step):
     assert found.keys() == {"all-gather", "reduce-scatter", "all-reduce"}
 
 
+@pytest.mark.slow
 def test_work_of_a_device_does_not_grow_with_devices(step):
     alone, eight = (step(shape, rows)[0].cost_analysis()["flops"] for shape, rows in (((1, 1, 1), 2), ((8, 1, 1), 16)))
     assert eight == pytest.approx(alone, rel=0.05)
@@ -276,6 +281,7 @@ def compiled_for_gpus(**sizes):
     return sent(program), program.as_text(), sizes
 
 
+@pytest.mark.slow
 def test_gpus_sum_gradients_in_float32_once():
     found, program, sizes = compiled_for_gpus(data=8)
     assert found.keys() == {"all-reduce"}

@@ -16,8 +16,8 @@ import tomli_w
 from support.configs import changed
 
 from gpt2_flax import __main__ as cli
-from gpt2_flax.config import parse_config
-from gpt2_flax.config_file import load_config
+from gpt2_flax.config.file import load_config
+from gpt2_flax.config.parse import parse_config
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.model import loss
@@ -86,6 +86,7 @@ def test_tokens_and_arithmetic_of_the_published_schedule():
     assert second.days(8 * 989e12, 0.4) == pytest.approx(second.flops / (8 * 989e12 * 0.4 * 24 * 3600))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_as_large_as_the_state_it_holds(config):
     config, _ = read_datasets(config)
     mesh = make_mesh(ONE, jax.devices()[:1])
@@ -113,6 +114,7 @@ def test_epochs_of_a_mixture_count_by_weight(config, dataset_folder, tmp_path):
 # Memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_state_on_a_device_is_what_is_really_there(config, sizes):
     config, _ = read_datasets(config)
@@ -128,6 +130,7 @@ def test_state_on_a_device_is_what_is_really_there(config, sizes):
     assert estimate.optimizer == on_first(state.opt_state)
 
 
+@pytest.mark.slow
 def test_activations_shrink_with_remat_and_with_parts():
     kept = {remat: memory(published(2, f"model.remat={remat}"), ONE) for remat in ("none", "selected", "full")}
     assert kept["none"].activations > 2 * kept["selected"].activations > 4 * kept["full"].activations
@@ -256,6 +259,7 @@ def with_memory(monkeypatch, size):
     monkeypatch.setattr(ahead_of_time, "memory_bytes", lambda device: size)
 
 
+@pytest.mark.slow
 def test_activations_computed_again_are_tried_first(monkeypatch, small, compiled):
     with_memory(monkeypatch, compiled.total - 1)
     assert not dataclasses.replace(compiled, available=compiled.total - 1).fits
@@ -271,6 +275,7 @@ def test_activations_computed_again_are_tried_first(monkeypatch, small, compiled
     assert change.compiled.total < compiled.total
 
 
+@pytest.mark.slow
 def test_parts_are_tried_when_that_is_not_enough(monkeypatch, small, compiled):
     full = changed(small, model__remat="full")
     needed = compile_step(full, devices_for("cpu:2"))
@@ -314,6 +319,7 @@ def test_what_the_compiler_says_of_too_little_memory_is_understood():
 # Compiled for what is not here
 
 
+@pytest.mark.slow
 def test_a_tpu_is_compiled_for(small):
     pytest.importorskip("libtpu")
     devices = devices_for("v5e:2x4")
@@ -323,6 +329,7 @@ def test_a_tpu_is_compiled_for(small):
     assert compiled.collectives["all-reduce"].bytes_sent > 0
 
 
+@pytest.mark.multiprocess
 def test_several_programs_can_compile_for_tpus_at_once(monkeypatch):
     pytest.importorskip("libtpu")
     devices_for("v5e:2x4")  # this one has loaded libtpu now
@@ -359,6 +366,7 @@ def test_descriptions_of_gpus_are_accepted(name):
     assert peak_flops(devices[0].device_kind, "bfloat16")
 
 
+@pytest.mark.slow
 @compiles_for_gpus
 def test_a_gpu_is_compiled_for(small):
     devices = devices_for("h200:8")
@@ -367,6 +375,7 @@ def test_a_gpu_is_compiled_for(small):
     assert memory_fraction(devices, compiled) is None
 
 
+@pytest.mark.slow
 def test_a_missing_cudnn_is_named_with_what_installs_it(small):
     pytest.importorskip("jax_plugins.xla_cuda12")
     if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cudnn"):
@@ -424,6 +433,7 @@ def test_the_command_compiles_and_says_what_fits(run, config, tmp_path, monkeypa
     assert re.search(r"^verdict +does not fit; nothing tried", out, re.M)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "mesh", "devices"),
     [
@@ -442,11 +452,13 @@ def test_a_mesh_for_another_number_of_devices_is_planned_for_that(config, keys, 
     assert devices in lines
 
 
+@pytest.mark.slow
 def test_rows_that_no_mesh_shares_are_refused(config):
     odd = changed(config, data__global_batch_size=15, mesh__fsdp=8, mesh__tensor=1)
     refused(ExitCode.CONFIG, "cannot be shared by 8", lambda: list(plan_lines(odd, jax.devices(), 0.4)))
 
 
+@pytest.mark.slow
 def test_the_command_says_how_long_it_takes_where_a_peak_is_known():
     class Device:
         device_kind, platform = "NVIDIA H200", "gpu"

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
@@ -130,6 +132,7 @@ def test_a_compiled_program_has_its_bytes(script):
     assert found["elementwise of layers"][1] == pytest.approx(2 * 4 * 100_000, rel=0.01)
 
 
+@pytest.mark.multiprocess
 def test_the_command_shows_variants_side_by_side(tmp_path):
     for name in ("before", "after"):
         (tmp_path / f"{name}.txt").write_text(LOOP, encoding="utf-8")

@@ -413,6 +413,7 @@ def test_the_jobset_says_what_the_program_reads(environment):
     assert mounts == {volume["name"] for volume in job["template"]["spec"]["volumes"]}
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("code", "restarts", "again"),
     [(0, 0, False), (75, 0, True), (137, 3, True), (65, 0, False), (76, 0, False), (130, 0, False), (75, 100, False)],
@@ -431,6 +432,7 @@ def test_the_slurm_script_starts_again_where_that_helps(tmp_path, code, restarts
     assert result.returncode == (0 if again else code)
 
 
+@pytest.mark.multiprocess
 def test_the_slurm_script_makes_a_secret_of_its_own_for_each_start(tmp_path):
     (tmp_path / "srun").write_text('#!/bin/sh\necho "$GPT2_FLAX_SECRET"\n')
     (tmp_path / "srun").chmod(0o755)

@@ -23,7 +23,10 @@ from gpt2_flax.processes import joining, meeting, messages
 from gpt2_flax.processes.place import Place
 from gpt2_flax.processes.watchdog import Watchdog, announced
 
-pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning"),
+]
 DOGS = []
 SECRET = "correct horse battery staple"
 HELLO = {"kind": "hello", "number": 1, "n_processes": 2, "host": "far", "pid": 7, "facts": {}, "nonce": "n"}
@@ -601,6 +604,7 @@ def test_one_process_has_nobody_to_let_know():
 # Real processes
 
 
+@pytest.mark.multiprocess
 def test_a_broken_installation_of_one_host_ends_all(config, tmp_path):
     broken = "import sys; sys.modules['optax'] = None"
     codes, _, errors = ended(start(config, tmp_path, before=("", broken)))
@@ -610,6 +614,7 @@ def test_a_broken_installation_of_one_host_ends_all(config, tmp_path):
     assert "optax" in errors[0]
 
 
+@pytest.mark.multiprocess
 def test_a_signal_while_they_meet_ends_all(config, tmp_path):
     killed = """
 import os, threading

@@ -16,6 +16,8 @@ from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.errors import ExitCode
 from gpt2_flax.training import loop
 
+pytestmark = pytest.mark.multiprocess
+
 
 def wait_until(true, processes):
     """Waits for something that both processes do while they train."""
@@ -32,6 +34,7 @@ def logged(config):
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_go_on_and_give_the_losses_of_one(config, tmp_path):
     seldom = {"training__evaluate_every": 1000, "training__save_every": 1000}
     same_rate = {"optimizer__schedule": "constant", "optimizer__learning_rate": 1e-3}  # whatever total_steps is
@@ -62,6 +65,7 @@ def test_two_processes_stop_together_go_on_and_give_the_losses_of_one(config, tm
     np.testing.assert_allclose([two[step] for step in one], list(one.values()), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [1, 0])
 def test_when_one_is_killed_the_other_says_so_and_a_restart_gives_the_same_losses(config, tmp_path, capsys, killed):
     keys = {"optimizer__schedule": "constant", "training__evaluate_every": 1000, "training__keep_checkpoints": 2}
@@ -99,6 +103,7 @@ def test_when_one_fails_the_other_says_why(config, tmp_path):
     assert errors[0].splitlines()[-1].endswith(f" of the run has failed: gpt2-flax train; it says: {own}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "to"), [(signal.SIGINT, [0, 1]), (signal.SIGUSR1, [0])])
 def test_both_stop_at_one_step_and_say_the_same(config, tmp_path, number, to):
     """Ctrl-C reaches all processes of a terminal, other signals perhaps one: here process 0, which has the hub."""
@@ -114,6 +119,7 @@ def test_both_stop_at_one_step_and_say_the_same(config, tmp_path, number, to):
     assert not list(run.path.glob("crash-*"))
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_both_at_once(config, tmp_path):
     slow = (
         "import time; from gpt2_flax.checkpoint.store import CheckpointStore\n"
@@ -151,7 +157,7 @@ UNREADABLE = """
     read = store.read_meta
     def read_meta(folder, step):
         if step == 6:
-            raise store.Damaged("its metadata cannot be read: here alone")
+            raise store.DamagedCheckpoint("its metadata cannot be read: here alone")
         return read(folder, step)
     store.read_meta = read_meta
 """
@@ -171,6 +177,7 @@ FULL_DISK = """
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_one_process_cannot_read_is_set_aside_by_both(config, tmp_path):
     """And init_from, which each reads on a device of its own, is read where all devices are one mesh."""
     config = changed(config, training__save_every=3)
@@ -194,6 +201,7 @@ def test_a_checkpoint_that_one_process_cannot_read_is_set_aside_by_both(config, 
     assert f"starting from {run.path} at step 7" in outputs[0]
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_in_one_process_fails_in_both_and_the_next_tries_again(config, tmp_path):
     config = changed(config, training__save_every=1)
     codes, outputs, errors = ended(start(config, tmp_path, before=("", LATER.format(FULL_DISK))))

@@ -18,6 +18,8 @@ from gpt2_flax.processes import meeting, messages, peers, phases, watchdog
 from gpt2_flax.processes.place import Place
 from gpt2_flax.processes.watchdog import Watchdog
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):

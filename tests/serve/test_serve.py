@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint.source import Source, save_as_run
 from gpt2_flax.checkpoint.weights import weights_of
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.inference.generate import Generator, Sampling
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
@@ -114,6 +114,7 @@ def joined(parts):
 # What is answered.
 
 
+@pytest.mark.slow
 def test_a_text_is_the_one_that_the_generator_makes(port, generator):
     sampling = Sampling(temperature=0.7, top_k=20, top_p=0.9, repetition_penalty=1.2)
     fields = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2, "max_tokens": 12}
@@ -122,6 +123,7 @@ def test_a_text_is_the_one_that_the_generator_makes(port, generator):
     assert texts(port, prompt="这是很久", seed=5, **fields) == [expected.removeprefix("这是很久")]
 
 
+@pytest.mark.slow
 def test_samples_of_several_prompts_follow_each_other(port):
     fields = {"max_tokens": 6, "echo": True}
     together = texts(port, prompt=["这是", "我们"], n=2, seed=3, **fields)
@@ -132,10 +134,12 @@ def test_samples_of_several_prompts_follow_each_other(port):
     assert len(set(together)) == 4
 
 
+@pytest.mark.slow
 def test_without_a_seed_texts_differ(port):
     assert len({texts(port, prompt="这", max_tokens=20)[0] for _ in range(3)}) > 1
 
 
+@pytest.mark.slow
 def test_a_stream_is_the_text_in_pieces(port):
     fields = {"prompt": ["这是", "我们"], "n": 2, "max_tokens": 8, "seed": 1, "echo": True}
     status, headers, content = call(
@@ -433,6 +437,7 @@ def test_a_client_that_goes_away_leaves_the_queue(gated):
     assert gated.made == 2
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_holds_nobody_up(gated):
     limits = Limits(max_tokens=1000, max_concurrent=1, texts=4)
     gated.allow(10**6)
@@ -494,6 +499,8 @@ def test_too_little_memory_is_an_answer_and_the_server_goes_on(generator, monkey
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_streams_turns_away_and_ends_with_0(run_folder, generator, number):
     with served(run_folder, "--max-concurrent", "1") as (process, port):
@@ -513,6 +520,8 @@ def test_the_command_streams_turns_away_and_ends_with_0(run_folder, generator, n
         assert (process.returncode, out, err) == (0, "ended\n", "")
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_a_second_signal_cuts_off_what_is_under_way(run_folder):
     with served(run_folder, "--max-tokens", "31") as (process, port):
         with asking(port, prompt=["这是"] * 16, max_tokens=31, stream=True, top_k=1) as client:
@@ -524,6 +533,8 @@ def test_a_second_signal_cuts_off_what_is_under_way(run_folder):
         assert (process.returncode, out, err) == (0, "ended\n", "")
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_beyond_this_machine_there_is_a_warning_and_any_host_name(run_folder):
     with served(run_folder, "--host", "0.0.0.0") as (process, port):
         assert call(port, "GET", "/healthz", Host="box.example")[0] == 200
@@ -572,6 +583,7 @@ def test_what_is_wrong_with_stop_strings_is_said(port, stop, said):
     assert call(port, "POST", POST, {"prompt": "好", "stop": stop})[2]["error"]["message"] == said
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("name", ["NOSUCH", "NOSUCH/checkpoints/3", "empty"])
 @pytest.mark.parametrize(
     "command",

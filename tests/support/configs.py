@@ -5,7 +5,7 @@ CHARACTERS = "这是很久之前的事情了我们在北京看见一只大鸟飞
 
 def changed(config, **keys):
     """Returns `config` with dotted keys, dots written as `__`, set to other values."""
-    from gpt2_flax.config import parse_config
+    from gpt2_flax.config.parse import parse_config
 
     values = config.model_dump(exclude_none=True)
     for key, value in keys.items():

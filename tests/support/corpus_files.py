@@ -1,4 +1,4 @@
-"""What the tests of corpora share: reading one while holding every batch to its promises, and compressing files."""
+"""Read corpora, checking the promises of each batch, and compress files."""
 
 import bz2
 import contextlib
@@ -24,7 +24,7 @@ PACK = {
 
 
 def read(*sources: Path | str, unit_bytes: int | None = None, **options: str) -> tuple[list[str], list[Problem]]:
-    """Returns all documents, long ones put together again, and what was reported."""
+    """Return all documents, with long documents joined, and the reported faults."""
     problems: list[Problem] = []
     texts: list[str] = []
     for unit in corpus.corpus_units([str(source) for source in sources], CorpusOptions(**options), unit_bytes):
@@ -33,7 +33,7 @@ def read(*sources: Path | str, unit_bytes: int | None = None, **options: str) ->
         assert min((batch.n_bytes for batch in batches), default=0) >= 0
         unfinished = False
         for batch in batches:
-            assert all(0 < len(text) <= documents.PART_CHARACTERS for text in batch.texts)
+            assert all(0 < len(text) <= documents.SLICE_CHARACTERS for text in batch.texts)
             assert batch.texts or not (unfinished or batch.unfinished)
             more = list(batch.texts)
             if unfinished:
@@ -46,25 +46,25 @@ def read(*sources: Path | str, unit_bytes: int | None = None, **options: str) ->
 
 
 def read_texts(*sources: Path | str, **options) -> list[str]:
-    """Returns all documents of a corpus without faults."""
+    """Return all documents of a corpus without faults."""
     texts, problems = read(*sources, **options)
     assert problems == []
     return texts
 
 
-def parts(path: Path, **options: str) -> list[str]:
-    """Returns the texts of a file as they come."""
+def slices(path: Path, **options: str) -> list[str]:
+    """Return the texts of a file, long documents in slices."""
     units = corpus.corpus_units([str(path)], CorpusOptions(**options))
     batches = (unit.batches(pytest.fail) for unit in units)
     return [text for batch in itertools.chain.from_iterable(batches) for text in batch.texts]
 
 
 @contextlib.contextmanager
-def sizes(block: int = encodings.BLOCK_BYTES, part: int = documents.PART_CHARACTERS) -> Iterator[None]:
-    """Reads `block` bytes at once and cuts documents longer than `part` characters."""
+def sizes(block: int = encodings.BLOCK_BYTES, in_slice: int = documents.SLICE_CHARACTERS) -> Iterator[None]:
+    """Read `block` bytes at once, and cut documents into slices of at most `in_slice` characters."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encodings, "BLOCK_BYTES", block)
         patch.setattr(compression, "READ_BYTES", block)
         patch.setattr(documents, "BATCH_CHARACTERS", block)
-        patch.setattr(documents, "PART_CHARACTERS", part)
+        patch.setattr(documents, "SLICE_CHARACTERS", in_slice)
         yield

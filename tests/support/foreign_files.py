@@ -16,7 +16,7 @@ BOS, EOS, UNKNOWN = 0, 1, 2
 
 
 class Letters:
-    """A tokenizer of one character an id."""
+    """A tokenizer with one character for each id."""
 
     pad_id = None
 
@@ -39,7 +39,7 @@ class Letters:
 def write_megatron(
     stem, documents: list[list[list[int]]], dtype: str = "uint16", head: str = "<", order: str = "<"
 ) -> str:
-    """Documents of sequences of ids; head and arrays of the index may have another byte order."""
+    """Write documents, lists of sequences of ids; `head` and `order` are the byte orders of the head and the arrays."""
     sequences = [sequence for document in documents for sequence in document]
     size = np.dtype(dtype).itemsize
     lengths = list(map(len, sequences))
@@ -84,11 +84,6 @@ def imported(tmp_path, train, validation, tokenizer=None, **options) -> TokenDat
     dataset = TokenDataset(tmp_path / "dataset")
     dataset.verify()
     return dataset
-
-
-def shares(dataset: TokenDataset, split: str) -> list[str | None]:
-    """The files that hold the tokens of a split, None where they are ours."""
-    return [shard.file for shard in dataset.info.shards[split]]
 
 
 def refused(tmp_path, train, validation=(), tokenizer=None, code=ExitCode.DATA, **options) -> UserError:

@@ -8,7 +8,7 @@ import numpy as np
 
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.dataset_info import SPLITS, DatasetInfo, Shard, write_info
-from gpt2_flax.data.shards import ShardWriter
+from gpt2_flax.data.dataset_writer import ShardWriter
 from gpt2_flax.tokenizers.ragged_ids import token_dtype
 
 UNKNOWN = 4
@@ -24,7 +24,7 @@ def add(writer: ShardWriter, documents: list[list[int]], characters: int | None 
 
 
 def write_dataset(folder, vocab_size: int, shards: list[list[list[int]]]) -> TokenDataset:
-    """A dataset whose train split has these shards and whose validation split has a document a shard that is filled."""
+    """Write a dataset; its validation split has the first document of each training shard."""
     records = {split: [] for split in SPLITS}
     with mock.patch("os.fsync"):  # hundreds of datasets of a few bytes need not survive a power failure
         for index, split in itertools.product(range(len(shards)), SPLITS):
@@ -50,7 +50,7 @@ def publish(folder, records: dict[str, list[Shard]], vocab_size: int, dtype: str
 
 
 def flat_shard(tokens: np.ndarray, starts: np.ndarray, **changes) -> Shard:
-    """What dataset.json should say of these arrays, by its definition."""
+    """Return the entry of dataset.json for these arrays, computed from its definition."""
     values = {
         "documents": len(starts),
         "tokens": len(tokens),

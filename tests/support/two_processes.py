@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gpt2_flax.config import dump_config
+from gpt2_flax.config.parse import dump_config
 
 ROOT = Path(__file__).parents[2]
 RUN = "import runpy; runpy.run_module('gpt2_flax', run_name='__main__', alter_sys=True)"

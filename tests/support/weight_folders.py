@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from gpt2_flax.checkpoint.huggingface import table, to_hf_config, to_state_dict
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.checkpoint.huggingface import assemble, table, to_hf_config, to_state_dict
+from gpt2_flax.checkpoint.tensor_files import Tensor
+from gpt2_flax.config.schema import ModelConfig
 
 CONFIG = ModelConfig(vocab_size=50, n_positions=12, n_layer=2, n_head=3, n_embd=12, dtype="float32")
 
@@ -21,6 +22,14 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
         shape += [sizes[axis] for axis in entry.axes.replace(" ", "")]
         weights[entry.path] = 0.3 * rng.standard_normal(shape, np.float32) + (entry.path.endswith("scale"))
     return weights
+
+
+def as_tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    return {name: Tensor(array.shape, array.dtype.name, lambda array=array: array) for name, array in arrays.items()}
+
+
+def from_state_dict(state_dict: dict[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
+    return assemble(as_tensors(state_dict), config, "state dict")
 
 
 def write_folder(folder: Path, config: ModelConfig = CONFIG, **changes: object) -> Path:

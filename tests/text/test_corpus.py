@@ -101,9 +101,9 @@ def test_small_files_share_a_unit(write, tmp_path):
         assert [batch.n_bytes for batch in units[1].batches(pytest.fail)] == [10] * 10
 
 
-def test_a_line_longer_than_a_unit_is_one_part(write):
+def test_a_line_longer_than_a_unit_is_one_range(write):
     units = corpus_units([str(write("a.txt", b"x" * 50 + b"\n" + b"y" * 15 + b"\nz"))], unit_bytes=10)
-    assert [[part.size for part in unit.parts] for unit in units] == [[51], [16], [1]]
+    assert [[one.size for one in unit.ranges] for unit in units] == [[51], [16], [1]]
 
 
 def test_a_large_file_is_cut_at_line_ends(write):

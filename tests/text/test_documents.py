@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.corpus_files import PACK, parts, read, read_texts, sizes
+from support.corpus_files import PACK, read, read_texts, sizes, slices
 
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.text import compression
-from gpt2_flax.text.documents import PART_CHARACTERS
+from gpt2_flax.text.documents import SLICE_CHARACTERS
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 
 MULTIBYTE = ["utf-8", "gb18030", "gbk", "big5", "cp949", "shift_jis", "euc_jp", "johab"]
@@ -132,6 +132,7 @@ def expected(content: bytes, encoding: str, separator: str, on_error: str) -> li
     return ["\n".join(lines) for lines in paragraphs if lines and None not in lines]
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(
     data=st.data(),
@@ -148,10 +149,10 @@ def test_documents_do_not_depend_on_how_a_file_is_read(tmp_path_factory, data, e
     whole, problems = read(path, **options)
     assert whole == expected(content, encoding, separator, on_error)
     assert len({problem.line for problem in problems}) == len(problems)
-    part = data.draw(st.integers(1, 30))
-    with sizes(part=part):
+    in_slice = data.draw(st.integers(1, 30))
+    with sizes(in_slice=in_slice):
         whole, problems = read(path, **options)
-    with sizes(data.draw(st.integers(1, 30)), part):
+    with sizes(data.draw(st.integers(1, 30)), in_slice):
         again = read(path, unit_bytes=data.draw(st.integers(1, 40)), **options)
     assert again == (whole, problems)
 
@@ -173,9 +174,9 @@ def test_a_fault_leaves_out_the_whole_file(write, tmp_path):
 
 @pytest.mark.parametrize("separator", ["line", "blank-line", "file"])
 @pytest.mark.parametrize("cut", range(8))
-def test_a_fault_in_a_later_part_ends_a_long_document(write, separator, cut):
+def test_a_fault_in_a_later_slice_ends_a_long_document(write, separator, cut):
     path = write(b"before\n\n" + b"x" * 20 + b"y" * cut + b"\xff" + b"z" * 20 + b"\n\nafter")
-    with sizes(block=4, part=8):
+    with sizes(block=4, in_slice=8):
         texts, problems = read(path, separator=separator, on_error="skip")
     long = "x" * 20 + "y" * cut
     assert texts == ([f"before\n\n{long}"] if separator == "file" else ["before", long, "after"])
@@ -186,7 +187,7 @@ def test_a_fault_in_a_later_part_ends_a_long_document(write, separator, cut):
 @pytest.mark.parametrize("block", [1, 4, 1000])
 def test_a_document_is_long_from_the_first_character_too_many(write, block):
     path = write(b"x" * 8 + b"\xff\n" + b"y" * 9 + b"\r\xff\n")
-    with sizes(block, part=8):
+    with sizes(block, in_slice=8):
         texts, problems = read(path, on_error="skip")
     assert texts == ["y" * 9 + "\r"]
     assert ["the rest" in problem.reason for problem in problems] == [False, True]
@@ -195,7 +196,7 @@ def test_a_document_is_long_from_the_first_character_too_many(write, block):
 @pytest.mark.parametrize("separator", ["line", "blank-line"])
 def test_a_document_that_begins_with_very_many_blanks_keeps_them(write, separator):
     path = write(b"\t" * 50 + b"\n" + b" " * 50 + b"x\n\n" + b" " * 50)
-    with sizes(block=4, part=8):
+    with sizes(block=4, in_slice=8):
         assert read_texts(path, separator=separator) == [" " * 50 + "x"]
 
 
@@ -214,22 +215,22 @@ CUTS = {
 @pytest.mark.parametrize("kind", CUTS)
 def test_long_documents_are_cut_at_the_best_place(write, kind):
     text, expected = CUTS[kind]
-    with sizes(part=10):
-        assert parts(write(text.encode()), separator="blank-line") == expected
+    with sizes(in_slice=10):
+        assert slices(write(text.encode()), separator="blank-line") == expected
 
 
 @settings(max_examples=100)
 @given(
     text=st.lists(st.sampled_from(["中文", "字。", "，", " ", "word", "\u0301", "it’s", "1.5", "x@y\n"]), min_size=1)
 )
-def test_parts_have_the_wordpiece_ids_of_the_whole(tmp_path_factory, tokenizer_folder, text):
+def test_slices_have_the_wordpiece_ids_of_the_whole(tmp_path_factory, tokenizer_folder, text):
     path = tmp_path_factory.mktemp("corpus") / "a.txt"
     path.write_text("字" + "".join(text), encoding="utf-8")
     tokenizer = load_tokenizer(tokenizer_folder)
-    whole = tokenizer.encode_batch(parts(path, separator="blank-line"))
+    whole = tokenizer.encode_batch(slices(path, separator="blank-line"))
     longest_word = max(map(len, re.findall(r"[\w\u0301]*", path.read_text(encoding="utf-8"), re.ASCII)))
-    with sizes(part=max(8, longest_word)):
-        cut = tokenizer.encode_batch(parts(path, separator="blank-line"))
+    with sizes(in_slice=max(8, longest_word)):
+        cut = tokenizer.encode_batch(slices(path, separator="blank-line"))
     assert cut.ids_T.tolist() == whole.ids_T.tolist()
 
 
@@ -241,6 +242,7 @@ def test_members_and_padding_of_compressed_files(write, suffix):
         assert read_texts(path) == ["one", "two and", "three", "four"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", PACK)
 @pytest.mark.parametrize("cut", [0, 1, 5, 0.25, 0.5, 0.9, -9, -4, -1])
 def test_truncated_streams_are_never_taken_for_whole(write, suffix, cut):
@@ -313,6 +315,7 @@ MEASURE = textwrap.dedent(
 )
 
 
+@pytest.mark.multiprocess
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 @pytest.mark.parametrize(
     ("name", "separator"),
@@ -328,5 +331,5 @@ def test_a_long_line_does_not_fill_the_memory(write, name, separator):
     assert grown < (76 if name == "a.jsonl" else 20)  # MiB; a JSON record is held up to 64 MiB of UTF-8
 
 
-def test_the_longest_part_is_what_tokenizers_expect():
-    assert PART_CHARACTERS == 2**18
+def test_the_longest_slice_is_what_tokenizers_expect():
+    assert SLICE_CHARACTERS == 2**18

@@ -10,10 +10,10 @@ import fsspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.corpus_files import PACK, parts, read, read_texts, sizes
+from support.corpus_files import PACK, read, read_texts, sizes, slices
 
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.text import json_lines, json_values
+from gpt2_flax.text import json_documents
 from gpt2_flax.text.corpus import CorpusOptions, corpus_units
 
 
@@ -102,8 +102,8 @@ def test_undecodable_bytes_in_json(write):
 
 
 def test_a_record_that_is_too_long_is_broken(write, monkeypatch):
-    assert json_lines.LONGEST_RECORD == 2**26
-    monkeypatch.setattr(json_lines, "LONGEST_RECORD", 2**20)
+    assert json_documents.LONGEST_RECORD == 2**26
+    monkeypatch.setattr(json_documents, "LONGEST_RECORD", 2**20)
     fits = '{"text": "' + "中" * 349_520 + '"}   '
     assert len(fits.encode()) == 2**20 - 1
     path = write(f"{fits}\r\r\n{fits}\r\r\r".encode() + b"\xff" * 9000 + f"\n{{}}\n{fits}".encode())
@@ -184,21 +184,21 @@ def test_broken_lists(write, rest):
 
 
 def test_a_value_that_is_too_long_ends_the_file(write, monkeypatch):
-    monkeypatch.setattr(json_values, "LONGEST_RECORD", 2**20)
+    monkeypatch.setattr(json_documents, "LONGEST_RECORD", 2**20)
     fits = "中" * 349_524
     path = write(json.dumps(["a", fits, "b", fits + "中" * 3, "c"], ensure_ascii=False, indent=0), "a.json")
     with sizes(block=1000):
         texts, problems = read(path, on_error="skip")
     assert texts == ["a", fits, "b"]
-    assert problems == [(str(path), 5, "record longer than 64 MiB; the rest of this file is left out", True)]
+    assert problems == [(str(path), 5, "record longer than 1 MiB; the rest of this file is left out", True)]
 
 
 def test_an_unended_value_does_not_fill_the_memory(write, monkeypatch):
-    monkeypatch.setattr(json_values, "LONGEST_RECORD", 2**16)
+    monkeypatch.setattr(json_documents, "LONGEST_RECORD", 2**16)
     tried = []
-    decode = json_values.DECODER.raw_decode
+    decode = json_documents._DECODER.raw_decode
     stand_in = SimpleNamespace(raw_decode=lambda text, at: tried.append(len(text)) or decode(text, at))
-    monkeypatch.setattr(json_values, "DECODER", stand_in)
+    monkeypatch.setattr(json_documents, "_DECODER", stand_in)
     with sizes(block=100):
         texts, problems = read(write('["' + "x" * 10**6, "a.json"), on_error="skip")
     assert (texts, len(problems)) == ([], 1)
@@ -259,7 +259,7 @@ def test_a_column_of_strings(write_table, kind, compression):
     except pyarrow.ArrowNotImplementedError as error:
         pytest.skip(f"an older pyarrow: {error}")
     assert read_texts(path) == FILLED
-    with sizes(block=20, part=7):
+    with sizes(block=20, in_slice=7):
         assert read_texts(path, unit_bytes=1) == FILLED
 
 
@@ -364,11 +364,11 @@ def test_an_empty_table_has_no_text(write_table):
         read(path)
 
 
-def test_a_long_text_comes_in_parts(write, write_table):
+def test_a_long_text_comes_in_slices(write, write_table):
     text = "中文" * 10 + " " + "a" * 5
-    with sizes(part=10):
+    with sizes(in_slice=10):
         for path in (write_table(pyarrow.array([text])), write(json.dumps({"text": text}))):
-            assert parts(path) == ["中文" * 5, "中文" * 5, " aaaaa"]
+            assert slices(path) == ["中文" * 5, "中文" * 5, " aaaaa"]
 
 
 def test_a_missing_parquet_package_says_how_to_install_it(write, monkeypatch):

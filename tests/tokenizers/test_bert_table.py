@@ -97,6 +97,7 @@ def assert_same(tokens: tuple[str, ...], lowercase: bool, texts: list[str]) -> N
 # Any text.
 
 
+@pytest.mark.slow
 @every_tokenizer
 @every_vocabulary
 @settings(max_examples=100)
@@ -109,6 +110,7 @@ def test_ids_are_those_of_tokenizers_and_transformers(name, lowercase, texts):
         assert rows(table_of(tokens, lowercase).encode(texts)) == theirs
 
 
+@pytest.mark.slow
 @every_tokenizer
 @every_vocabulary
 def test_every_character_of_the_first_plane_gives_the_same_ids_alone_and_between_others(name, lowercase):
@@ -119,6 +121,7 @@ def test_every_character_of_the_first_plane_gives_the_same_ids_alone_and_between
         assert_same(tokens, lowercase, texts)
 
 
+@pytest.mark.slow
 def test_every_character_of_the_other_planes_gives_the_same_ids_alone_and_between_others():
     tokens = tuple(SMALL)
     for start in range(0x10000, 0x110000, 0x100):
@@ -133,6 +136,7 @@ def test_every_character_of_the_other_planes_gives_the_same_ids_alone_and_betwee
         assert_same(tokens, True, texts)
 
 
+@pytest.mark.slow
 @every_tokenizer
 @pytest.mark.parametrize("hard", [*HARD_CHARACTERS, *HARD_WORDS], ids=ascii)
 def test_hard_characters_give_the_same_ids_beside_each_other(lowercase, hard):

@@ -200,6 +200,7 @@ def test_a_published_model_is_read(published):
     assert [ids.tolist() for ids in published.encode_batch(lines)] == package.encode(lines)
 
 
+@pytest.mark.slow
 def test_a_published_unigram_is_exported_but_for_ties(published, tmp_path):
     lines = real_lines(1000)
     theirs = exported(published, tmp_path)(lines, add_special_tokens=False)["input_ids"]

@@ -182,6 +182,7 @@ def test_a_damaged_file_beside_it_is_named(tmp_path, name, content):
 # A vocab.txt and a SentencePiece model.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
 def test_other_kinds_take_named_tokens_too(tmp_path, kind):
     transformers = pytest.importorskip("transformers")
@@ -284,6 +285,7 @@ def run(*arguments: object) -> int:
     return ended.value.code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bos", "eos"), [("<|endoftext|>", "<|endoftext|>"), (BEGIN, END), ("</s>", "</s>")])
 def test_convert_keeps_begin_and_end(tmp_path, bos, eos):
     pytest.importorskip("transformers")

@@ -21,7 +21,7 @@ from support.two_processes import ended, start
 from gpt2_flax.checkpoint import run_folder
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.store import CheckpointStore
-from gpt2_flax.config import config_keys
+from gpt2_flax.config.parse import config_keys
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.prepare import prepare
 from gpt2_flax.errors import ExitCode, UserError
@@ -215,6 +215,7 @@ def differ(processes, name, *values):
     return f"error: processes of the run differ in {name}: {has}; {fix}"
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("override", "values"),
     [
@@ -229,6 +230,7 @@ def test_processes_of_different_configs_end(config, tmp_path, override, values):
     assert not RunFolder(config.output).path.exists()
 
 
+@pytest.mark.multiprocess
 def test_processes_of_different_datasets_end(config, tmp_path, corpus, tokenizer_folder):
     other = tmp_path / "other"
     prepare([str(corpus)], load_tokenizer(tokenizer_folder), other, validation_fraction=0.2)
@@ -238,16 +240,19 @@ def test_processes_of_different_datasets_end(config, tmp_path, corpus, tokenizer
     assert refused(processes) == differ(processes, "data.dataset (training tokens)", *values)
 
 
+@pytest.mark.multiprocess
 def test_processes_with_other_devices_end(config, tmp_path):
     processes = start(config, tmp_path, devices_of_1=2)
     assert refused(processes) == differ(processes, "the number of local devices", 1, 2)
 
 
+@pytest.mark.multiprocess
 def test_processes_of_different_versions_end(config, tmp_path):
     processes = start(config, tmp_path, before=("", OTHER_VERSION))
     assert refused(processes) == differ(processes, "the version of optax", version("optax"), "9.9.9")
 
 
+@pytest.mark.multiprocess
 def test_a_run_folder_of_each_host_ends_all(config, tmp_path):
     folders = [tmp_path / "host0", tmp_path / "host1"]
     for folder in folders:
@@ -266,6 +271,8 @@ def test_a_run_folder_of_each_host_ends_all(config, tmp_path):
     assert not place.exists()
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_processes_that_would_start_from_different_weights_or_steps_end(config, tmp_path):
     mixture, run = Mixture(config.data.datasets), RunFolder(config.output)
     config = changed(config, model__vocab_size=mixture.vocab_size)

@@ -89,6 +89,7 @@ def saved(config):
     return sorted(int(path.name) for path in RunFolder(config.output).checkpoints.iterdir() if path.name.isdecimal())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "parts"), [("loss", 1), ("infinity", 1), ("gradient", 1), ("gradient", 2)])
 def test_a_bad_step_changes_nothing_and_the_next_goes_on_as_though_it_had_not_been(config, bad_batches, kind, parts):
     bad_batches(kind)
@@ -109,6 +110,7 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on_as_though_it_had_not_be
     assert (int(state.step), int(state.skipped)) == (3, 1)
 
 
+@pytest.mark.slow
 def test_a_state_with_one_number_that_is_not_finite_is_not_saved(config):
     state, watchdog = step_and_state(config, 0)[1](), Watchdog()
     stage = open_stage(changed(config, output="run"), Mixture(config.data.datasets), [])
@@ -124,6 +126,7 @@ def test_a_state_with_one_number_that_is_not_finite_is_not_saved(config):
         assert error.value.exit_code == ExitCode.DIVERGED
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_named_counted_and_resumed_to_the_same_bits(
     config, tmp_path, monkeypatch, capsys, bad_batches
 ):
@@ -159,6 +162,7 @@ def test_skipped_steps_are_named_counted_and_resumed_to_the_same_bits(
     assert [record for record in records(parts) if "train/loss" in record][-1]["train/skipped_steps"] == 2
 
 
+@pytest.mark.slow
 def test_a_run_ends_after_too_many_skipped_steps_in_a_row_and_keeps_what_was_good(config, monkeypatch, bad_batches):
     bad_batches("gradient")
     config = changed(config, training__total_steps=20, training__max_skipped_steps=3, training__save_every=1)
@@ -169,6 +173,7 @@ def test_a_run_ends_after_too_many_skipped_steps_in_a_row_and_keeps_what_was_goo
     assert saved(config) == [1, 4]  # and none while steps were skipped
 
 
+@pytest.mark.slow
 def test_a_save_that_was_due_is_made_after_the_next_good_step(config, monkeypatch, bad_batches):
     bad_batches("loss")
     spoil(monkeypatch, {3, 4})
@@ -176,6 +181,7 @@ def test_a_save_that_was_due_is_made_after_the_next_good_step(config, monkeypatc
     assert saved(config) == [5, 6]
 
 
+@pytest.mark.slow
 def test_a_killed_run_says_how_many_steps_are_repeated_and_ends_the_line_it_was_writing(config, monkeypatch, capsys):
     calls = itertools.count(1)
 
@@ -201,6 +207,7 @@ def test_a_killed_run_says_how_many_steps_are_repeated_and_ends_the_line_it_was_
     assert RunFolder(config.output).last_step() == 6
 
 
+@pytest.mark.slow
 def test_a_disk_too_small_for_the_checkpoints_is_refused_before_training(config, monkeypatch):
     loop.train(changed(config, training__total_steps=1))  # leaves one checkpoint
     monkeypatch.setattr(loop, "run_steps", lambda *arguments: None)
@@ -220,6 +227,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused_before_training(config,
         loop.train(changed(config, output=config.output + "-new"))
 
 
+@pytest.mark.slow
 def test_a_dataset_whose_ids_are_outside_its_vocabulary_is_refused_before_training(config, tmp_path):
     folder = tmp_path / "dataset"
     shutil.copytree(config.data.dataset, folder)

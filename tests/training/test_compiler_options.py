@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from gpt2_flax.config import parse_config
+from gpt2_flax.config.parse import parse_config
 from gpt2_flax.parallel.auto_mesh import choose_mesh
 from gpt2_flax.parallel.mesh import make_mesh
 from gpt2_flax.plan.ahead_of_time import compile_step, lower_step
@@ -59,6 +59,7 @@ def sent(config, devices):
     return both[0], both[1] / both[0]
 
 
+@pytest.mark.slow
 def test_gradients_of_eight_gpus_are_sent_while_products_run(h200s, monkeypatch):
     config = config_of()
     size, hidden = sent(config, h200s)
@@ -69,6 +70,7 @@ def test_gradients_of_eight_gpus_are_sent_while_products_run(h200s, monkeypatch)
     assert exposed < 0.2
 
 
+@pytest.mark.slow
 def test_parameters_shared_by_eight_gpus_are_gathered_while_products_run(h200s):
     config = config_of(mesh={"fsdp": 8}, model={"n_layer": 3})
     mesh = mesh_of(config, h200s)
@@ -115,6 +117,7 @@ def test_options_that_the_compiler_dropped_are_left_out(h200s, monkeypatch):
     assert SCHEDULER not in compiler_options(config_of(), mesh)
 
 
+@pytest.mark.slow
 def test_determinism_is_asked_of_the_compiler_and_shown(h200s):
     config = config_of(training={"deterministic": True})
     mesh = mesh_of(config, h200s[:1])
@@ -123,6 +126,7 @@ def test_determinism_is_asked_of_the_compiler_and_shown(h200s):
     assert "attention" in compile_step(config_of(model={"n_layer": 1}), h200s[:1]).choices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("remat", "times"), [("none", 1), ("selected", 1), ("full", 2)])
 def test_flash_attention_is_run_again_only_where_nothing_is_saved(h200s, remat, times):
     model = {"n_layer": 2, "attention": "auto", "attn_pdrop": 0.1, "remat": remat}

@@ -9,12 +9,14 @@ import pytest
 from flax import nnx
 
 from gpt2_flax.checkpoint.weights import model_from_weights, weights_of
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.model.block import Attention, Mlp, make_norm, normed
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 from gpt2_flax.parallel.rules import batch_sharding, path_of, tree_shardings
+
+pytestmark = pytest.mark.slow
 
 N_TOKENS = 2**16
 CFG = ModelConfig(vocab_size=512, n_positions=128, n_layer=2, n_head=2, n_embd=64, dtype="bfloat16")

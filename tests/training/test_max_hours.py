@@ -9,7 +9,7 @@ from support.configs import changed
 from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.store import CheckpointStore
-from gpt2_flax.config import dump_config
+from gpt2_flax.config.parse import dump_config
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.processes.phases import Phases
 from gpt2_flax.processes.watchdog import Watchdog
@@ -60,6 +60,7 @@ def dog(monkeypatch):
     return dog
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("deadline", "every", "evaluations"), [(900.0, 10**6, 1), (985.0, 12, 6)])
 def test_the_last_save_is_finished_in_time_and_little_time_is_lost(config, dog, deadline, every, evaluations):
     keys = {"training__save_every": 12, "training__evaluate_every": every, "training__evaluation_batches": evaluations}
@@ -74,6 +75,7 @@ def test_the_last_save_is_finished_in_time_and_little_time_is_lost(config, dog, 
     assert deadline - 1.25 * most - 5.0 - STEP < dog.finished[last] <= deadline
 
 
+@pytest.mark.slow
 def test_the_last_step_is_left_to_the_next_start_when_its_evaluation_does_not_fit(config, dog):
     keys = {"training__evaluate_every": 4, "training__save_every": 4, "training__evaluation_batches": 2}
     config = changed(config, **keys, training__total_steps=10)
@@ -93,6 +95,7 @@ def asks(longest, number=0, deadline=1000.0, now=0.0):
     return StopRequest(dog, deadline)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ahead", "seconds"), [((), 110), (("step",), 120), (("step", "evaluation"), 150)])
 def test_what_is_ahead_the_step_under_way_and_a_save_must_fit(ahead, seconds):
     """With a quarter more than the longest so far, and five seconds."""
@@ -103,6 +106,7 @@ def test_what_is_ahead_the_step_under_way_and_a_save_must_fit(ahead, seconds):
             assert ask(*ahead) == stops
 
 
+@pytest.mark.slow
 def test_until_a_save_was_measured_it_is_guessed_by_size():
     with asks({"step": 1.0}, now=900.0) as ask:
         assert not ask("step")
@@ -110,11 +114,13 @@ def test_until_a_save_was_measured_it_is_guessed_by_size():
         assert ask("step")
 
 
+@pytest.mark.slow
 def test_only_the_clock_of_process_0_counts():
     with asks({}, number=1, now=1e9) as ask:
         assert not ask("step")
 
 
+@pytest.mark.slow
 def test_only_a_run_with_a_deadline_waits_for_its_first_save():
     assert asks({}).measures_save
     assert not asks({"save": 1.0}).measures_save

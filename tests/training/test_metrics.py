@@ -14,7 +14,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.source import load_source
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import IGNORE, Batch, RowLayout
 from gpt2_flax.errors import ExitCode, UserError
@@ -56,7 +56,7 @@ def trained(dataset_folder, tmp_path_factory):
     import contextlib
     import io
 
-    from gpt2_flax.config import parse_config
+    from gpt2_flax.config.parse import parse_config
 
     values = {
         "output": str(tmp_path_factory.mktemp("run") / "run"),
@@ -128,6 +128,7 @@ def test_device_memory_is_that_of_the_fullest_device_or_left_out():
     assert peak_memory([Device(None)]) is None
 
 
+@pytest.mark.slow
 def test_the_numbers_of_a_step_fit_together(trained):
     config, printed = trained
     line = next(record for record in records(config) if record["step"] == 4)
@@ -147,6 +148,7 @@ def test_the_numbers_of_a_step_fit_together(trained):
     assert "train/device_memory_peak_bytes" not in line  # the CPU does not say
 
 
+@pytest.mark.slow
 def test_padding_and_positions_without_target_are_counted(config):
     step, start, batches = step_and_state(config, 1)
     tokens_BT, targets_BT, segments_BT, positions_BT = map(jnp.array, batches[0])
@@ -166,6 +168,7 @@ def test_every_number_is_in_tensorboard(trained):
     assert all(shown[name].simple_value == pytest.approx(newest[name]) for name in shown.keys() - {"samples"})
 
 
+@pytest.mark.slow
 def test_prompts_are_continued_at_each_evaluation(trained):
     config, _ = trained
     lines = RunFolder(config.output).samples.read_text(encoding="utf-8").splitlines()
@@ -179,6 +182,7 @@ def test_prompts_are_continued_at_each_evaluation(trained):
     assert texts[3:] == generator.texts(PROMPTS, 9, Sampling(top_k=50), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{"data": 1}, {"data": 8}, {"fsdp": 4, "tensor": 2}])
 def test_samples_are_the_same_on_every_mesh(config, keys):
     vocab_size = Mixture(config.data.datasets).vocab_size
@@ -201,6 +205,7 @@ def test_a_sample_is_one_line_whatever_it_holds(config):
     assert run.samples.read_text(encoding="utf-8") == "step       7  a\\nb\\x1b[2J\nstep       7  这\u3000是\n"
 
 
+@pytest.mark.slow
 def test_a_prompt_without_room_for_a_token_is_refused_at_the_start(config):
     with pytest.raises(
         UserError, match=r"prompt of 3\d tokens leaves no room in 32 positions: training.prompts"
@@ -229,6 +234,7 @@ def test_epochs_and_characters_of_a_mixture(config, dataset_folder, tmp_path):
     assert found.characters_per_target == pytest.approx(one.characters_per_target)
 
 
+@pytest.mark.slow
 def test_numbers_are_read_one_step_late_and_nothing_else_is(config, monkeypatch):
     """The devices never wait: a step is dispatched before the numbers of the one before are asked for."""
     happened = []

@@ -8,9 +8,8 @@ from support.configs import changed
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.source import load_source
-from gpt2_flax.config import Packing
-from gpt2_flax.data.inspect import inspection_lines
-from gpt2_flax.data.inspect_batch import batch_lines
+from gpt2_flax.config.schema import Packing
+from gpt2_flax.data.inspect import batch_lines, inspection_lines
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.prepare import prepare
 from gpt2_flax.errors import ExitCode, UserError
@@ -20,6 +19,8 @@ from gpt2_flax.plan.report import plan_lines
 from gpt2_flax.text.documents import CorpusOptions
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 from gpt2_flax.training import loop
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

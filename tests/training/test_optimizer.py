@@ -13,8 +13,8 @@ from support.configs import changed
 from gpt2_flax.checkpoint.huggingface import to_state_dict
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.checkpoint.weights import weights_of
-from gpt2_flax.config import dump_config, parse_config
-from gpt2_flax.config_file import load_config
+from gpt2_flax.config.file import load_config
+from gpt2_flax.config.parse import dump_config, parse_config
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.parallel import rules
 from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
@@ -99,6 +99,7 @@ def expected_rates(schedule, warmup, decay, total, lowest):
     return np.where(step < warmup, step / max(warmup, 1), after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "lowest", "decay", "decay_steps"),
     [
@@ -118,6 +119,7 @@ def test_every_learning_rate_of_a_run_equals_float64(schedule, lowest, decay, de
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7, err_msg=f"warm-up {warmup}")
 
 
+@pytest.mark.slow
 def test_the_learning_rate_counts_optimizer_steps_whatever_the_accumulation():
     config = run_config(8, schedule="wsd", warmup=3, decay=4, learning_rate=1e-2)
     whole = trained(config)
@@ -147,6 +149,7 @@ def test_a_preset_gives_what_is_left_out_and_nothing_else(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_uer_draws_all_but_layer_norms_alike():
     shapes = {"model__n_embd": 128, "model__vocab_size": 1000, "model__n_layer": 8, "model__n_positions": 64}
     config = changed(run_config(), **shapes)
@@ -164,6 +167,7 @@ def test_uer_draws_all_but_layer_norms_alike():
             assert array.std() == pytest.approx(0.02 / math.sqrt(16), rel=0.03), path
 
 
+@pytest.mark.slow
 def test_thirty_steps_of_uer_equal_pytorch():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -252,6 +256,7 @@ def random_model(config, seed):
     return jax.tree.map(lambda leaf: jnp.asarray(draw.normal(size=leaf.shape), jnp.float32), layout.model)
 
 
+@pytest.mark.slow
 def test_muon_orthogonalises_each_matrix_of_each_layer():
     config = run_config(name="muon", schedule="constant", warmup=0, weight_decay=0.3, max_grad_norm=0.0)
     tx, adamw = make_optimizer(config), make_optimizer(changed(config, optimizer__name="adamw"))
@@ -294,6 +299,7 @@ def test_muon_takes_kernels_and_only_them_and_keeps_one_moment_of_each():
         assert found == [spec] * (1 if path in KERNELS else 2), path
 
 
+@pytest.mark.slow
 def test_muon_has_the_same_losses_on_every_mesh_and_learns_as_fast_as_adamw(capfd):
     config = run_config(name="muon", learning_rate=1e-2)
     found = trained(config).losses
@@ -304,6 +310,7 @@ def test_muon_has_the_same_losses_on_every_mesh_and_learns_as_fast_as_adamw(capf
     assert found[-1] < found[0] - 1
 
 
+@pytest.mark.slow
 def test_a_muon_run_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path):
     config = run_config(6, name="muon", learning_rate=1e-2)
     whole = trained(config, shape=(2, 2, 2))

@@ -53,6 +53,7 @@ def evaluated(config):
     return sorted({record["step"] for record in records if "validation/loss" in record})
 
 
+@pytest.mark.slow
 def test_a_run_ends_when_its_validation_loss_does_not_improve(config, capsys):
     patient = changed(config, training__patience=3)
     loop.train(patient)
@@ -73,6 +74,7 @@ def test_a_run_ends_when_its_validation_loss_does_not_improve(config, capsys):
     assert evaluated(patient) == list(range(1, 11))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped_at", [1, 2, 3, 4])
 def test_a_run_that_was_stopped_ends_at_the_same_step(config, monkeypatch, capsys, stopped_at):
     config = changed(config, training__patience=3)

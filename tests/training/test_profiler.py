@@ -9,6 +9,8 @@ from support.configs import changed
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.training.loop import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("steps", "traced"), [(2, {3, 4}), (100, {3, 4, 5, 6}), (0, set())])
 def test_steps_are_traced(config, capsys, steps, traced):

@@ -15,7 +15,7 @@ from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.source import load_source
 from gpt2_flax.checkpoint.store import CheckpointStore
-from gpt2_flax.config_file import load_config, load_stages
+from gpt2_flax.config.file import load_config, load_stages
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.training import loop
 
@@ -170,6 +170,7 @@ def stop_at(monkeypatch, call):
     monkeypatch.setattr(loop.StopRequest, "__call__", stopping)
 
 
+@pytest.mark.slow
 def test_stages_in_one_call_are_the_same_as_one_call_each(stages, tmp_path):
     loop.train(*stages)
     first, second = (changed(stage, output=f"{stage.output}-alone") for stage in stages)
@@ -182,6 +183,7 @@ def test_stages_in_one_call_are_the_same_as_one_call_each(stages, tmp_path):
     assert (again.init_from, again.data.seq_length) == (stages[0].output, 32)
 
 
+@pytest.mark.slow
 def test_finished_stages_are_passed_over_with_one_line(stages, capsys):
     loop.train(stages[0])
     before = RunFolder(stages[0].output).metrics.read_bytes()
@@ -203,6 +205,7 @@ def test_finished_stages_are_passed_over_with_one_line(stages, capsys):
 
 # The loop asks after each of the 4 steps of the first stage and the one batch of its evaluation at step 3, between the
 # two, and after each of the 3 steps of the second.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "where"),
     [
@@ -225,6 +228,7 @@ def test_a_stop_in_any_stage_ends_with_75_and_the_next_call_goes_on(stages, monk
     assert [losses(stage) for stage in stages] == [losses(stage) for stage in whole]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "text"),
     [
@@ -243,6 +247,7 @@ def test_what_is_wrong_with_a_later_stage_is_said_before_the_first_begins(stages
     assert not RunFolder(stages[0].output).config.exists()
 
 
+@pytest.mark.slow
 def test_a_later_stage_takes_over_every_weight_and_row_of_positions(stages):
     # The first step of a warm-up has learning rate 0: what is saved after it is what was loaded.
     second = changed(stages[1], training__total_steps=1, optimizer__warmup=1)
@@ -255,6 +260,7 @@ def test_a_later_stage_takes_over_every_weight_and_row_of_positions(stages):
     assert len(np.unique(after["wpe/embedding"][16:])) > 16  # those that the first stage never saw
 
 
+@pytest.mark.slow
 def test_the_command_trains_the_stages_of_a_file(stages, tmp_path, capsys):
     first, second = (stage.model_dump(exclude_none=True) for stage in stages)
     common = {name: first.pop(name) for name in ("model", "optimizer")}
@@ -278,6 +284,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "text"), CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("kind", ["run", "checkpoint", "folder"])
 def test_weights_that_are_not_exactly_the_model_are_refused_by_name(stages, tmp_path, kind, change, text):
@@ -313,6 +320,7 @@ def test_weights_that_are_not_exactly_the_model_are_refused_by_name(stages, tmp_
     assert not RunFolder(stages[1].output).config.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["run", "checkpoint", "folder"])
 def test_a_run_says_what_it_starts_from(stages, tmp_path, capsys, kind):
     loop.train(changed(stages[0], training__save_every=2))

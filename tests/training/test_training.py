@@ -56,6 +56,7 @@ def reference_losses(dataset_folder):
     return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_losses_are_the_same_on_every_mesh(config, mesh, reference_losses, capfd):
     dropout = dict.fromkeys(("model__embd_pdrop", "model__resid_pdrop", "model__attn_pdrop"), 0.1)
@@ -67,11 +68,13 @@ def test_losses_are_the_same_on_every_mesh(config, mesh, reference_losses, capfd
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_accumulation_changes_no_loss(config):
     whole = losses(config, (2, 1, 1), steps=5)
     np.testing.assert_allclose(losses(changed(config, training__accumulation_steps=4), (2, 1, 1), 5), whole, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_parameter_has_one_rule_and_every_rule_a_parameter(config):
     model = jax.eval_shape(lambda: GPT2(with_vocab(config).model, rngs=nnx.Rngs(0)))
     paths = {rules.path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
@@ -98,6 +101,7 @@ def test_optimizer_moments_lie_as_their_parameters(config):
         assert found == [spec, spec], path
 
 
+@pytest.mark.slow
 def test_optimizer_equals_adamw_in_float64(config):
     config = changed(with_vocab(config), optimizer__max_grad_norm=0.5, training__total_steps=20)
     tx, rate, chosen = make_optimizer(config), learning_rate(config), config.optimizer
@@ -143,6 +147,7 @@ def logged(config, name="train/loss"):
     return {line["step"]: line[name].hex() for line in lines if name in line}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_with_the_same_bits(config, tmp_path, monkeypatch):
     config = changed(config, model__resid_pdrop=0.1)
     loop.train(config)
@@ -166,6 +171,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(config, tmp_path, mon
     assert logged(parts) == whole
 
 
+@pytest.mark.slow
 def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(config, tmp_path, monkeypatch):
     config = changed(config, training__evaluation_batches=0)
     loop.train(config)
@@ -192,6 +198,7 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(config, tmp_pat
     assert logged(parts, "validation/loss") == logged(config, "validation/loss")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_over_another_mesh(config, capsys):
     loop.train(changed(config, mesh__fsdp=8))
     before = logged(config)
@@ -202,6 +209,7 @@ def test_a_run_goes_on_over_another_mesh(config, capsys):
     assert {step: loss for step, loss in logged(config).items() if step <= 6} == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_changes_nothing(config, capsys):
     loop.train(config)
     before = RunFolder(config.output).metrics.read_bytes()
@@ -210,6 +218,7 @@ def test_a_finished_run_says_so_and_changes_nothing(config, capsys):
     assert RunFolder(config.output).metrics.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_diverged_run_stops_and_never_saves_the_bad_state(config):
     config = changed(config, optimizer__learning_rate=1e38, optimizer__max_grad_norm=0.0, optimizer__warmup=0)
     with pytest.raises(UserError, match="at step") as diverged:
@@ -220,8 +229,9 @@ def test_a_diverged_run_stops_and_never_saves_the_bad_state(config):
     assert saved == [1]  # what comes after has seen no more good steps
 
 
+@pytest.mark.slow
 def test_the_resolved_config_of_a_run_starts_the_same_run(config, tmp_path):
-    from gpt2_flax.config_file import load_config
+    from gpt2_flax.config.file import load_config
 
     loop.train(config)
     again = load_config(RunFolder(config.output).config, [f"output={tmp_path / 'again'}"])
@@ -230,6 +240,7 @@ def test_the_resolved_config_of_a_run_starts_the_same_run(config, tmp_path):
     assert logged(again) == logged(config)
 
 
+@pytest.mark.slow
 def test_init_from_takes_the_weights_and_nothing_else(config, tmp_path, capsys):
     loop.train(config)
     second = changed(config, output=str(tmp_path / "second"), init_from=config.output)
@@ -239,6 +250,7 @@ def test_init_from_takes_the_weights_and_nothing_else(config, tmp_path, capsys):
     assert second[0] < first[2]
 
 
+@pytest.mark.slow
 def test_other_training_tokens_are_refused_at_resume_unless_allowed(config, tokenizer_folder, tmp_path, capsys):
     loop.train(changed(config, training__total_steps=3))
     (tmp_path / "other.txt").write_text("".join(f"山河{'大鸟' * n}\n" for n in range(1, 60)), encoding="utf-8")

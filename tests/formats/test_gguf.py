@@ -19,8 +19,8 @@ from sentencepiece import SentencePieceTrainer
 from support.weight_folders import random_weights
 
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.export.gguf import GGUF, remarks
 from gpt2_flax.export.transformers_folder import export_folder
+from gpt2_flax.formats.gguf import GGUF, remarks
 from gpt2_flax.tokenizers.sentencepiece import SentencePieceTokenizer
 from gpt2_flax.tokenizers.tokenizer_json import read_fast_tokenizer
 from gpt2_flax.tokenizers.train import train_sentencepiece, train_wordpiece
@@ -212,6 +212,7 @@ def test_gguf_of_a_unigram_finds_line_ends_and_says_what_it_does_not_find(tmp_pa
 AS_IT_IS = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "model"),
     [
@@ -267,6 +268,7 @@ def byte_level_tokenizer(folder):
     return folder / "tokenizer.json"
 
 
+@pytest.mark.slow
 def test_gguf_of_byte_level_bpe_has_its_merges(tmp_path):
     pytest.importorskip("gguf")
     file = byte_level_tokenizer(tmp_path)
@@ -318,6 +320,7 @@ def test_without_the_package_gguf_is_refused_before_anything_is_done(tmp_path, w
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.multiprocess
 def test_gguf_and_safetensors_are_written_without_torch():
     code = """
 import sys

@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 from checkpoint.test_huggingface import configs
 from hypothesis import given, settings
-from support.weight_folders import random_weights, write_folder
+from support.weight_folders import as_tensors, random_weights
+from support.weight_folders import write_folder as write_transformers_folder
 
 from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint.source import Source, load_source
-from gpt2_flax.checkpoint.uer import from_uer, read_uer, to_uer, to_uer_config
 from gpt2_flax.checkpoint.weights import model_from_weights
-from gpt2_flax.config import ModelConfig
+from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.export.uer_file import write_uer
+from gpt2_flax.formats import uer
+from gpt2_flax.formats.uer import read_uer
+from gpt2_flax.formats.uer_config import to_uer_config
+from gpt2_flax.formats.uer_export import to_uer, write_folder
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 
 torch = pytest.importorskip("torch")
@@ -48,6 +51,10 @@ def uer_config(tmp_path, **values):
     return path
 
 
+def from_uer(state_dict, uer_config):
+    return uer.from_uer(as_tensors(state_dict), uer_config, "state dict", "UER config")
+
+
 def difference(model, config, weights):
     tokens = np.random.default_rng(1).integers(0, SIZES[0], (3, SIZES[1]))
     with torch.inference_mode():
@@ -56,6 +63,7 @@ def difference(model, config, weights):
     return float(np.abs(theirs - jax.jit(lambda model: model(tokens))(ours)).max())
 
 
+@pytest.mark.slow
 def test_logits_are_theirs_and_renaming_alone_is_not_enough(model, state_dict):
     config, weights = from_uer(state_dict, HEADS)
     exact = difference(model, config, weights)
@@ -210,6 +218,7 @@ def run(*arguments):
     return ended.value.code
 
 
+@pytest.mark.slow
 def test_import_says_how_exact_it_is_and_makes_a_run(file, vocabulary, tmp_path, capsys):
     options = ("--tokenizer", vocabulary, "--uer-config", uer_config(tmp_path))
     assert run("import", file, tmp_path / "run", *options) == 0
@@ -231,6 +240,7 @@ def test_a_file_needs_a_vocabulary_and_a_folder_no_uer_config(file, tmp_path, ca
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_convert_there_and_back(model, file, vocabulary, tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
     options = ("--tokenizer", vocabulary, "--uer-config", uer_config(tmp_path))
@@ -252,13 +262,14 @@ def test_convert_there_and_back(model, file, vocabulary, tmp_path, capsys):
     assert run("convert", tmp_path / "run", tmp_path / "back", "--format", "uer") == ExitCode.CANT_CREATE
 
 
+@pytest.mark.slow
 def test_a_run_of_another_epsilon_goes_to_uer_with_a_word_about_it(config, tokenizer_folder, tmp_path, capsys):
     small = config.model.model_copy(update={"vocab_size": load_tokenizer(tokenizer_folder).vocab_size})
     source = Source("here", small, random_weights(small), tokenizer_folder)
-    compared = write_uer(source, tmp_path / "uer")
+    compared = write_folder(source, tmp_path / "uer")
     assert "layer_norm_epsilon is 1e-05 here, where 1e-07 is nearest to UER-py" in str(compared)
     exact = dataclasses.replace(source, model=small.model_copy(update={"layer_norm_epsilon": 1e-7}))
-    assert "epsilon" not in str(again := write_uer(exact, tmp_path / "uer", overwrite=True))
+    assert "epsilon" not in str(again := write_folder(exact, tmp_path / "uer", overwrite=True))
     assert again.max_logit_difference < 1e-5 * max(10, again.max_logit)
     saved = torch.load(tmp_path / "uer" / "model.bin", weights_only=True)
     head, words = saved["target.lm.output_layer.weight"], saved["embedding.word.embedding.weight"]
@@ -289,7 +300,9 @@ def test_prefixes_of_wrappers_are_left_out(model, state_dict, prefix, tmp_path):
 
 
 def test_a_folder_without_tokenizer_gets_one(vocabulary, tmp_path):
-    write_folder(tmp_path / "hf", ModelConfig(vocab_size=60, n_positions=12, n_layer=1, n_head=3, n_embd=12))
+    write_transformers_folder(
+        tmp_path / "hf", ModelConfig(vocab_size=60, n_positions=12, n_layer=1, n_head=3, n_embd=12)
+    )
     assert run("import", tmp_path / "hf", tmp_path / "run") != 0
     assert run("import", tmp_path / "hf", tmp_path / "run", "--tokenizer", vocabulary) == 0
 

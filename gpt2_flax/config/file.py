@@ -1,7 +1,7 @@
-"""How TOML files and `section.key=value` become the `Config` of a run, or those of the stages of one.
+"""Read the `Config` of a run, or of each of its stages, from a TOML file and `section.key=value` overrides.
 
-A file without stages is one run. In one with stages, each has a table `[[stages]]` with what it has for itself, and the
-rest of the file holds for all. A stage is an ordinary run, which starts from the weights of the stage before it.
+A file without stages is one run. In a file with stages, each table `[[stages]]` holds the keys of one stage, and the
+rest of the file applies to all stages. A stage is an ordinary run that starts from the weights of the stage before it.
 """
 
 import copy
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt2_flax.config import Config, parse_config
+from gpt2_flax.config.parse import parse_config
+from gpt2_flax.config.schema import Config
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.input_files import CONFIG_BYTES, parse_toml, read_whole
 
@@ -22,9 +23,10 @@ _OVERRIDE = re.compile(
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), stage: int | None = None) -> Config:
-    """Returns the config of one run: all that the file holds, or its stage of that number, from 1.
+    """Return the config of one run: the whole file, or the stage with a number, from 1.
 
-    Raises `UserError` as `load_stages`, and USAGE when the file has several stages and none was named, or no such one.
+    Raises:
+        UserError: As `load_stages`; USAGE if the file has several stages and `stage` is None or too large.
     """
     stages = load_stages(path, overrides)
     if stage is None and len(stages) > 1:
@@ -36,23 +38,28 @@ def load_config(path: Path, overrides: Sequence[str] = (), stage: int | None = N
 
 
 def load_stages(path: Path, overrides: Sequence[str] = ()) -> list[Config]:
-    """Returns the configs of a file's stages in order; of a file without, its only one.
+    """Return the configs of the stages of a file in order; one config if it has no stages.
 
-    `section.key=value` holds for every stage and `stages.2.section.key=value` for the second, applied left to right.
-    A stage after the first has `init_from` = the output of the one before unless it says otherwise.
-    Raises `UserError`: NO_INPUT when the file is missing, CONFIG for anything wrong inside, naming the dotted key and
-    the stage, USAGE for an override that is none.
+    The default of `init_from` in a later stage is the output of the stage before it.
+
+    Args:
+        overrides: `section.key=value` for every stage or `stages.2.section.key=value` for the second, applied in order.
+
+    Raises:
+        UserError: NO_INPUT if the file is missing; CONFIG that names the dotted key and the stage of an error in the
+            file; USAGE for a malformed override.
     """
     values = _read(path)
     named = "stages" in values
-    parts = _stages(values, path) if named else [values]
+    stages = _stages(values, path) if named else [values]
     for override in overrides:
-        _apply_override(parts, override)
-    for before, part in itertools.pairwise(parts):
+        _apply_override(stages, override)
+    for before, stage in itertools.pairwise(stages):
         if "output" in before:
-            part.setdefault("init_from", before["output"])
-    wheres = [f"{path}, stage {number}" if named else str(path) for number in range(1, len(parts) + 1)]
-    configs = [parse_config(part, where) for part, where in zip(parts, wheres, strict=True)]
+            stage.setdefault("init_from", before["output"])
+    configs = [
+        parse_config(stage, f"{path}, stage {number}" if named else str(path)) for number, stage in enumerate(stages, 1)
+    ]
     for (one, first), (other, second) in itertools.combinations(enumerate(configs, 1), 2):
         if os.path.realpath(first.output) == os.path.realpath(second.output):
             what = f"stages {one} and {other} have the same output {quote(second.output)}"
@@ -67,18 +74,17 @@ def _read(path: Path) -> dict[str, Any]:
         fix = "give the path of a TOML file, such as configs/quickstart.toml"
         raise UserError(ExitCode.NO_INPUT, "config not found", path, fix) from None
     except OSError as error:
-        raise UserError(
-            ExitCode.NO_INPUT, "config cannot be read", path, f"the system says: {error.strerror}"
-        ) from None
+        fix = f"the system says: {error.strerror}"
+        raise UserError(ExitCode.NO_INPUT, "config cannot be read", path, fix) from None
     except UnicodeDecodeError as error:
         where = f"{path}:{error.object.count(10, 0, error.start) + 1}"
         raise UserError(ExitCode.CONFIG, "config is not UTF-8", where, "save the file as UTF-8") from None
     except ValueError as error:
-        raise UserError(ExitCode.CONFIG, "not a TOML file", path, f"mend it: {error}") from None
+        raise UserError(ExitCode.CONFIG, "not a TOML file", path, f"fix it: {error}") from None
 
 
 def _stages(values: dict[str, Any], path: Path) -> list[dict[str, Any]]:
-    """The values of each stage; what stands in no stage holds for all, but `init_from` for the first alone."""
+    """Return the values of each stage. Keys outside of stages apply to all, but `init_from` only to the first."""
     stages = values.pop("stages")
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
         raise UserError(ExitCode.CONFIG, "stages must be tables", path, "begin each of them with a line [[stages]]")
@@ -87,7 +93,7 @@ def _stages(values: dict[str, Any], path: Path) -> list[dict[str, Any]]:
 
 
 def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """`common`, where the keys of `own` count more. Sections merge; a table in one, as of datasets, is a value."""
+    """Return `common` updated with `own`. Sections are merged; a table inside a section, as of datasets, is a value."""
     merged = copy.deepcopy(common)
     for name, value in own.items():
         sections = isinstance(value, dict) and isinstance(merged.get(name), dict)
@@ -95,25 +101,25 @@ def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply_override(parts: Sequence[dict[str, Any]], override: str) -> None:
+def _apply_override(stages: Sequence[dict[str, Any]], override: str) -> None:
     match = _OVERRIDE.fullmatch(override)
     if not match:
         fix = "write it as section.key=value, for example optimizer.learning_rate=3e-4"
         raise UserError(ExitCode.USAGE, "not an override", quote(override), fix)
     stage, key = match["stage"], match["key"]
-    if stage is not None and not 1 <= int(stage) <= len(parts):
-        raise UserError(ExitCode.USAGE, f"there is no stage {stage}", quote(override), f"take 1 to {len(parts)}")
-    if stage is None and len(parts) > 1 and key in ("output", "init_from"):
+    if stage is not None and not 1 <= int(stage) <= len(stages):
+        raise UserError(ExitCode.USAGE, f"there is no stage {stage}", quote(override), f"take 1 to {len(stages)}")
+    if stage is None and len(stages) > 1 and key in ("output", "init_from"):
         fix = f"name the stage, for example stages.{1 if key == 'output' else 2}.{override}"
         raise UserError(ExitCode.USAGE, f"{key} is each stage's own", quote(override), fix)
     value = _value(match["text"], override)
-    for part in parts if stage is None else [parts[int(stage) - 1]]:
-        *sections, last = key.split(".")
+    *sections, last = key.split(".")
+    for table in stages if stage is None else [stages[int(stage) - 1]]:
         for section in sections:
-            part = part.setdefault(section, {})
-            if not isinstance(part, dict):
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
                 raise UserError(ExitCode.CONFIG, "not a section", f"{section} in {quote(override)}", "check the key")
-        part[last] = value
+        table[last] = value
 
 
 def _value(text: str, override: str) -> Any:
@@ -121,6 +127,6 @@ def _value(text: str, override: str) -> Any:
         return parse_toml(f"value = {text}")["value"]
     except ValueError as error:
         if text.startswith("{"):
-            fix = f"""mend it, for example 'data.dataset={{"data/zh" = 3, "data/en" = 1}}': {error}"""
+            fix = f"""fix it, for example 'data.dataset={{"data/zh" = 3, "data/en" = 1}}': {error}"""
             raise UserError(ExitCode.USAGE, "not a TOML table", quote(override), fix) from None
         return text  # a bare word is a string: output=runs/two

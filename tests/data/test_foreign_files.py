@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 from support.foreign_files import contents, imported, refused, write_megatron
 
-from gpt2_flax.data import megatron
+from gpt2_flax.data import foreign_files
 from gpt2_flax.errors import ExitCode, UserError
 
 
@@ -27,7 +27,7 @@ def cut(place: int):
 
 
 def mutations():
-    """Name, change of the bytes of an index of 3 sequences and 2 documents, and a part of what is said."""
+    """Yield a name, a change of an index of 3 sequences and 2 documents, and a fragment of the error message."""
     yield "magic", put(0, "<B", 7), "not a Megatron-LM index"
     yield "version", put(9, "<Q", 2), "version 2"
     for code in (0, 9, 255):
@@ -61,7 +61,7 @@ def test_a_damaged_index_is_refused(tmp_path, change, message):
     assert len(whole) == 94
     index.write_bytes(change(whole))
     for chunk in (1, 2, 2**20):
-        with mock.patch.object(megatron, "_CHUNK", chunk):
+        with mock.patch.object(foreign_files, "_CHUNK", chunk):
             assert message in str(refused(tmp_path, [name], validation_fraction=0.5))
     index.write_bytes(whole)
     assert contents(imported(tmp_path, [name], [], validation_fraction=0.5).validation) == [[8, 9]]
@@ -87,7 +87,7 @@ def test_an_index_without_sequences_or_documents_is_refused(tmp_path):
 def test_an_index_that_is_cut_while_it_is_read_gives_a_sentence(tmp_path):
     name = write_megatron(tmp_path / "tokens", [[[1, 2], [3]], [[4, 5, 6]]], "uint16")
     index_path = Path(f"{name.removesuffix('.bin').removesuffix('.idx')}.idx")
-    index = megatron.MegatronIndex(index_path, index_path.with_suffix(".bin"))
+    index = foreign_files.MegatronIndex(index_path, index_path.with_suffix(".bin"))
     assert index.starts(0, 6).tolist() == [0, 3]
     os.truncate(index_path, 60)
     with pytest.raises(UserError, match="file became shorter while it was in use") as error:

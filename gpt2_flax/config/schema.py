@@ -1,19 +1,16 @@
-"""Every default, type, bound and line of help of a run's config; `config_file` reads config files.
+"""Every default, type, bound and line of help of a run's config; `config.file` reads config files.
 
 The resolved config is written into the run folder and is itself a valid input.
 """
 
 import os
 import sys
-from collections.abc import Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
-import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from gpt2_flax.config_errors import config_error
-from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.errors import quote
 from gpt2_flax.folders import local_path
 from gpt2_flax.input_files import MOST_POSITIONS, MOST_ROWS, MOST_STEPS, MOST_TOKENS
 
@@ -334,50 +331,3 @@ class ResolvedConfig(Config, frozen=True):
     """A training run whose vocabulary is known."""
 
     model: ModelConfig  # pyright: ignore[reportGeneralTypeIssues] - `with_vocab_size` gives it
-
-
-def config_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
-    """Return every dotted key with its pydantic field, in the order of the classes above."""
-    keys: dict[str, Any] = {}
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys |= config_keys(field.annotation, f"{prefix}{name}.")
-        else:
-            keys[prefix + name] = field
-    return keys
-
-
-def parse_config(values: dict[str, Any], where: str) -> Config:
-    """Return `values`, nested dicts, as a `Config`.
-
-    Args:
-        values: sections, and their keys.
-        where: origin of `values`, for the error.
-
-    Raises:
-        UserError: CONFIG, with the first wrong key.
-    """
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        errors = error.errors(include_url=False)
-        # A misspelt key is the cause of the missing one beside it.
-        first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
-        raise config_error(first, where, list(config_keys())) from None
-
-
-def parse_model(values: Mapping[str, Any], where: object, fix: str) -> ModelConfig:
-    """Return the architecture that a model file states; raise `UserError` (DATA) that names the first bad field."""
-    try:
-        return ModelConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"]))
-        reason = first["ctx"]["error"] if "ctx" in first and first["type"] == "value_error" else first["msg"]
-        what = f"bad value of {field}: {reason}, not {quote(first['input'])}" if field else f"bad model: {reason}"
-        raise UserError(ExitCode.DATA, what, where, fix) from None
-
-
-def dump_config(config: Config) -> str:
-    """Return the config as TOML; `config_file.load_config` reads it back as an equal object."""
-    return tomli_w.dumps(config.model_dump(exclude_none=True))

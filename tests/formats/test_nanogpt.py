@@ -9,10 +9,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from gpt2_flax import __main__ as cli
-from gpt2_flax.checkpoint.nanogpt import from_nanogpt, open_nanogpt
 from gpt2_flax.checkpoint.source import load_source
+from gpt2_flax.checkpoint.tensor_files import read_torch
 from gpt2_flax.checkpoint.weights import model_from_weights
 from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.formats.nanogpt import read_content
 
 torch = pytest.importorskip("torch")
 
@@ -98,7 +99,7 @@ def difference(model: Model, config, weights) -> float:
 
 def read(checkpoint, path):
     torch.save(checkpoint, path)
-    return from_nanogpt(open_nanogpt(path), path)
+    return read_content(read_torch(path, ""), path)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -167,6 +168,7 @@ def characters(tmp_path):
     return tmp_path / "characters.json"
 
 
+@pytest.mark.slow
 def test_import_and_convert_say_how_exact_they_are(characters, tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
     models = {gelu: Model(bias=False, gelu=gelu) for gelu in ("tanh", "none")}
