@@ -1,4 +1,4 @@
-"""Accelerators that JAX has software for but that are not here: that software is kept silent."""
+"""Silence the software of JAX for accelerators that this machine does not have."""
 
 import importlib.util
 import os
@@ -8,7 +8,7 @@ from gpt2_flax import nvidia
 
 TPU_FILES = ("accel*", "vfio/*")  # in /dev
 GPU_FILES = (*nvidia.DEVICE_FILES, "nvmap", "kfd")
-_NVIDIA, _DISPLAY = "0x10de", "0x03"  # vendor and class of a PCI device
+_NVIDIA, _DISPLAY = "0x10de", "0x03"  # PCI vendor, and first byte of the PCI class
 
 _TPU_DESCRIPTION = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -20,10 +20,10 @@ _TPU_DESCRIPTION = {
 
 
 def silence_what_is_not_here() -> None:
-    """Set up the environment for JAX, which must not be imported yet; what the environment says already stays so.
+    """Set variables of the environment that are not set yet; call this before JAX is imported.
 
-    Without any accelerator JAX keeps to the CPU: the plugin of the extra `cuda` would print a traceback. A GPU whose
-    driver does not work counts as one, so that JAX says what is wrong with the driver.
+    Without an accelerator, JAX uses only the CPU: the plugin of the extra `cuda` would print a traceback. A GPU with a
+    broken driver counts as an accelerator, so that JAX reports the error of the driver.
     """
     tpu, gpu = has_tpu(), _exists(GPU_FILES) or _nvidia_on_the_bus()
     if not tpu:
@@ -33,17 +33,17 @@ def silence_what_is_not_here() -> None:
 
 
 def silence_libtpu() -> None:
-    """Describes a TPU to libtpu, which must not be loaded yet; what the environment says already stays so.
+    """Describe a TPU to libtpu in variables that are not set yet; call this before libtpu is loaded.
 
-    It asks around for one otherwise, complains at length that there is none, logs to /tmp, and lets no second program
-    load it, for one TPU cannot serve two. JAX asks it for devices, finds none, and takes others.
+    Otherwise libtpu searches for a TPU, prints long warnings, logs to /tmp, and lets only one program load it. JAX then
+    finds no TPU devices in libtpu and uses other devices.
     """
     for name, value in _TPU_DESCRIPTION.items():
         os.environ.setdefault(name, value)
 
 
 def has_tpu() -> bool:
-    """Whether this machine seems to have a TPU."""
+    """Return whether this machine seems to have a TPU, by its device files."""
     return _exists(TPU_FILES)
 
 
@@ -52,7 +52,7 @@ def _exists(patterns: tuple[str, ...]) -> bool:
 
 
 def _nvidia_on_the_bus() -> bool:
-    """Whether there is an NVIDIA GPU, with a driver or without."""
+    """Return whether there is an NVIDIA GPU, with or without a driver."""
     return any(
         _line(device / "vendor") == _NVIDIA and _line(device / "class").startswith(_DISPLAY)
         for device in Path("/sys/bus/pci/devices").glob("*")

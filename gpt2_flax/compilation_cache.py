@@ -1,4 +1,4 @@
-"""Compiled programs are kept between calls, in the user's cache folder, where nobody else may put any."""
+"""The cache of compiled programs: in the user's cache folder, where no other user may write."""
 
 import contextlib
 import fcntl
@@ -11,14 +11,14 @@ from pathlib import Path
 
 from gpt2_flax.folders import cache_folder
 
-_MOST_BYTES = 4 * 2**30  # the least recently used are deleted beyond that
+_MOST_BYTES = 4 * 2**30  # beyond this size, the least recently used programs are deleted
 _OTHERS_WRITE = 0o022
 
 
 def keep_compiled_programs() -> None:
-    """Tells JAX, which must not be imported yet, where to keep them; what the environment says already stays so.
+    """Set JAX's cache folder in the environment, unless it is set; call this before JAX is imported.
 
-    `JAX_COMPILATION_CACHE_DIR` is another folder, or none when it is empty.
+    The user may set `JAX_COMPILATION_CACHE_DIR` to another folder, or to nothing for no cache.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_folder())
@@ -27,7 +27,7 @@ def keep_compiled_programs() -> None:
 
 
 def _folder() -> Path | str:
-    """Returns where programs are kept, "" where they cannot be: JAX would warn at each, or wait for a lock."""
+    """Return the cache folder, or "" if it is unusable: JAX would warn about each program, or wait for a lock."""
     with contextlib.suppress(OSError):
         if (cache := cache_folder()) is not None:
             folder = cache / "compiled" / _processor()
@@ -45,7 +45,7 @@ def _folder() -> Path | str:
 
 
 def _danger(folders: Sequence[Path]) -> str | None:
-    """Makes each folder, the last for this user alone; returns what lets another user put programs there to be run."""
+    """Create the nested folders, the last for this user alone; return how another user could add programs, if so."""
     for folder in folders:
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.stat()
@@ -68,7 +68,7 @@ def _danger(folders: Sequence[Path]) -> str | None:
 
 
 def _processor() -> str:
-    """Programs for a CPU use its instructions, and a home folder may be shared by different machines."""
+    """Return a name for this kind of CPU: machines with other instructions may share the home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What makes training on a CPU fast that JAX does not do by itself."""
+"""Settings for fast training on a CPU that JAX does not make itself."""
 
 import ctypes
 import os
@@ -9,23 +9,23 @@ _MALLOC_NUMBERS = {
     "M_MMAP_MAX": (-4, 0),
     "M_ARENA_MAX": (-8, 1),
 }
-"""Of glibc's malloc.h, and the values that they are set to."""
+"""The number in glibc's malloc.h and the new value of each parameter."""
 
 _ONE_PASS = "xla_cpu_use_multi_output_fusion=true"
 _EXTRA_OPTIONS = "--xla_backend_extra_options="
 
 
 def tune_cpu() -> None:
-    """Sets up this process, before JAX is used in it; on accelerators nothing changes."""
-    _tune_cpu()
+    """Set up this process before it uses JAX; nothing changes on accelerators."""
+    _keep_freed_memory()
     _compute_in_one_pass()
 
 
-def _tune_cpu() -> None:
-    """Tells glibc's malloc to give nothing back to the system; other C libraries are left as they are.
+def _keep_freed_memory() -> None:
+    """Let glibc's malloc keep freed memory; other C libraries stay unchanged.
 
-    A training step on a CPU allocates gigabytes and frees them at its end. Given back, every page of them is cleared
-    and mapped anew in each step, which took a tenth of its time.
+    A training step on a CPU allocates gigabytes and frees them at its end. If malloc returned them to the system, the
+    system would clear and map every page again in each step, which took a tenth of its time.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -36,9 +36,9 @@ def _tune_cpu() -> None:
 
 
 def _compute_in_one_pass() -> None:
-    """Tells XLA to compute several results of the same arrays in one pass over memory, as it does on accelerators.
+    """Let XLA compute several results of the same arrays in one pass over memory, as it does on accelerators.
 
-    AdamW is three times as fast for it. A version of XLA that does not know the option takes no notice.
+    This makes AdamW three times as fast. Versions of XLA without the option ignore it.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if _EXTRA_OPTIONS not in flags:

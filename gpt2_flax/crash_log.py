@@ -1,4 +1,4 @@
-"""Where a process that dies, hangs or has a bug leaves its stacks and tracebacks, for those who look into it."""
+"""The crash log: stacks and tracebacks of a process that dies, hangs or has a bug."""
 
 import contextlib
 import faulthandler
@@ -21,10 +21,10 @@ from gpt2_flax.interruption import cleaned_up
 
 
 class CrashLog(AbstractContextManager):
-    """FOLDER/crash-TIME-NUMBER.log, a temporary file where that cannot be made; no file once closed without content.
+    """FOLDER/crash-TIME-NUMBER.log, or a temporary file if the folder cannot hold it; an empty log is removed.
 
-    Within the context a fatal signal (SIGSEGV, SIGBUS, SIGABRT, ...) adds the stacks of all threads. So the file is
-    open from the beginning: such a signal leaves no time for it.
+    Within the context, a fatal signal (SIGSEGV, SIGBUS, SIGABRT, ...) adds the stacks of all threads. The file is open
+    from the beginning, because a fatal signal leaves no time to open it.
     """
 
     def __init__(self, folder: Path | None = None, number: int = 0):
@@ -32,8 +32,8 @@ class CrashLog(AbstractContextManager):
         self._stack = ExitStack()
 
     def __enter__(self) -> "CrashLog":
-        self._stack.enter_context(cleaned_up(self._remove_empty))
-        if not faulthandler.is_enabled():  # else somebody wants to see them elsewhere
+        self._stack.enter_context(cleaned_up(self._remove_if_empty))
+        if not faulthandler.is_enabled():  # otherwise the user wants the stacks in another place
             faulthandler.enable(self._file)
             self._stack.callback(faulthandler.disable)
         return self
@@ -41,9 +41,9 @@ class CrashLog(AbstractContextManager):
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
         self._file.close()
-        self._remove_empty()
+        self._remove_if_empty()
 
-    def _remove_empty(self) -> None:
+    def _remove_if_empty(self) -> None:
         with contextlib.suppress(OSError):
             if not self.path.stat().st_size:
                 self.remove()
@@ -53,15 +53,14 @@ class CrashLog(AbstractContextManager):
         return self._file.closed
 
     def remove(self) -> None:
-        """Removes the file."""
         self.path.unlink(missing_ok=True)
 
     def add_stacks(self, why: str) -> None:
-        """Adds the stacks of all threads."""
+        """Add the stacks of all threads."""
         self._add(lambda: (print(why, file=self._file, flush=True), faulthandler.dump_traceback(self._file)))
 
     def bug(self, error: BaseException) -> UserError:
-        """Adds the traceback of an error that should not have come up; returns what the user reads about it."""
+        """Add the traceback of an unexpected error; return the error to show to the user."""
         self._add(lambda: traceback.print_exception(error, file=self._file))
         what = f"a bug in gpt2_flax ({type(error).__name__})"
         return UserError(ExitCode.BUG, what, self.path, "please report it with that file")
@@ -69,7 +68,7 @@ class CrashLog(AbstractContextManager):
     def _add(self, write: Callable[[], object]) -> None:
         versions = f"gpt2_flax {gpt2_flax.__version__}, Python {platform.python_version()}"
         where = f"{time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()} on {socket.gethostname()}, {versions}"
-        with contextlib.suppress(OSError):  # a full disk must not hide what has happened
+        with contextlib.suppress(OSError):  # a full disk must not hide the error
             print(where, *sys.argv, file=self._file, flush=True)
             write()
             self._file.flush()
@@ -79,9 +78,9 @@ def _open(folder: Path | None, number: int) -> tuple[Path, IO[str]]:
     if folder is not None:
         path = folder.absolute() / f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{number}.log"
         with contextlib.suppress(OSError):
-            _remove_empty(folder)
-            opening = path.with_suffix(".opening")  # another process takes an empty log without a lock for a dead one's
-            file = open(opening, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - stays open
+            _remove_abandoned(folder)
+            opening = path.with_suffix(".opening")  # other processes remove an empty log that nobody has locked
+            file = open(opening, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - it stays open
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             opening.rename(path)
@@ -92,8 +91,8 @@ def _open(folder: Path | None, number: int) -> tuple[Path, IO[str]]:
     return Path(file.name), file
 
 
-def _remove_empty(folder: Path) -> None:
-    """Removes what processes that were killed have left."""
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the empty logs of processes that were killed."""
     for path in folder.glob("crash-*.log"):
         with contextlib.suppress(OSError), open(path, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

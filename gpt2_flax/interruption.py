@@ -1,7 +1,7 @@
-"""Ctrl-C (SIGINT) and `SIGNALS` like it end the program with one line and an exit code, at any moment.
+"""Ctrl-C (SIGINT) and the other `SIGNALS` end the program with one line and an exit code, at any moment.
 
-No handler raises an exception: foreign imports, callbacks and destructors swallow it, or abort the process. Instead a
-thread reads each signal from a pipe, also while the main thread computes in C, and ends the process.
+No signal handler raises an exception: imports, callbacks and destructors of libraries would swallow it or abort the
+process. Instead, a thread reads each signal from a pipe, even while the main thread runs C code, and ends the process.
 """
 
 import atexit
@@ -20,31 +20,32 @@ from typing import Any
 from gpt2_flax.errors import ExitCode, UserError
 
 SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
-_END, _NOTE, _IGNORE = range(100, 103)  # what the thread does with a signal; sent through the same pipe, so in order
-_GRACE = 5.0  # seconds for cleaning up
-_ONE = 0.2  # seconds; some launchers send a signal twice at once, to the process and to its group
+_END, _NOTE, _IGNORE = range(100, 103)  # how the thread reacts to signals; sent through the same pipe, so in order
+_GRACE = 5.0  # seconds for each clean-up
+_ONE = 0.2  # seconds; some launchers send one signal twice, to the process and to its group
 
-_pipe: int | None = None  # the writing end, None in a process that is not the program
-_ending = threading.Lock()  # of the thread that ends the process, which never releases it
+_pipe: int | None = None  # the writing end; None outside the program
+_ending = threading.Lock()  # taken by the thread that ends the process, and never released
 _clean_ups: list[Callable[[], object]] = []
-_exit_code: int | None = None  # once the command is finished
+_exit_code: int | None = None  # set when the command has finished
 
 
 def catch_signals() -> None:
-    """Let signals end this process with one line, from now on. Call it first, in the main thread."""
+    """Let signals end this process with one line. Call this first, in the main thread."""
     global _pipe
     reading, _pipe = os.pipe()
     os.set_blocking(_pipe, False)
-    atexit.register(_leave)  # registered first, so called last
+    atexit.register(_leave)  # registered first, so it runs last
     threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
     signal.set_wakeup_fd(_pipe, warn_on_full_buffer=False)
     for number in SIGNALS:
-        if number in (signal.SIGINT, signal.SIGTERM) or number in _heard():  # a shell's background job ignores SIGINT
+        # A background job of a shell ignores SIGINT, but must end on it.
+        if number in (signal.SIGINT, signal.SIGTERM) or number in _not_ignored():
             signal.signal(number, lambda number, frame: None)
 
 
 def finish(exit_code: int) -> int:
-    """Return `exit_code`, with which the process ends from now on; never return when a signal is ending it."""
+    """Return `exit_code`, which the process exits with from now on; never return while a signal ends the process."""
     global _exit_code
     if _pipe is not None and _exit_code is None:
         _ending.acquire()
@@ -53,7 +54,7 @@ def finish(exit_code: int) -> int:
 
 
 def interrupted(number: int) -> UserError:
-    """Return what the user reads about a signal that ended the command."""
+    """Return the error for a command that a signal has ended."""
     command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
     code = ExitCode(128 + number)
     if command == "train" and number != signal.SIGINT:
@@ -64,30 +65,30 @@ def interrupted(number: int) -> UserError:
 
 @contextlib.contextmanager
 def cleaned_up(clean_up: Callable[[], object]) -> Iterator[None]:
-    """Call `clean_up`, in another thread, when a signal ends the process in the block."""
+    """Call `clean_up`, in another thread, if a signal ends the process within the block."""
     _clean_ups.append(clean_up)
     try:
         yield
     finally:
-        # Once it is being cleaned up, nobody may use it: this thread stays here then.
+        # While the process ends, this thread waits here for ever, so that it does not use what is cleaned up.
         with contextlib.nullcontext() if _exit_code is not None else _ending:
             _clean_ups.remove(clean_up)
 
 
 @contextlib.contextmanager
 def handled_by(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    """Leave signals in the block to `handler`."""
-    _tell(_IGNORE)
-    previous = {number: signal.signal(number, handler) for number in _heard()}
+    """Let `handler` handle all signals within the block."""
+    _react(_IGNORE)
+    previous = {number: signal.signal(number, handler) for number in _not_ignored()}
     try:
         yield
     finally:
         _restore(previous)
-        _tell(_END)
+        _react(_END)
 
 
 class FirstSignal(AbstractContextManager):
-    """While the block runs, the first signal is only noted; a second ends the process at once."""
+    """Within the block, the first signal is only noted; a second signal ends the process at once."""
 
     def __init__(self):
         self.number: int | None = None
@@ -95,27 +96,27 @@ class FirstSignal(AbstractContextManager):
 
     def __enter__(self) -> "FirstSignal":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in _heard()}
-            _tell(_NOTE)
+            self._previous = {number: signal.signal(number, self._note) for number in _not_ignored()}
+            _react(_NOTE)
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._previous:
-            _tell(_END)
+            _react(_END)
             _restore(self._previous)
 
     def check(self) -> None:
-        """Raise `UserError` when a signal has come."""
+        """Raise `UserError` if a signal has come."""
         if self.number is not None:
             raise interrupted(self.number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        _restore(self._previous)  # outside the program a second signal does what it did before
+        _restore(self._previous)  # outside the program, a second signal has its former effect
 
 
-def _heard() -> list[int]:
-    """Returns the signals that are not ignored, as nohup makes SIGHUP."""
+def _not_ignored() -> list[int]:
+    """Return the signals that this process does not ignore; nohup makes it ignore SIGHUP."""
     return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
@@ -124,12 +125,13 @@ def _restore(handlers: Mapping[int, Any]) -> None:
         signal.signal(number, handler)
 
 
-def _tell(byte: int) -> None:
+def _react(reaction: int) -> None:
     if _pipe is not None:
-        os.write(_pipe, bytes([byte]))
+        os.write(_pipe, bytes([reaction]))
 
 
 def _watch(reading: int) -> None:
+    """Read signals and reactions from the pipe. Runs in a thread."""
     reaction, noted = _END, 0.0
     while True:
         for byte in os.read(reading, 1):
@@ -144,17 +146,17 @@ def _watch(reading: int) -> None:
 
 
 def _end(reading: int, failure: UserError) -> None:
-    """Ends the process; a further signal cuts short what is waited for."""
+    """End the process; another signal shortens each wait."""
     if _wait(reading, lambda: _ending.acquire(blocking=False)):
         _attempt(reading, *reversed(_clean_ups))
         _attempt(reading, sys.stdout.flush)
         _attempt(reading, lambda: os.write(2, f"error: {failure}\n".encode(errors="backslashreplace")))
-    # Else the command had finished, or failed and said why, and hangs in the clean-up of a library.
+    # Otherwise the command has finished, or has failed and said why, and hangs in an exit handler of a library.
     os._exit(failure.exit_code if _exit_code is None else _exit_code)
 
 
 def _attempt(reading: int, *actions: Callable[[], object]) -> None:
-    """Calls what may block, or fail when the main thread is at it too."""
+    """Call actions that may block, or fail because the main thread does the same."""
 
     def call() -> None:
         for action in actions:
@@ -169,13 +171,13 @@ def _attempt(reading: int, *actions: Callable[[], object]) -> None:
 
 def _wait(reading: int, done: Callable[[], bool]) -> bool:
     patience = time.monotonic() + _GRACE
-    while not (so := done()) and time.monotonic() < patience and not select.select([reading], [], [], 0.02)[0]:
+    while not (is_done := done()) and time.monotonic() < patience and not select.select([reading], [], [], 0.02)[0]:
         pass
-    return so
+    return is_done
 
 
 def _leave() -> None:
-    """Skips the rest of the interpreter's end, in which signals kill and threads of libraries crash."""
+    """Exit without the rest of the interpreter's shutdown, where signals kill and threads of libraries crash."""
     if _exit_code is not None:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):

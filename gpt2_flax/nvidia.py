@@ -1,4 +1,4 @@
-"""NVIDIA GPUs and their driver: what the machine says about them, without JAX, and which JAX suits them."""
+"""NVIDIA GPUs and their driver, found without JAX, and which CUDA suits them."""
 
 import os
 import re
@@ -8,22 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-DEVICE_FILES = ("nvidia[0-9]*", "dxg")  # in /dev; Windows' Linux (WSL) has the second
+DEVICE_FILES = ("nvidia[0-9]*", "dxg")  # in /dev; dxg is for Linux on Windows (WSL)
 DRIVERS = {13: 580, 12: 525}
 """The oldest driver for each CUDA: https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html"""
 CAPABILITIES = {13: 7.5, 12: 5.2}
-"""The oldest compute capability of a GPU for each CUDA: https://docs.jax.dev/en/latest/installation.html"""
+"""The lowest compute capability of a GPU for each CUDA: https://docs.jax.dev/en/latest/installation.html"""
 EXTRAS = {13: "cuda", 12: "cuda12"}
-"""The extra of ours that brings JAX for each CUDA."""
+"""The extra of this package that installs JAX for each CUDA."""
 
 _DEVICES, _DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")
 _WINDOWS_PROGRAM = "/usr/lib/wsl/lib/nvidia-smi"  # not on every PATH
-_PATIENCE = 20.0  # seconds; a driver without persistence mode takes some
+_PATIENCE = 20.0  # seconds; a driver without persistence mode is slow
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as its driver describes it; memory is in bytes."""
+    """A GPU in the words of its driver; `total` and `used` are bytes of memory."""
 
     index: int
     uuid: str
@@ -35,7 +35,7 @@ class Gpu:
 
 
 class Process(NamedTuple):
-    """A process that computes on a GPU: `uuid` is the GPU's, `used` the bytes, None where the driver does not say."""
+    """A process that computes on the GPU `uuid`; `used` is bytes of memory, or None if the driver does not know."""
 
     pid: int
     uuid: str
@@ -49,7 +49,7 @@ def is_here() -> bool:
 
 
 def gpus() -> list[Gpu]:
-    """Return the GPUs that `nvidia-smi` lists, none without it; raise `OSError` with its message if it fails."""
+    """Return the GPUs that `nvidia-smi` lists, or none without it; raise OSError with its message if it fails."""
     rows = _query("gpu", "index,uuid,name,driver_version,memory.total,memory.used")
     try:
         capabilities = [_number(capability) for _, capability in _query("gpu", "index,compute_cap")]
@@ -62,13 +62,13 @@ def gpus() -> list[Gpu]:
 
 
 def processes() -> list[Process]:
-    """Return the processes that compute on the GPUs; raise `OSError` like `gpus`."""
+    """Return the processes that compute on the GPUs; raise OSError like `gpus`."""
     rows = _query("compute-apps", "pid,gpu_uuid,used_memory,process_name")
     return [Process(int(pid), uuid, _bytes(used), name) for pid, uuid, used, name in rows]
 
 
 def driver_version() -> str | None:
-    """Return the version of the kernel's driver, as `580.95.05`, None where it is not known."""
+    """Return the version of the kernel driver, such as `580.95.05`, or None if it is not known."""
     try:
         found = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", _DRIVER.read_text(encoding="utf-8", errors="replace"))
     except OSError:
@@ -77,20 +77,25 @@ def driver_version() -> str | None:
 
 
 def visible(found: list[Gpu], environment: str | None) -> list[Gpu]:
-    """Return the GPUs that CUDA_VISIBLE_DEVICES leaves, in its order; None is all."""
+    """Return the GPUs that a value of CUDA_VISIBLE_DEVICES selects, in its order; None selects all."""
     if environment is None:
         return found
     chosen = []
     for word in map(str.strip, environment.split(",")):
         match = [gpu for gpu in found if word == str(gpu.index) or (word[:4] == "GPU-" and gpu.uuid.startswith(word))]
         if not match:
-            break  # like CUDA, which sees nothing behind an unknown name
+            break  # like CUDA, which ignores everything after an unknown name
         chosen += match[:1]
     return chosen
 
 
 def cuda_for(driver: str | None, capability: float | None = None) -> int | None:
-    """Return the newest CUDA that a driver and a GPU can run, None when both are too old for any; unknown suits all."""
+    """Return the newest CUDA for a driver and a GPU, or None if they are too old for any CUDA.
+
+    Args:
+        driver: version of the driver; None, if unknown, suits every CUDA.
+        capability: compute capability of the GPU; None suits every CUDA.
+    """
     for cuda, oldest in DRIVERS.items():
         new_enough = driver is None or major(driver) >= oldest
         if new_enough and (capability is None or capability >= CAPABILITIES[cuda]):
@@ -115,11 +120,11 @@ def _query(what: str, fields: str) -> list[list[str]]:
         raise OSError(" ".join((done.stdout + done.stderr).split()) or f"exit code {done.returncode}")
     commas = fields.count(",")
     rows = [[word.strip() for word in line.split(", ", commas)] for line in done.stdout.splitlines()]
-    return [row for row in rows if len(row) == commas + 1]  # others are remarks, such as `No devices were found`
+    return [row for row in rows if len(row) == commas + 1]  # other lines are remarks, such as `No devices were found`
 
 
 def _number(text: str) -> float | None:
-    return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else None  # else `[N/A]` and the like
+    return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else None  # or `[N/A]`
 
 
 def _bytes(mebibytes: str) -> int | None:

@@ -1,4 +1,4 @@
-"""Every attention kernel that runs here, against float64, with the dropout mask that the kernel itself has used.
+"""Check every attention kernel that runs here against float64, with the dropout mask that the kernel itself used.
 
 Dimension key: B rows, T queries, S keys, H heads, K head size.
 """
@@ -19,15 +19,15 @@ from gpt2_flax.model.attention_choice import choose_attention
 from gpt2_flax.parallel.mesh import platform
 
 _B, _T, _H, _K = 2, 256, 2, 64
-_ROW = ModelOptions().n_positions  # tokens of a row in the default recipe
+_ROW = ModelOptions().n_positions  # row length, in tokens, of the default recipe
 _RATE = ModelOptions().attn_pdrop
 _LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}
-"""The largest norm of an error, over the norm of the right result. bfloat16 has 8 bits: 4e-3 to 1e-2 are usual."""
+"""The largest relative error, a quotient of norms. bfloat16 has 8 bits: 4e-3 to 1e-2 are usual."""
 _LETTERS = ("out", "dq", "dk", "dv")
 
 
 class Case(NamedTuple):
-    """A kernel and what it has to do."""
+    """A kernel, and whether rows have several documents and weights have dropout."""
 
     kernel: Kernel
     documents: bool
@@ -55,7 +55,7 @@ def attention(report: Report) -> None:
     for case in report.affordable((str(case), case) for case in cases):
         try:
             errors, dropped = examine(case, dtype)
-        except Exception as error:  # compilers and drivers raise what they like, and other kernels may work
+        except Exception as error:  # compilers and drivers raise any class, and other kernels may work
             reason = " ".join(str(error).split())[:300]
             report.line(str(case), f"fails: {type(error).__name__}: {reason}", error=reason)
             report.wrong(f"attention kernel {case.kernel} fails: set model.attention to another one, and report this")
@@ -68,15 +68,16 @@ def attention(report: Report) -> None:
                 f"attention kernel {case.kernel} computes wrong numbers ({case}): "
                 "set model.attention to another one, and report this"
             )
-        elif dropped is not None and abs(dropped - _RATE) > 0.01:  # ten times what chance explains
+        elif dropped is not None and abs(dropped - _RATE) > 0.01:  # ten times the deviation of chance
             report.wrong(f"attention kernel {case.kernel} drops {dropped:.1%} of the weights instead of {_RATE:.0%}")
 
 
 def examine(case: Case, dtype: str) -> tuple[dict[str, float], float | None]:
-    """Return the relative errors of the output and of its three gradients, and the share of weights dropped, if any."""
-    draw = np.random.default_rng(0)
-    arrays = [jnp.asarray(draw.normal(size=(_B, _T, _H, _K)), dtype) for _ in range(4)]
-    segments_BT = _segments() if case.documents else None
+    """Return the relative errors of the output and its three gradients, and the share of dropped weights, if any."""
+    generator = np.random.default_rng(0)
+    arrays = [jnp.asarray(generator.normal(size=(_B, _T, _H, _K)), dtype) for _ in range(4)]
+    host_segments_BT = _segments() if case.documents else None
+    segments_BT = None if host_segments_BT is None else jnp.asarray(host_segments_BT)
     rate, key = (_RATE, jax.random.key(1)) if case.dropout else (0.0, None)
 
     def attend(q_BTHK, k_BTHK, v_BTHK):
@@ -87,32 +88,33 @@ def examine(case: Case, dtype: str) -> tuple[dict[str, float], float | None]:
         out_BTHK, backward = jax.vjp(attend, q_BTHK, k_BTHK, v_BTHK)
         return out_BTHK, *backward(d_out_BTHK)
 
-    seen_BTS = visible(segments_BT)
+    seen_BTS = visible(host_segments_BT)
     kept_BHTS, dropped = None, None
     if case.dropout:
         kept_BHTS = kept_weights(jax.jit(attend), dtype)
         seen_BHTS = np.broadcast_to(seen_BTS[:, None], kept_BHTS.shape)
         dropped = float(1 - kept_BHTS[seen_BHTS].mean())
-    expected = reference(*(np.asarray(array, np.float64) for array in arrays), seen_BTS, kept_BHTS, rate)
+    q_BTHK, k_BTHK, v_BTHK, d_out_BTHK = (np.asarray(array, np.float64) for array in arrays)
+    expected = reference(q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, seen_BTS, kept_BHTS, rate)
     results = (np.asarray(array, np.float64) for array in both_ways(*arrays))
     errors = map(_relative_error, results, expected)
     return dict(zip(_LETTERS, errors, strict=True)), dropped
 
 
 def kept_weights(attend: Any, dtype: str) -> np.ndarray:
-    """Return which weights a kernel does not drop, bool (B, H, T, S); those that a query does not see come as False.
+    """Return which weights a kernel does not drop, bool (B, H, T, S); weights of invisible keys are False.
 
-    With queries and keys of zeros all weights of a query are equal, and values that are one for a single key each
-    make the output the weights themselves, a head size of keys at a time.
+    If queries and keys are zero, all weights of a query are equal. If each dimension of the values is one for a single
+    key, the output is the weights themselves, for as many keys at a time as the head size.
     """
     zeros_BTHK = jnp.zeros((_B, _T, _H, _K), dtype)
     identity_SS = np.eye(_T)
-    parts = []
+    weights = []
     for first in range(0, _T, _K):
         v_SK = identity_SS[:, first : first + _K]
         v_BTHK = jnp.asarray(np.broadcast_to(v_SK[None, :, None], zeros_BTHK.shape), dtype)
-        parts.append(np.asarray(attend(zeros_BTHK, zeros_BTHK, v_BTHK), np.float64))
-    return np.concatenate(parts, -1).swapaxes(1, 2) > 0
+        weights.append(np.asarray(attend(zeros_BTHK, zeros_BTHK, v_BTHK), np.float64))
+    return np.concatenate(weights, -1).swapaxes(1, 2) > 0
 
 
 def reference(
@@ -124,7 +126,18 @@ def reference(
     kept_BHTS: np.ndarray | None = None,
     rate: float = 0.0,
 ) -> tuple[np.ndarray, ...]:
-    """Return the output of attention and the gradients of queries, keys and values, (B, T, H, K), in float64."""
+    """Compute attention and the gradients of its queries, keys and values in float64.
+
+    Args:
+        q_BTHK, k_BTHK, v_BTHK: queries, keys and values.
+        d_out_BTHK: gradient of the output.
+        seen_BTS: which keys a query sees.
+        kept_BHTS: which weights dropout keeps; None: all.
+        rate: dropout rate.
+
+    Returns:
+        The output and three gradients, each (B, T, H, K).
+    """
     scale = 1 / math.sqrt(q_BTHK.shape[-1])
     scores_BHTS = np.einsum("bthk,bshk->bhts", q_BTHK, k_BTHK) * scale
     scores_BHTS = np.where(seen_BTS[:, None], scores_BHTS, -np.inf)
@@ -144,7 +157,7 @@ def reference(
 
 
 def visible(segments_BT: np.ndarray | None) -> np.ndarray:
-    """Return which keys a query sees, bool (B, T, S): none of its future, and none of other documents."""
+    """Return which keys a query sees, bool (B, T, S): past keys of its own document."""
     causal_TS = np.tril(np.ones((_T, _T), bool))
     if segments_BT is None:
         return np.broadcast_to(causal_TS, (_B, _T, _T))
@@ -152,7 +165,7 @@ def visible(segments_BT: np.ndarray | None) -> np.ndarray:
 
 
 def _segments() -> np.ndarray:
-    """Documents of one token to most of a row, that begin and end anywhere, and padding, int32 (B, T)."""
+    """Return the segments of documents of 1 to 200 tokens, and padding, int32 (B, T)."""
     lengths = ((1, 2, 61, 64, 1, 100, 20), (3, 200, 53))
     rows = [np.repeat(np.arange(1, len(row) + 1), row) for row in lengths]
     return np.stack([np.pad(row, (0, _T - len(row))) for row in rows]).astype(np.int32)
@@ -160,7 +173,8 @@ def _segments() -> np.ndarray:
 
 def _config(kernel: str, dropout: bool) -> ModelConfig:
     sizes = {"vocab_size": 64, "n_positions": _T, "n_layer": 1, "n_head": _H, "n_embd": _H * _K}
-    return ModelConfig(**sizes, attention=kernel, dtype=compute_dtype(), attn_pdrop=_RATE if dropout else 0.0)
+    how = {"attention": kernel, "dtype": compute_dtype(), "attn_pdrop": _RATE if dropout else 0.0}
+    return ModelConfig.model_validate(sizes | how)
 
 
 def _relative_error(result: np.ndarray, expected: np.ndarray) -> float:

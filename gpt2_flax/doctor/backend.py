@@ -1,4 +1,4 @@
-"""What JAX sees of the machine, and why it does not see a device that is there."""
+"""Check which devices JAX sees, and why it does not see a device of this machine."""
 
 import importlib
 import logging
@@ -14,7 +14,7 @@ _LIBRARIES = {"CUDA": "cuda_runtime", "cuDNN": "cudnn", "cuBLAS": "cublas"}
 
 
 class Hardware(NamedTuple):
-    """What there is besides what JAX sees."""
+    """The accelerators of this machine, found without JAX."""
 
     nvidia: bool
     driver: str | None
@@ -23,14 +23,14 @@ class Hardware(NamedTuple):
 
 
 def backend(report: Report) -> None:
-    """Report the platform and the devices of JAX, CUDA and cuDNN as loaded, and what is missing."""
+    """Report the platform and the devices of JAX, the loaded versions of CUDA and cuDNN, and missing devices."""
     there = hardware()
     messages = _Messages(("cuda", "tpu") if there.tpus else ("cuda",))
     import jax
 
     try:
         devices = jax.local_devices()
-    except Exception as error:  # JAX has no class of its own for it
+    except Exception as error:  # JAX has no error class for this
         said = [*messages.errors, " ".join(str(error).split())]
         if sentence := why_unseen("none", there, packages(), os.environ, said):
             report.wrong(sentence)
@@ -67,9 +67,14 @@ def hardware() -> Hardware:
 def why_unseen(
     platform: str, there: Hardware, installed: Mapping[str, str], environment: Mapping[str, str], errors: Sequence[str]
 ) -> str | None:
-    """Return what keeps JAX, which runs on `platform`, off an accelerator that is there, and what to do; None: nothing.
+    """Return why JAX does not use an accelerator of this machine, and what to do; None if it uses all.
 
-    errors: what JAX wrote about it.
+    Args:
+        platform: the platform that JAX uses, or "none".
+        there: the accelerators of this machine.
+        installed: versions by package.
+        environment: environment variables.
+        errors: what JAX logged about its backends.
     """
     said = f": {errors[0]}" if errors else ""
     platforms = environment.get("JAX_PLATFORMS", "")
@@ -97,14 +102,14 @@ def why_unseen(
 
 
 class _Messages(logging.Handler):
-    """Collects what JAX warns of, from before it is imported; of backends that fail quietly, only these count."""
+    """Collects JAX's warnings, from before JAX is imported, and quiet failures of the given backends."""
 
     def __init__(self, backends: Sequence[str]):
         super().__init__(logging.INFO)
         self.errors: list[str] = []
         self._failures = [f"Unable to initialize backend '{name}'" for name in backends]
         logging.getLogger("jax").addHandler(self)
-        logging.getLogger("jax._src.xla_bridge").setLevel(logging.INFO)  # of backends that fail
+        logging.getLogger("jax._src.xla_bridge").setLevel(logging.INFO)  # failures of backends
 
     def emit(self, record: logging.LogRecord) -> None:
         message = " ".join(record.getMessage().split())
@@ -115,7 +120,7 @@ class _Messages(logging.Handler):
 
 
 def _library_versions() -> dict[str, str]:
-    """The versions of NVIDIA's libraries that are loaded, as far as the plugin tells."""
+    """Return the versions of NVIDIA's loaded libraries, as far as the plugin knows them."""
     for plugin in PLUGINS.values():
         try:
             library: Any = importlib.import_module(f"{plugin.replace('-', '_')}._versions")
@@ -133,7 +138,7 @@ def _library_versions() -> dict[str, str]:
 
 
 def readable(name: str, number: int) -> str:
-    """Return the version that one of NVIDIA's libraries gives as a number, in the usual way: 12090 of CUDA is 12.9."""
+    """Format the version number of one of NVIDIA's libraries: 12090 of CUDA is 12.9."""
     if name == "CUDA":
         return f"{number // 1000}.{number % 1000 // 10}"
     major, rest = divmod(number, 10000)

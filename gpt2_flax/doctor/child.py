@@ -1,4 +1,4 @@
-"""The process of one part: it examines, writes records to standard output, and ends by itself when its time is up."""
+"""The process of one check: it writes records to standard output, and ends itself when its time is up."""
 
 import faulthandler
 import importlib
@@ -10,17 +10,17 @@ import traceback
 from gpt2_flax.doctor.report import Record, Report
 
 
-def run(part: str, seconds: str) -> None:
-    """Run a part, `module:function`, for at most `seconds`; end the process, with 0 if the part came to its end."""
+def run(check: str, seconds: str) -> None:
+    """Run a check, given as `module:function`, for at most `seconds`; end the process, with 0 if the check is done."""
     faulthandler.enable()
-    faulthandler.dump_traceback_later(float(seconds), exit=True)  # also out of C code that hangs
+    faulthandler.dump_traceback_later(float(seconds), exit=True)  # ends also C code that hangs
     records = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # libraries print what they like
+    os.dup2(2, 1)  # libraries may print to standard output
 
     def write(record: Record) -> None:
         print(json.dumps(record), file=records, flush=True)
 
-    module, _, function = part.partition(":")
+    module, _, function = check.partition(":")
     code = 0
     try:
         getattr(importlib.import_module(module), function)(Report(write, 0.9 * float(seconds)))
@@ -30,4 +30,4 @@ def run(part: str, seconds: str) -> None:
         write({"failed": f"{type(error).__name__}: {message}" if message else type(error).__name__})
         code = 1
     sys.stderr.flush()
-    os._exit(code)  # the clean-up of a library may crash, and the part is done
+    os._exit(code)  # the exit handlers of a library may crash, and the check is done

@@ -1,7 +1,7 @@
-"""What `gpt2-flax doctor` does: parts, the most important first, each in a process of its own with a limit.
+"""Run the checks of `gpt2-flax doctor`, the most important first, each in its own process with a time limit.
 
-This process never touches a device. So a part that crashes or hangs costs only itself, a JAX that cannot be imported
-is found out as well, and each part has the memory of the devices to itself.
+This process never touches a device. So a check that crashes or hangs costs only itself, a JAX that cannot be imported
+is one more fault, and each check has the whole memory of the devices.
 """
 
 import json
@@ -27,31 +27,31 @@ from gpt2_flax.interruption import cleaned_up
 from gpt2_flax.progress import duration
 
 
-class Part(NamedTuple):
-    """A part of the examination: `code` is the `module:function` that does it within `seconds`."""
-
+class Check(NamedTuple):
     name: str
     code: str
+    """The function that runs the check, as `module:function`."""
     seconds: float
+    """The time limit."""
 
 
 JAX = "jax"
-PARTS = (
-    Part("machine", "gpt2_flax.doctor.machine:machine", 60),
-    Part(JAX, "gpt2_flax.doctor.backend:backend", 60),
-    Part("rates", "gpt2_flax.doctor.rates:rates", 60),
-    Part("attention", "gpt2_flax.doctor.attention:attention", 100),
-    Part("determinism", "gpt2_flax.doctor.training:determinism", 75),
-    Part("collectives", "gpt2_flax.doctor.rates:collectives", 45),
-    Part("training", "gpt2_flax.doctor.training:speed", 150),
+CHECKS = (
+    Check("machine", "gpt2_flax.doctor.machine:machine", 60),
+    Check(JAX, "gpt2_flax.doctor.backend:backend", 60),
+    Check("rates", "gpt2_flax.doctor.rates:rates", 60),
+    Check("attention", "gpt2_flax.doctor.attention:attention", 100),
+    Check("determinism", "gpt2_flax.doctor.training:determinism", 75),
+    Check("collectives", "gpt2_flax.doctor.rates:collectives", 45),
+    Check("training", "gpt2_flax.doctor.training:speed", 150),
 )
-_LEAST = 2.0  # seconds in which a part can say anything
+_LEAST = 2.0  # seconds that a check needs to report anything
 _COLUMN = 28
-_KILLED_AFTER = 5.0  # seconds past its limit, if a part does not end by itself
+_KILLED_AFTER = 5.0  # seconds after its limit, if a check does not end itself
 _POLL = 0.05
-_LOG = 8000  # characters of its messages that are kept of a part that failed
+_LOG = 8000  # characters of the log of a failed check that are kept
 _CHILD = """import json, sys
-sys.path[:] = json.loads(sys.argv[3])  # the same package as here, whatever folder this is
+sys.path[:] = json.loads(sys.argv[3])  # import the same package as the parent, in any folder
 from gpt2_flax.doctor import child
 child.run(*sys.argv[1:3])
 """
@@ -59,7 +59,7 @@ child.run(*sys.argv[1:3])
 
 @dataclass
 class Outcome:
-    """What came of a part."""
+    """The results of a check."""
 
     status: Literal["done", "failed", "out of time", "skipped"] = "skipped"
     seconds: float = 0.0
@@ -67,28 +67,34 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     log: str = ""
-    """The last messages of a part that did not come to its end."""
+    """The end of the log of a check that is not done."""
 
 
 def examine(seconds: float, output: Path | None, say: Callable[[str], None]) -> None:
-    """Examine this machine within `seconds`, say what is found, and write it to a new JSON file.
+    """Examine this machine within a time limit.
 
-    Raises `UserError`: CANT_CREATE when the file exists, UNAVAILABLE when something is wrong.
+    Args:
+        seconds: the limit of all checks together.
+        output: JSON file to create with all results.
+        say: prints a line.
+
+    Raises:
+        UserError: CANT_CREATE when the file exists, UNAVAILABLE when a check has found a fault.
     """
     if output is not None and os.path.lexists(output):
         raise UserError(ExitCode.CANT_CREATE, "output exists", output, "choose another name, or remove it")
     start, outcomes = time.monotonic(), {}
-    for number, part in enumerate(PARTS, 1):
+    for number, check in enumerate(CHECKS, 1):
         left = seconds - (time.monotonic() - start)
         if JAX in outcomes and outcomes[JAX].status != "done":
-            outcome = Outcome(skipped=[f"{part.name}: JAX does not start"])
+            outcome = Outcome(skipped=[f"{check.name}: JAX does not start"])
         elif left < _LEAST:
-            outcome = Outcome(skipped=[f"{part.name}: no time left"])
+            outcome = Outcome(skipped=[f"{check.name}: no time left"])
         else:
-            with _note(f"{part.name}, {number} of {len(PARTS)} parts", start + seconds) as tick:
-                outcome = run_part(part, left, tick)
-        outcomes[part.name] = outcome
-        for line in _lines(part, outcome):
+            with _status(f"{check.name}, check {number} of {len(CHECKS)}", start + seconds) as tick:
+                outcome = run_check(check, left, tick)
+        outcomes[check.name] = outcome
+        for line in _lines(check, outcome):
             say(line)
     wrong = [sentence for outcome in outcomes.values() for sentence in outcome.wrong]
     skipped = sum(len(outcome.skipped) for outcome in outcomes.values())
@@ -108,12 +114,12 @@ def examine(seconds: float, output: Path | None, say: Callable[[str], None]) -> 
         raise UserError(ExitCode.UNAVAILABLE, what, "gpt2-flax doctor", "see the lines above that begin with WRONG")
 
 
-def run_part(part: Part, left: float, tick: Callable[[], object] = lambda: None) -> Outcome:
-    """Run a part in a process of its own, for as long as it may take and at most `left` seconds; call `tick` often."""
-    limit, start = min(part.seconds, left), time.monotonic()
+def run_check(check: Check, left: float, tick: Callable[[], object] = lambda: None) -> Outcome:
+    """Run a check in its own process until its limit, but at most `left` seconds; call `tick` often."""
+    limit, start = min(check.seconds, left), time.monotonic()
     with scratch_folder() as folder:
         records, log = folder / "records", folder / "log"
-        command = [sys.executable, "-c", _CHILD, part.code, str(limit), json.dumps(sys.path)]
+        command = [sys.executable, "-c", _CHILD, check.code, str(limit), json.dumps(sys.path)]
         with open(records, "wb") as out, open(log, "wb") as err:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
@@ -137,11 +143,11 @@ def run_part(part: Part, left: float, tick: Callable[[], object] = lambda: None)
     outcome.log = messages
     if outcome.status == "failed":
         reasons = [record["failed"] for record in found if "failed" in record] or [_ending(code, messages)]
-        outcome.wrong.append(f"{part.name} failed: {reasons[0]}")
-    elif limit < part.seconds:
-        outcome.skipped.append(f"the rest of {part.name}, cut off after {duration(limit)}: give more --seconds")
+        outcome.wrong.append(f"{check.name} failed: {reasons[0]}")
+    elif limit < check.seconds:
+        outcome.skipped.append(f"the rest of {check.name}, cut off after {duration(limit)}: give more --seconds")
     else:
-        outcome.wrong.append(f"{part.name} hangs: no end after {duration(limit)}{_place(messages)}")
+        outcome.wrong.append(f"{check.name} hangs: no end after {duration(limit)}{_place(messages)}")
     return outcome
 
 
@@ -152,31 +158,29 @@ def _ending(code: int, messages: str) -> str:
 
 
 def _place(messages: str) -> str:
-    """Where the process was, in what `faulthandler` wrote: its innermost line of this package."""
+    """Return the innermost line of this package in a traceback of `faulthandler`."""
     found = re.search(r'File "[^"]*(gpt2_flax/(?!doctor/child)[^"]+)", line (\d+)', messages)
     return f" at {found[1]}:{found[2]}" if found else ""
 
 
 @contextmanager
-def _note(doing: str, end: float) -> Iterator[Callable[[], object]]:
-    """Shows on stderr what takes so long, and how long it may take, if that is a terminal; yields what updates it."""
+def _status(doing: str, end: float) -> Iterator[Callable[[], object]]:
+    """Show on stderr what runs and how long it may take, if stderr is a terminal; yield a function that updates it."""
     if not sys.stderr.isatty():
         yield lambda: None
         return
     status = Console(stderr=True).status(doing)
-    with cleaned_up(status.stop), status:  # it has hidden the cursor
+    with cleaned_up(status.stop), status:  # `stop` shows the cursor again
         yield lambda: status.update(f"{doing}; at most {duration(max(0.0, end - time.monotonic()))} to go")
 
 
-def _lines(part: Part, outcome: Outcome) -> Iterator[str]:
+def _lines(check: Check, outcome: Outcome) -> Iterator[str]:
     took = "" if outcome.status == "skipped" else f" in {duration(outcome.seconds)}"
-    yield f"{part.name:<{_COLUMN}}{outcome.status}{took}"
-    for record in outcome.found:
-        yield f"  {record['name']:<{_COLUMN - 2}}{printable(record['text'])}"
-    for what in outcome.skipped:
-        yield f"  {'skipped':<{_COLUMN - 2}}{printable(what)}"
-    for sentence in outcome.wrong:
-        yield f"  {'WRONG':<{_COLUMN - 2}}{printable(sentence)}"
+    yield f"{check.name:<{_COLUMN}}{outcome.status}{took}"
+    facts = [(record["name"], record["text"]) for record in outcome.found]
+    facts += [("skipped", name) for name in outcome.skipped] + [("WRONG", sentence) for sentence in outcome.wrong]
+    for name, text in facts:
+        yield f"  {name:<{_COLUMN - 2}}{printable(text)}"
 
 
 def _count(wrong: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""The machine and what is installed, without JAX, which may be what is wrong."""
+"""Check the machine and the installed packages, without JAX, which may be the fault."""
 
 import importlib.metadata
 import os
@@ -21,14 +21,14 @@ _PACKAGES = (
 )
 _SETTINGS = ("JAX_", "XLA_", "NCCL_", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "LIBTPU_INIT_ARGS", "TF_GPU_ALLOCATOR")
 _PCI = Path("/sys/bus/pci/devices")
-_TPUS = {  # Google's PCI numbers, as JAX knows them
+_TPUS = {  # Google's PCI device ids, as in JAX
     **{"0x0027": "TPU v3", "0x005e": "TPU v4", "0x0062": "TPU v5p"},
     **{"0x0063": "TPU v5e", "0x006f": "TPU v6e", "0x0076": "TPU7x"},
 }
 
 
 def machine(report: Report) -> None:
-    """Report versions, machine, GPUs by their driver, and settings; and what of them does not go together."""
+    """Report versions, hardware, driver and settings, and which of them do not fit together."""
     installed = packages()
     report.line("gpt2_flax", gpt2_flax.__version__)
     report.line("python", platform.python_version())
@@ -62,7 +62,7 @@ def machine(report: Report) -> None:
 
 
 def packages() -> dict[str, str]:
-    """Return the installed ones of the packages that matter, and their versions."""
+    """Return the versions of the installed packages that matter, by name."""
     versions = {}
     for name in _PACKAGES:
         try:
@@ -73,7 +73,7 @@ def packages() -> dict[str, str]:
 
 
 def tpus() -> dict[str, int]:
-    """Return how many TPU chips of each kind are on the PCI bus."""
+    """Return the number of TPU chips on the PCI bus, by kind."""
     counts: dict[str, int] = {}
     for folder in _PCI.glob("*"):
         try:
@@ -86,7 +86,13 @@ def tpus() -> dict[str, int]:
 
 
 def wrong_packages(installed: Mapping[str, str], driver: str | None, capabilities: list[float]) -> Iterator[str]:
-    """Yield a sentence for each thing in the installation that JAX on NVIDIA GPUs cannot work with."""
+    """Yield a sentence for each fault of the installation that keeps JAX from working on NVIDIA GPUs.
+
+    Args:
+        installed: versions by package.
+        driver: version of NVIDIA's driver, if known.
+        capabilities: compute capability of each GPU.
+    """
     plugins = {cuda: plugin for cuda, plugin in PLUGINS.items() if plugin in installed}
     best = nvidia.cuda_for(driver, min(capabilities, default=None))
     if len(plugins) > 1:
@@ -120,7 +126,7 @@ def wrong_packages(installed: Mapping[str, str], driver: str | None, capabilitie
 
 
 def wrong_memory(gpus: list[Gpu], processes: list[Process], environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield a sentence for each process on these GPUs, and each GPU with less free memory than JAX takes at start."""
+    """Yield a sentence for each process on these GPUs, and for each GPU with less free memory than JAX allocates."""
     by_uuid = {gpu.uuid: gpu for gpu in gpus}
     for process in processes:
         if process.uuid in by_uuid:
@@ -141,7 +147,7 @@ def wrong_memory(gpus: list[Gpu], processes: list[Process], environment: Mapping
 
 
 def extra_for(driver: str | None, capabilities: list[float]) -> str:
-    """Return how to install JAX for the NVIDIA GPUs here."""
+    """Return how to install JAX for the NVIDIA GPUs of this machine."""
     best = nvidia.cuda_for(driver, min(capabilities, default=None))
     if best is not None:
         return f"run pip install 'gpt2_flax[{nvidia.EXTRAS[best]}]'"
@@ -158,7 +164,7 @@ def _instead(plugin: str, cuda: int | None) -> str:
 
 
 def _share_taken(environment: Mapping[str, str]) -> float:
-    """The share of a GPU's memory that JAX takes when it starts, by its settings; 0 where it takes what it needs."""
+    """Return the share of a GPU's memory that JAX allocates when it starts; 0 if it allocates memory as needed."""
     preallocates = environment.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() not in ("false", "0")
     if not preallocates or environment.get("XLA_PYTHON_CLIENT_ALLOCATOR", "default").lower() == "platform":
         return 0.0

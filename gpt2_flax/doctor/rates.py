@@ -1,6 +1,6 @@
-"""How fast a device computes and moves memory, and devices exchange, beside what their maker promises.
+"""Measure products, memory and collectives of the devices, and compare the rates with the data sheet.
 
-Dimension key: N a side of a square matrix, M numbers of a long array, E devices.
+Dimension key: N side of a square matrix, M numbers of a long array, E devices.
 """
 
 import time
@@ -18,7 +18,7 @@ from gpt2_flax.parallel.devices import bandwidth, memory_bytes, peak_flops
 from gpt2_flax.parallel.mesh import platform
 from gpt2_flax.progress import si
 
-_LOW = 0.3  # share of the data sheet's rate below which something is wrong; usual are 0.5 to 0.95
+_LOW = 0.3  # share of the data sheet's rate below which a device is at fault; 0.5 to 0.95 is usual
 
 
 def rates(report: Report) -> None:
@@ -41,7 +41,7 @@ def rates(report: Report) -> None:
 
 
 def compute_dtype() -> str:
-    """Return the type that training computes in: bfloat16, but float32 on CPUs, which emulate the other."""
+    """Return the dtype that training computes in: bfloat16, but float32 on CPUs, which emulate bfloat16."""
     return "float32" if platform() == "cpu" else "bfloat16"
 
 
@@ -53,11 +53,11 @@ def product_rate() -> float:
 
 
 def seconds_of(function: Callable, *arguments: jax.Array, times: int = 10) -> float:
-    """Return how long a call takes, once compiled: of three rounds of calls in a row, the fastest."""
+    """Return the seconds of a call after compilation: the mean of `times` calls in the fastest of three rounds."""
     jax.block_until_ready(function(*arguments))
     rounds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start, out = time.perf_counter(), None
         for _ in range(times):
             out = function(*arguments)
         jax.block_until_ready(out)
@@ -69,18 +69,18 @@ def _memory_rate() -> float:
     available = memory_bytes(jax.local_devices()[0])
     size = 2**26 if platform() == "cpu" else int(min(2**30, (available or 2**33) / 8))
     x_M = jnp.ones(size // 4, jnp.float32)
-    return 2 * 4 * x_M.size / seconds_of(jax.jit(lambda x_M: x_M + 1), x_M)  # read and written
+    return 2 * 4 * x_M.size / seconds_of(jax.jit(lambda x_M: x_M + 1), x_M)  # each number is read and written
 
 
 def collectives(report: Report) -> None:
-    """Report whether the devices of this process add up and exchange numbers rightly, and how fast."""
+    """Report whether collectives between the devices of this process give correct numbers, and how fast."""
     devices = jax.local_devices()
     n = len(devices)
     if n == 1:
         report.line("devices", "one: nothing to exchange")
         return
     mesh = Mesh(np.array(devices), ("devices",))
-    large = 2**18 if platform() == "cpu" else 2**25  # numbers of each device
+    large = 2**18 if platform() == "cpu" else 2**25  # numbers on each device
     for name in report.affordable((name, name) for name in _EXCHANGES):
         exchange, layout = _EXCHANGES[name]
         run = jax.jit(jax.shard_map(exchange, mesh=mesh, in_specs=P("devices"), out_specs=layout, check_vma=False))
@@ -93,13 +93,13 @@ def collectives(report: Report) -> None:
             report.wrong(f"{name} between {n} devices gives wrong numbers on {bad}: test the devices and their links")
             continue
         x_EM = jax.device_put(_distinct(n, large // n * n), NamedSharding(mesh, P("devices")))
-        # As in NVIDIA's nccl-tests: what each device sends if they stand in a ring.
+        # The bytes that each device sends on a ring, as in NVIDIA's nccl-tests.
         sent = x_EM.nbytes / n * (n - 1) * {"all-reduce": 2 / n, "all-gather": 1, "reduce-scatter": 1 / n}[name]
         rate = sent / seconds_of(run, x_EM)
         report.line(name, f"right between {n} devices, {si(rate, 'B')}/s sent by each", right=True, bytes_a_second=rate)
 
 
-_EXCHANGES = {  # what a device makes of its row, and how the results of all lie
+_EXCHANGES = {  # the collective of a device's row, and the layout of its results
     "all-reduce": (lambda row_1M: jax.lax.psum(row_1M, "devices"), P()),
     "all-gather": (lambda row_1M: jax.lax.all_gather(row_1M, "devices", tiled=True), P()),
     "reduce-scatter": (
@@ -110,5 +110,5 @@ _EXCHANGES = {  # what a device makes of its row, and how the results of all lie
 
 
 def _distinct(n_devices: int, size: int) -> np.ndarray:
-    """Returns numbers, float32 (E, M), that differ between devices and places, and whose sums are exact."""
+    """Return float32 (E, M) that differ between devices and positions, and whose sums are exact."""
     return (np.arange(n_devices)[:, None] * 256 + np.arange(size) % 251).astype(np.float32)

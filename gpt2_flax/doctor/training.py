@@ -1,4 +1,4 @@
-"""The training step itself on the first device: whether it repeats to the same bits, how fast it is, what fits.
+"""Check the training step on the first device: whether it repeats to the same bits, its speed, and which batch fits.
 
 Dimension key: B rows, T sequence.
 """
@@ -24,29 +24,29 @@ from gpt2_flax.parallel.devices import memory_bytes, peak_flops, peak_memory
 from gpt2_flax.parallel.mesh import make_mesh, platform
 from gpt2_flax.training.step import TrainState, initial_state, make_train_step, state_layout
 
-_VOCABULARY = 21128  # of the published Chinese models
+_VOCABULARY = 21128  # tokens of the published Chinese models
 _REMATS = ("none", "selected", "full")
 _STEPS = 3
 _ROWS_OF_A_CPU = 4
-_FIRST = 16  # rows; then twice as many, or a quarter if these do not fit
-_SAFE = 0.9  # share of the memory up to which a batch is suggested: other lengths of documents need other memory
+_FIRST = 16  # rows of the first batch; then twice as many, or a quarter if the first batch does not fit
+_SAFE = 0.9  # share of the memory that a suggested batch may take: other document lengths need other memory
 
 Step = Callable[[TrainState, Batch], Any]
 
 
 def determinism(report: Report) -> None:
-    """Report whether steps from the same state and batch end in the same bits, and with a finite loss."""
+    """Report whether steps from the same state and batch give the same bits, and a finite loss."""
     tune_cpu()  # as training does
     on_cpu = platform() == "cpu"
-    # The same program as in `speed` on a CPU, so compiled once.
+    # On a CPU this is the program of `speed`, so it is compiled once.
     config = _config(_ROWS_OF_A_CPU, _tiny()) if on_cpu else _config(8, {"n_layer": 2})
     forced = config.model_copy(update={"training": config.training.model_copy(update={"deterministic": True})})
     cases = [("as configured", config), ("training.deterministic", forced)]
     for case in report.affordable(cases[:1] if on_cpu else cases):
         differ, count, loss, skipped = _differences(case)
         text = "the same bits" if differ == 0 else f"{differ:,} of {count:,} parameters differ"
-        line = f"{_STEPS} steps twice" + ("" if case is config else ", training.deterministic")
-        report.line(line, f"{text}, loss {loss:.4f}", differ=differ, parameters=count, loss=loss)
+        name = f"{_STEPS} steps twice" + ("" if case is config else ", training.deterministic")
+        report.line(name, f"{text}, loss {loss:.4f}", differ=differ, parameters=count, loss=loss)
         if not np.isfinite(loss) or skipped:
             report.wrong(f"the loss or a gradient of a fresh model is not finite (loss {loss}): report this")
         if differ and on_cpu:
@@ -56,7 +56,7 @@ def determinism(report: Report) -> None:
 
 
 def _differences(config: ResolvedConfig) -> tuple[int, int, float, int]:
-    """Return how many of how many parameters differ between two runs of the same steps, the loss, and steps skipped."""
+    """Run the same steps twice; return how many parameters differ, their number, the loss, and the skipped steps."""
     with jax.set_mesh(_mesh(config)):
         step, state, batch = _prepared(config)
         start = jax.tree.map(np.asarray, state)
@@ -64,21 +64,25 @@ def _differences(config: ResolvedConfig) -> tuple[int, int, float, int]:
         ends = []
         for _ in range(2):
             state = jax.tree.map(jax.device_put, start, shardings)
-            for _ in range(_STEPS):
-                state, metrics = step(state, batch)
-            ends.append([np.asarray(leaf) for leaf in jax.tree.leaves(state.model)])
-    differ = sum(int((one.view(np.uint32) != other.view(np.uint32)).sum()) for one, other in zip(*ends, strict=True))
-    return differ, sum(leaf.size for leaf in ends[0]), float(metrics.loss), int(metrics.skipped)
+            for _ in range(_STEPS - 1):
+                state, _ = step(state, batch)
+            state, metrics = step(state, batch)
+            ends.append(([np.asarray(leaf) for leaf in jax.tree.leaves(state.model)], metrics))
+    (first, _), (second, metrics) = ends
+    differ = sum(
+        int((one.view(np.uint32) != other.view(np.uint32)).sum()) for one, other in zip(first, second, strict=True)
+    )
+    return differ, sum(leaf.size for leaf in first), float(metrics.loss), int(metrics.skipped)
 
 
 def speed(report: Report) -> None:
-    """Report tokens a second, MFU and memory of the default recipe, and which batch and remat suit the device."""
+    """Report tokens a second, MFU and memory of the default recipe, and the best batch and remat for the device."""
     tune_cpu()  # as training does
     on_cpu, length, device = platform() == "cpu", _length(), jax.local_devices()[0]
     if on_cpu:
         report.line("model", "a tiny one, since this is a CPU")
     product, peak = product_rate(), peak_flops(device.device_kind, compute_dtype())
-    measured: dict[int, tuple[str, float, float | None]] = {}  # of rows: remat, tokens/s, bytes
+    measured: dict[int, tuple[str, float, float | None]] = {}  # by number of rows: remat, tokens/s, bytes
     batches = [_ROWS_OF_A_CPU if on_cpu else _FIRST]
     for rows in report.affordable((f"{rows} x {length}", rows) for rows in batches):
         for remat in _REMATS:
@@ -108,7 +112,12 @@ def speed(report: Report) -> None:
 
 
 def suggestion(measured: dict[int, tuple[str, float, float | None]], available: float | None) -> str:
-    """Return which batch and remat suit a device, from remat, tokens/s and peak memory at some numbers of rows."""
+    """Suggest the rows of a batch and `model.remat`.
+
+    Args:
+        measured: remat, tokens/s and peak bytes, by the number of rows.
+        available: bytes of memory of the device, if known.
+    """
     if not measured:
         return "a smaller batch or model: nothing tried fits"
     rows, (remat, rate, _) = max(measured.items(), key=lambda item: item[1][1])
@@ -128,7 +137,7 @@ def suggestion(measured: dict[int, tuple[str, float, float | None]], available: 
 
 
 def _seconds(config: ResolvedConfig) -> tuple[float, float]:
-    """The time of a step, of three rounds the fastest, and the time until the first was done."""
+    """Return the seconds of a step, in the fastest of three rounds, and the seconds until the first step was done."""
     start = time.perf_counter()
     with jax.set_mesh(_mesh(config)):
         step, state, batch = _prepared(config)
@@ -157,11 +166,11 @@ def _prepared(config: ResolvedConfig) -> tuple[Step, TrainState, Batch]:
 
 
 def _batch(config: ResolvedConfig) -> Batch:
-    """Returns packed documents, of lengths as in Chinese news and comments: most short, some longer than a row."""
-    draw = np.random.default_rng(0)
+    """Return packed documents with lengths as in Chinese news and comments: most short, some longer than a row."""
+    generator = np.random.default_rng(0)
     n_rows, length = config.data.global_batch_size, config.data.seq_length
-    tokens_BT = draw.integers(5, config.model.vocab_size, (n_rows, length + 1)).astype(np.int32)
-    starts_BT = draw.random((n_rows, length)) < 1 / 265  # their mean
+    tokens_BT = generator.integers(5, config.model.vocab_size, (n_rows, length + 1)).astype(np.int32)
+    starts_BT = generator.random((n_rows, length)) < 1 / 265  # the mean length is 265 tokens
     starts_BT[:, 0] = True
     segments_BT = starts_BT.cumsum(1).astype(np.int32)
     places_BT = np.broadcast_to(np.arange(length), (n_rows, length))
@@ -170,7 +179,7 @@ def _batch(config: ResolvedConfig) -> Batch:
 
 
 def _config(rows: int, model: dict[str, Any]) -> ResolvedConfig:
-    """Returns the default recipe with another model, as `gpt2-flax train` would run it on one device."""
+    """Return the default recipe for one device, with other keys of the model."""
     values = {
         "output": "none",
         "model": {"vocab_size": _VOCABULARY, "dtype": compute_dtype(), "n_positions": _length()} | model,

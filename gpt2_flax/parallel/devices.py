@@ -18,8 +18,8 @@ class Device(Protocol):
 class Kind(NamedTuple):
     """A kind of device, from its maker's data sheet.
 
-    TFLOP/s are those of dense matrix products; in float32 JAX multiplies in TF32 on these GPUs and in bfloat16 on TPUs,
-    unless told otherwise. Memory is in 10^9 bytes, its bandwidth in 10^9 bytes a second.
+    TFLOP/s count dense matrix products. By default, JAX multiplies float32 in TF32 on these GPUs and in bfloat16 on
+    TPUs. Memory is in 10^9 bytes, bandwidth in 10^9 bytes a second.
     """
 
     name: str  # regular expression over `Device.device_kind`
@@ -51,22 +51,22 @@ KINDS = (
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Returns the FLOP/s of a device's matrix products in a dtype, None for a device that is not in the table."""
+    """Return the FLOP/s of a device's matrix products in a dtype, or None for a device outside the table."""
     kind = _kind(device_kind)
     return kind and 1e12 * (kind.tflops_bfloat16 if dtype == "bfloat16" else kind.tflops_float32)
 
 
 def bandwidth(device_kind: str) -> float | None:
-    """Return the bytes a second of a device's memory, None for a device that is not in the table."""
+    """Return the memory bandwidth of a device in bytes a second, or None for a device outside the table."""
     kind = _kind(device_kind)
     return kind and 1e9 * kind.bandwidth
 
 
 def memory_bytes(device: Device) -> float | None:
-    """Returns what a program may use of a device's memory: as the device says, else by the table, else None."""
+    """Return the bytes of memory that a program may use: from the device, or from the table, or None."""
     try:
         stats = device.memory_stats()
-    except (RuntimeError, NotImplementedError):  # a device of a topology, which is not here
+    except (RuntimeError, NotImplementedError):  # a device of a topology, absent from this machine
         stats = None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
@@ -75,7 +75,7 @@ def memory_bytes(device: Device) -> float | None:
 
 
 def peak_memory(devices: Sequence[Device]) -> int | None:
-    """Returns the most bytes that any of these devices had in use at once, None where the backend does not say."""
+    """Return the peak bytes in use of the fullest device, or None if the backend does not count them."""
     stats = [device.memory_stats() or {} for device in devices]
     return max((found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found), default=None)
 

@@ -1,5 +1,6 @@
-"""Where every array lives: one ordered table from parameter paths to layouts over the mesh."""
+"""The sharding of every array: one ordered table from parameter paths to layouts over the mesh."""
 
+import math
 import re
 from typing import Any
 
@@ -10,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.parallel.mesh import BATCH_AXES, current_mesh
 
-# First match wins; every dimension is named, the leading one of `h/` being the layer. The token embedding is split
-# over the vocabulary only: splitting n_embd too makes XLA replicate activations around the look-up ("Involuntary
-# full rematerialization"). Optimizer moments lie as their parameters do, because their paths end alike.
+# The first match wins. Each dimension has an entry; the first dimension of `h/` is the layer. The token embedding is
+# split over the vocabulary only: splitting n_embd too makes XLA replicate activations around the look-up ("Involuntary
+# full rematerialization"). Optimizer moments have the layout of their parameters, because their paths end alike.
 RULES = (
     (r"(wte|lm_head)/embedding$", P(("tensor", "fsdp"), None)),
     (r"wpe/embedding$", P(None, None)),
@@ -30,14 +31,16 @@ RULES = (
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:
-    """Returns a leaf's place as `h/attn/c_attn/kernel`, without the `value` that Flax puts under each parameter."""
+    """Return the path of a leaf, such as `h/attn/c_attn/kernel`, without the `value` that Flax adds."""
     return jax.tree_util.keystr(key_path, simple=True, separator="/").removesuffix("/value")
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
-    """Returns the layout of one array; scalars are replicated.
+    """Return the layout of the array at `path`; scalars are replicated.
 
-    Raises `UserError` (CONFIG) when a dimension cannot be split as the table says, ValueError when no rule matches.
+    Raises:
+        UserError: CONFIG, when a dimension does not split evenly over its axes.
+        ValueError: when no rule matches.
     """
     if not shape:
         return P()
@@ -46,36 +49,34 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
         raise ValueError(f"no rule for {path} of shape {shape}")
     for size, axes in zip(shape, spec, strict=True):
         names = (axes,) if isinstance(axes, str) else axes or ()
-        parts = 1
-        for name in names:
-            parts *= mesh.shape[name]
-        if size % parts:
-            what = f"{path} of shape {shape} cannot be split {parts} ways along its dimension of {size}"
+        shards = math.prod(mesh.shape[name] for name in names)
+        if size % shards:
+            what = f"{path} of shape {shape} cannot be split {shards} ways along its dimension of {size}"
             fix = f"lower mesh.{' or mesh.'.join(names)}, or change n_embd or n_head to a multiple of it"
             raise UserError(ExitCode.CONFIG, what, "section [mesh]", fix)
     return spec
 
 
 def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """Returns `tree` with a NamedSharding for each array (or ShapeDtypeStruct)."""
+    """Return `tree` with a NamedSharding in place of each array or ShapeDtypeStruct."""
     return jax.tree_util.tree_map_with_path(
         lambda key_path, leaf: NamedSharding(mesh, spec_of(path_of(key_path), leaf.shape, mesh)), tree
     )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over `data` and `fsdp`; everything else whole."""
+    """Return the sharding of a batch: rows over `data` and `fsdp`, other dimensions replicated."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def constrain_BTD(x_BTD: jax.Array) -> jax.Array:
-    """Pins the residual stream to rows over `data` and `fsdp`: the one activation layout. No-op without a mesh."""
+    """Pin the residual stream to the one activation layout: rows over `data` and `fsdp`. No-op without a mesh."""
     if current_mesh() is None:
         return x_BTD
     return jax.lax.with_sharding_constraint(x_BTD, P(BATCH_AXES, None, None))
 
 
 def tensor_parallel() -> bool:
-    """Whether the mesh that is set splits heads and inner widths over devices."""
+    """Return whether the mesh in force splits heads and inner widths over devices."""
     mesh = current_mesh()
     return mesh is not None and mesh.shape["tensor"] > 1

@@ -1,4 +1,4 @@
-"""The real training step compiled for devices that are not here: what XLA says it needs, and what makes it fit."""
+"""Compile the real training step for devices that may be absent: how much memory it needs, and what makes it fit."""
 
 import re
 import time
@@ -15,7 +15,7 @@ from gpt2_flax.config.schema import ResolvedConfig
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.parallel.auto_mesh import choose_mesh
-from gpt2_flax.parallel.devices import memory_bytes
+from gpt2_flax.parallel.devices import Device, memory_bytes
 from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 from gpt2_flax.parallel.rules import batch_sharding
 from gpt2_flax.plan.collectives import Collective, collectives
@@ -25,31 +25,31 @@ from gpt2_flax.training.open_stage import check_rows
 from gpt2_flax.training.step import TrainState, make_train_step, state_layout
 
 Note = Callable[[str], AbstractContextManager]
-"""A context in which people are told what takes so long."""
+"""Makes a context that shows what runs while it is open."""
 
-_QUICK = 9  # XLA's effort level O0; the default is O2 or so
+_QUICK = {"optimization_level": 9}  # XLA's effort level O0; the default is about O2
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _REMAT = ("none", "selected", "full")
-_USABLE = 0.75  # share of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+_USABLE = 0.75  # share of a GPU's memory that JAX takes by default, see XLA_PYTHON_CLIENT_MEM_FRACTION
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A training step for one topology; bytes are those of each device."""
+    """A compiled training step; sizes are bytes on each device."""
 
     mesh: MeshSizes
     why: str
-    """Of the mesh, in words."""
+    """The reason for the mesh."""
     choices: Mapping[str, str]
-    """As `training.choices`."""
+    """See `training.choices`."""
     seconds: float
     arguments: int
     """State and batch."""
     temporaries: int
     available: float | None
-    """Memory, None where it is not known."""
+    """Memory of a device, or None if it is not known."""
     collectives: Mapping[str, Collective] | None
-    """A step's; None when the compiler refused the program for its memory."""
+    """Collectives of one step; None if the compiler rejected the program for its memory."""
 
     @property
     def total(self) -> int:
@@ -62,16 +62,17 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Change:
-    """What is different from the config, as on the command line, and what came of it."""
+    """Overrides `section.key=value` of a config, and the step compiled with them."""
 
     keys: tuple[str, ...]
     compiled: Compiled
 
 
 def lower_step(config: ResolvedConfig, mesh: Mesh) -> jax.stages.Lowered:
-    """Trace the step of a config whose `model.vocab_size` is known, for the devices of a mesh.
+    """Trace the training step for the devices of a mesh.
 
-    Raises `UserError` (USAGE) when the program calls cuDNN and it is not installed.
+    Raises:
+        UserError: USAGE, when the program calls cuDNN and cuDNN is not installed.
     """
     layout, batch = _arguments(config, mesh)
     with jax.set_mesh(mesh):
@@ -84,10 +85,16 @@ def lower_step(config: ResolvedConfig, mesh: Mesh) -> jax.stages.Lowered:
             raise UserError(ExitCode.USAGE, "the program calls cuDNN, which is not installed", "cuDNN", fix) from None
 
 
-def compile_step(config: ResolvedConfig, devices: Sequence[jax.Device], optimize: bool = False) -> Compiled:
-    """Compiles the step of a config whose `model.vocab_size` is known, quickly unless `optimize`.
+def compile_step(config: ResolvedConfig, devices: Sequence[Device], optimize: bool = False) -> Compiled:
+    """Compile the training step for devices that may be absent.
 
-    Raises `UserError`: CONFIG when the mesh does not suit the devices or the batch, and as `lower_step`.
+    Args:
+        config: config of a run.
+        devices: devices of one kind.
+        optimize: whether to compile with all optimizations, which takes minutes.
+
+    Raises:
+        UserError: CONFIG when the mesh does not suit the devices or the batch, USAGE like `lower_step`.
     """
     sizes, why = choose_mesh(config, devices)
     mesh = make_mesh(sizes, devices)
@@ -95,22 +102,22 @@ def compile_step(config: ResolvedConfig, devices: Sequence[jax.Device], optimize
     start = time.perf_counter()
     lowered = lower_step(config, mesh)
     arguments = bytes_on_a_device(_arguments(config, mesh))
-    compiled, refused = None, 0
+    executable, rejected = None, 0
     try:
-        compiled = lowered.compile(compiler_options=None if optimize else {"optimization_level": _QUICK})
+        executable = lowered.compile(None if optimize else _QUICK)  # pyright: ignore[reportArgumentType] - XLA takes ints
     except jax.errors.JaxRuntimeError as error:
-        refused = _bytes_refused(str(error), arguments)
+        rejected = _bytes_refused(str(error), arguments)
     seconds, chosen = time.perf_counter() - start, choices(config, mesh)
-    result = Compiled(sizes, why, chosen, seconds, arguments, refused, memory_bytes(devices[0]), None)
-    if compiled is None:
+    result = Compiled(sizes, why, chosen, seconds, arguments, rejected, memory_bytes(devices[0]), None)
+    stats, hlo = (executable.memory_analysis(), executable.as_text()) if executable else (None, None)
+    if stats is None or hlo is None:
         return result
-    stats = compiled.memory_analysis()
     return replace(
         result,
         arguments=stats.argument_size_in_bytes,
-        # The new state takes the place of the old one; what does not is more memory.
+        # The new state replaces the donated old state in memory; other outputs need more memory.
         temporaries=stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        collectives=collectives(compiled.as_text()),
+        collectives=collectives(hlo),
     )
 
 
@@ -121,11 +128,19 @@ def _arguments(config: ResolvedConfig, mesh: Mesh) -> tuple[TrainState, Batch]:
     return state_layout(config, mesh), Batch(*[rows_BT] * len(Batch._fields))
 
 
-def smallest_change(config: ResolvedConfig, devices: Sequence[jax.Device], optimize: bool, note: Note) -> Change | None:
-    """Returns the cheapest change with which the step fits, None when none of those tried does.
+def smallest_change(config: ResolvedConfig, devices: Sequence[Device], optimize: bool, note: Note) -> Change | None:
+    """Find the cheapest change of a config with which its step fits into memory.
 
-    Activations are computed again first, then batches are computed in parts, then parameters are shared by more
-    devices: each is compiled, but for those whose state alone is too large.
+    Tries first to recompute activations, then more microbatches, then to shard parameters over more devices.
+
+    Args:
+        config: config of a run whose step does not fit.
+        devices: devices of one kind.
+        optimize: whether to compile with all optimizations.
+        note: shows which change is tried.
+
+    Returns:
+        The change, or None if no change that was tried is enough.
     """
     available = memory_bytes(devices[0])
     for keys, candidate in _candidates(config, devices):
@@ -138,40 +153,38 @@ def smallest_change(config: ResolvedConfig, devices: Sequence[jax.Device], optim
     return None
 
 
-def memory_fraction(devices: Sequence[jax.Device], compiled: Compiled) -> float | None:
-    """Returns what XLA_PYTHON_CLIENT_MEM_FRACTION must be for a step that fits, None when it may stay as it is."""
+def memory_fraction(devices: Sequence[Device], compiled: Compiled) -> float | None:
+    """Return the XLA_PYTHON_CLIENT_MEM_FRACTION that a step needs, or None if the default suffices."""
     if devices[0].platform != "gpu" or compiled.available is None or compiled.total <= _USABLE * compiled.available:
         return None
     return 0.95
 
 
-def _candidates(
-    config: ResolvedConfig, devices: Sequence[jax.Device]
-) -> Iterator[tuple[tuple[str, ...], ResolvedConfig]]:
-    """Yields what to try in order of its cost: `section.key=value` and the config with it."""
+def _candidates(config: ResolvedConfig, devices: Sequence[Device]) -> Iterator[tuple[tuple[str, ...], ResolvedConfig]]:
+    """Yield changes in the order of their cost: overrides `section.key=value`, and the config with them."""
     sizes, _ = choose_mesh(config, devices)
-    rows, parts = config.data.global_batch_size, config.training.accumulation_steps
+    n_rows, microbatches = config.data.global_batch_size, config.training.accumulation_steps
     remats = [{"model.remat": remat} for remat in _REMAT[_REMAT.index(config.model.remat) + 1 :]]
     strongest = remats[-1] if remats else {}
-    more_parts = [parts * 2**power for power in range(1, (rows // parts).bit_length())]
-    on_one_mesh = remats + [strongest | {"training.accumulation_steps": count} for count in more_parts]
-    more_shared = [sizes.fsdp * 2**power for power in range(1, (len(devices) // sizes.fsdp).bit_length())]
-    for fsdp in (sizes.fsdp, *more_shared):
+    more_microbatches = [microbatches * 2**power for power in range(1, (n_rows // microbatches).bit_length())]
+    on_one_mesh = remats + [strongest | {"training.accumulation_steps": count} for count in more_microbatches]
+    more_fsdp = [sizes.fsdp * 2**power for power in range(1, (len(devices) // sizes.fsdp).bit_length())]
+    for fsdp in (sizes.fsdp, *more_fsdp):
         mesh = MeshSizes(len(devices) // (fsdp * sizes.tensor), fsdp, sizes.tensor)
         if fsdp == sizes.fsdp:
-            shared, combinations = {}, on_one_mesh
+            mesh_changes, combinations = {}, on_one_mesh
         else:
-            shared = {"mesh.data": mesh.data} if config.mesh.data != -1 else {}
-            shared, combinations = {"mesh.fsdp": fsdp} | shared, [{}, *on_one_mesh]
+            mesh_changes = {"mesh.fsdp": fsdp} | ({"mesh.data": mesh.data} if config.mesh.data != -1 else {})
+            combinations = [{}, *on_one_mesh]
         for combination in combinations:
             if (candidate := _changed(config, mesh, combination, devices)) is not None:
-                yield tuple(f"{key}={value}" for key, value in (combination | shared).items()), candidate
+                yield tuple(f"{key}={value}" for key, value in (combination | mesh_changes).items()), candidate
 
 
 def _changed(
-    config: ResolvedConfig, mesh: MeshSizes, changes: Mapping[str, str | int], devices: Sequence[jax.Device]
+    config: ResolvedConfig, mesh: MeshSizes, changes: Mapping[str, str | int], devices: Sequence[Device]
 ) -> ResolvedConfig | None:
-    """The config with other values and this mesh, None when its rows or arrays cannot be split so."""
+    """Return the config with these changes and this mesh, or None if its rows or arrays do not split evenly."""
     values = config.model_dump(exclude_none=True) | {"mesh": mesh._asdict()}
     for key, value in changes.items():
         section, name = key.split(".")
@@ -185,15 +198,16 @@ def _changed(
     return candidate
 
 
-def _state_and_gradients(config: ResolvedConfig, devices: Sequence[jax.Device]) -> int:
+def _state_and_gradients(config: ResolvedConfig, devices: Sequence[Device]) -> int:
     layout = state_layout(config, make_mesh(choose_mesh(config, devices)[0], devices))
     return bytes_on_a_device(layout) + bytes_on_a_device(layout.model)
 
 
 def _bytes_refused(message: str, arguments: int) -> int:
-    """Returns the temporaries that a compiler speaks of which found the device's memory too small.
+    """Parse the temporary-buffer size, in bytes, from XLA's out-of-memory message.
 
-    Raises `RuntimeError` when it complains of something else.
+    Raises:
+        RuntimeError: when the message is about another error.
     """
     if "RESOURCE_EXHAUSTED" not in message:
         raise RuntimeError(message)

@@ -1,6 +1,6 @@
-"""What a run will take, worked out from its config: nothing is compiled or run.
+"""Estimate what a run takes, from its config: nothing is compiled or run.
 
-Dimension key: B rows of a device in one part of a step, T sequence.
+Dimension key: B rows of a device in one microbatch, T sequence, D model width, V vocabulary.
 """
 
 import itertools
@@ -35,14 +35,14 @@ class Figures:
 
     parameters: int
     in_embeddings: int
-    """A head of its own included."""
+    """Including the head, if it has its own parameters."""
     in_blocks: int
     flops_per_token: int
-    """Forward and backward."""
+    """For a forward and a backward pass."""
     tokens_per_step: int
     steps: int
     epochs: Mapping[str, float] | None
-    """By dataset; None when they are not there."""
+    """By dataset folder; None if a dataset is missing."""
 
     @property
     def tokens(self) -> int:
@@ -53,21 +53,26 @@ class Figures:
         return self.tokens * self.flops_per_token
 
     def days(self, peak_flops: float, utilization: float) -> float:
-        """Returns how long all steps take on devices of `peak_flops` a second together, used to that share."""
+        """Return the days of all steps.
+
+        Args:
+            peak_flops: FLOP/s of all devices together.
+            utilization: share of the peak that training reaches.
+        """
         return self.flops / (peak_flops * utilization) / 86400
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. The last two are estimates: what XLA needs is known when it has compiled."""
+    """Bytes on one device. The last two are estimates; only a compiled program shows what XLA needs."""
 
     parameters: int
     gradients: int
     optimizer: int
     activations: int
-    """What the forward pass keeps for the backward pass."""
+    """Arrays that the forward pass keeps for the backward pass."""
     loss: int
-    """The largest piece of logits, and its gradient."""
+    """The largest chunk of logits, and its gradient."""
 
     @property
     def total(self) -> int:
@@ -75,9 +80,10 @@ class Memory:
 
 
 def read_datasets(config: Config) -> tuple[ResolvedConfig, Mixture | None]:
-    """Returns the config with its vocabulary, and the datasets, None when one of them was not prepared yet.
+    """Return the config with its vocabulary size, and the datasets, or None if a dataset is missing.
 
-    Raises `UserError`: CONFIG when nothing says the size of the vocabulary, and as `Mixture` and `with_vocab_size`.
+    Raises:
+        UserError: CONFIG when the vocabulary size is unknown, or like `Mixture` and `with_vocab_size`.
     """
     try:
         mixture = Mixture(config.data.datasets)
@@ -94,7 +100,7 @@ def read_datasets(config: Config) -> tuple[ResolvedConfig, Mixture | None]:
 
 
 def figures(config: ResolvedConfig, mixture: Mixture | None) -> Figures:
-    """Returns the counts of a run whose `model.vocab_size` is known."""
+    """Return the counts of a run, without epochs if `mixture` is None."""
     model, n_rows, steps = config.model, config.data.global_batch_size, config.training.total_steps
     return Figures(
         parameters=model.parameters,
@@ -108,29 +114,29 @@ def figures(config: ResolvedConfig, mixture: Mixture | None) -> Figures:
 
 
 def abstract_mesh(sizes: MeshSizes) -> AbstractMesh:
-    """Returns a mesh of those sizes, all given, without devices: enough to say how arrays are split."""
+    """Return a mesh without devices, which is enough to tell how arrays are sharded."""
     return AbstractMesh((sizes.data, sizes.fsdp, sizes.tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def checkpoint_bytes(config: ResolvedConfig) -> int:
-    """Returns the size of one checkpoint: parameters and moments, the padding of the vocabulary included."""
+    """Return the bytes of one checkpoint: parameters and moments, including the padding of the vocabulary."""
     layout = state_layout(config, abstract_mesh(MeshSizes(1, 1, 1)))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((layout.model, layout.opt_state)))
 
 
 def memory(config: ResolvedConfig, sizes: MeshSizes) -> Memory:
-    """Returns the bytes on each device of a mesh; raises `UserError` (CONFIG) where rows or arrays do not split."""
+    """Return the bytes on each device of a mesh; raise `UserError` (CONFIG) if rows or arrays do not split evenly."""
     mesh = abstract_mesh(sizes)
     check_rows(config, mesh)
     layout = state_layout(config, mesh)
     parameters = bytes_on_a_device(layout.model)
     rows = config.data.global_batch_size // (row_shards(mesh) * config.training.accumulation_steps)
-    activations, loss = _of_one_part(config.model, rows, config.data.seq_length, sizes.tensor)
+    activations, loss = _of_one_microbatch(config.model, rows, config.data.seq_length, sizes.tensor)
     return Memory(parameters, parameters, bytes_on_a_device(layout.opt_state), activations, loss)
 
 
 def bytes_on_a_device(layout: Any) -> int:
-    """Returns what arrays with shardings take on each device."""
+    """Return the bytes on each device of all arrays, or shapes, with shardings."""
     leaves = jax.tree.leaves(layout)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
@@ -143,11 +149,11 @@ def _epochs(config: ResolvedConfig, mixture: Mixture) -> dict[str, float]:
     return {folder: samples * weight / rows.n_rows for (folder, weight), rows in of_datasets}
 
 
-def _of_one_part(model: ModelConfig, n_rows: int, seq_length: int, tensor: int) -> tuple[int, int]:
-    """The bytes that a device's rows keep for the backward pass, and those of the largest logits and their gradient.
+def _of_one_microbatch(model: ModelConfig, n_rows: int, seq_length: int, tensor: int) -> tuple[int, int]:
+    """Return the bytes of the activations of a device's rows, and of the largest chunk of logits and its gradient.
 
-    The model is traced as it is configured. Of arrays in which heads, the inner width or the vocabulary has an axis,
-    each of the `tensor` devices keeps a part.
+    Traces the configured model. Arrays with a dimension of heads, of the inner width or of the vocabulary are split
+    over the `tensor` devices.
     """
     shapes = jax.eval_shape(lambda: GPT2(model, rngs=nnx.Rngs(0)))
     ids_BT = jax.ShapeDtypeStruct((n_rows, seq_length), jnp.int32)
@@ -157,8 +163,8 @@ def _of_one_part(model: ModelConfig, n_rows: int, seq_length: int, tensor: int) 
     def size(variable) -> int:
         array = variable.aval
         wide = {4 * model.n_embd, model.padded_vocab_size} & set(array.shape)
-        parts = tensor if wide or heads & set(itertools.pairwise(array.shape)) else 1
-        return math.prod(array.shape) * array.dtype.itemsize // parts
+        shards = tensor if wide or heads & set(itertools.pairwise(array.shape)) else 1
+        return math.prod(array.shape) * array.dtype.itemsize // shards
 
     def kept(params, tokens_BT, segments_BT, positions_BT, key):
         return jax.vjp(lambda params: params.hidden(tokens_BT, segments_BT, positions_BT, key), params)[1]
@@ -167,7 +173,7 @@ def _of_one_part(model: ModelConfig, n_rows: int, seq_length: int, tensor: int) 
         return cross_entropy(x_BTD, replicate(params.head_VD), targets_BT, model.vocab_size).nats
 
     forward = jax.make_jaxpr(kept)(shapes, ids_BT, ids_BT, ids_BT, key).jaxpr
-    given = set(map(id, forward.invars))  # parameters themselves are kept anyway
+    given = set(map(id, forward.invars))  # parameters are counted already
     residuals = {id(variable): variable for variable in forward.outvars if id(variable) not in given}
     x_BTD = jax.ShapeDtypeStruct((n_rows, seq_length, model.n_embd), jnp.dtype(model.dtype))
     head = jax.make_jaxpr(jax.grad(loss, (0, 1)))(x_BTD, shapes, ids_BT).jaxpr
@@ -177,9 +183,9 @@ def _of_one_part(model: ModelConfig, n_rows: int, seq_length: int, tensor: int) 
 
 
 def _products(jaxpr: Any) -> Iterator[Any]:
-    """Yields what the matrix products of a traced function make, those of the functions it calls too.
+    """Yield the results of all matrix products of a traced function and of its callees.
 
-    Other arrays of that size are fused: they are in no memory.
+    XLA fuses other operations of that size, so their results take no memory.
     """
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":

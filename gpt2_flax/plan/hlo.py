@@ -1,6 +1,6 @@
-"""The text of a compiled program (`compiled.as_text()`): its computations, what they run and how often.
+"""Parse the text of a compiled program (`compiled.as_text()`): its computations, their callees and trip counts.
 
-XLA writes its optimized HLO for CPUs, GPUs and TPUs so: one computation after another, one instruction a line.
+XLA writes optimized HLO for CPUs, GPUs and TPUs as one computation after another, with one instruction on a line.
 """
 
 import re
@@ -25,9 +25,9 @@ class Instruction(NamedTuple):
     shape: str
     opcode: str
     operands: tuple[str, ...]
-    """Names."""
+    """Names of the operands."""
     attributes: str
-    """What follows the operands."""
+    """The text after the operands."""
     is_root: bool
     """Whether the instruction is the result of its computation."""
 
@@ -45,21 +45,21 @@ def computations(hlo: str) -> Computations:
 
 
 def instruction(line: str) -> Instruction | None:
-    """Parse a line of a computation; None for a line that is no instruction."""
+    """Parse a line of a computation; return None if the line is no instruction."""
     if not (found := _INSTRUCTION.match(line)):
         return None
     root, name, shape, opcode, rest = found.groups()
-    depth = 1
-    for end, character in enumerate(rest):  # noqa: B007 - the place of the parenthesis that closes the operands
+    depth = end = 0
+    for end, character in enumerate(rest):  # noqa: B007 - ends at the parenthesis that closes the operands
         depth += (character == "(") - (character == ")")
-        if not depth:
+        if depth < 0:
             break
     operands = re.findall(r"%([\w.\-]+)", rest[:end]) or re.findall(r"([\w.\-]+)(?:,|$)", rest[:end])
     return Instruction(name, shape, opcode, tuple(operands), rest[end + 1 :], bool(root))
 
 
 def callees(line: str, within: Computations) -> Iterator[tuple[str, int]]:
-    """Yield the computations that an instruction runs, and how often each time."""
+    """Yield each computation that an instruction runs, and how often it runs it."""
     times = _trips(line, within) if " while(" in line else 1
     for name in _CALLS.findall(line):
         yield name, times
@@ -68,7 +68,7 @@ def callees(line: str, within: Computations) -> Iterator[tuple[str, int]]:
 
 
 def bytes_of(shape: str) -> int:
-    """Return the bytes of an array or of all arrays of a tuple."""
+    """Return the bytes of an array, or of all arrays of a tuple."""
     bits = 0
     for dtype, sizes in _ARRAY.findall(shape):
         width = re.search(r"\d+", dtype)  # f32, bf16, f8e4m3fn, s4; pred takes a byte
@@ -77,27 +77,27 @@ def bytes_of(shape: str) -> int:
 
 
 def elements(shape: str) -> list[str]:
-    """Return the elements of a tuple's shape; the shape itself if it is an array's."""
+    """Return the shapes of a tuple's elements, or the shape itself if it is an array's."""
     if not shape.startswith("("):
         return [shape]
-    depth, parts = 0, [""]
+    depth, found = 0, [""]
     for character in shape[1:-1]:
         depth += (character in "([{") - (character in ")]}")
         if character == "," and depth == 0:
-            parts.append("")
+            found.append("")
         else:
-            parts[-1] += character
-    return parts
+            found[-1] += character
+    return found
 
 
 def _trips(line: str, within: Computations) -> int:
-    """Returns how often the body of a while loop runs, 1 when nothing says it."""
+    """Return how often the body of a while loop runs, or 1 if the program does not say."""
     if known := re.search(r"known_trip_count\W+n\W+(\d+)", line):
         return int(known[1])
-    # A TPU's compiler leaves a condition, element i of the loop's state < constant, and adds a constant to it a trip,
-    # more than 1 when it has unrolled the loop; it counts from 0.
+    # A TPU's program has the condition "element i of the loop's state < constant". The body adds a constant to the
+    # element, more than 1 if the loop was unrolled. The count begins at 0.
     named = dict(re.findall(r"\b(condition|body)=%?([\w.\-]+)", line))
-    condition, body = (_definitions(within.get(named.get(key), [])) for key in ("condition", "body"))
+    condition, body = (_definitions(within.get(named.get(key, ""), [])) for key in ("condition", "body"))
     compared = re.search(r"compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", condition.get("ROOT", ""))
     element = compared and re.search(r"index=(\d+)", condition.get(compared[1], ""))
     end = compared and re.search(r"constant\((\d+)\)", condition.get(compared[2], ""))
@@ -110,6 +110,6 @@ def _trips(line: str, within: Computations) -> int:
 
 
 def _definitions(lines: list[str]) -> dict[str, str]:
-    """Returns the instructions of a computation by their names, and as "ROOT" the one that is its result."""
+    """Return the instructions of a computation by name; the result of the computation is named "ROOT"."""
     matches = [re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line) for line in lines]
     return {"ROOT" if found[1] else found[2]: found.string for found in matches if found}

@@ -1,19 +1,18 @@
-"""What `gpt2-flax plan` prints: a run at a glance, before it costs anything."""
+"""The report of `gpt2-flax plan`: what a run takes, before it costs anything."""
 
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-import jax
 from rich.console import Console
 
 from gpt2_flax.config.schema import Config, ResolvedConfig
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.parallel.auto_mesh import choose_mesh
-from gpt2_flax.parallel.devices import memory_bytes, peak_flops
+from gpt2_flax.parallel.devices import Device, memory_bytes, peak_flops
 from gpt2_flax.parallel.mesh import MeshSizes
-from gpt2_flax.plan.ahead_of_time import Change, Compiled, compile_step, memory_fraction, smallest_change
+from gpt2_flax.plan.ahead_of_time import Compiled, compile_step, memory_fraction, smallest_change
 from gpt2_flax.plan.estimate import Figures, checkpoint_bytes, figures, memory, read_datasets
 from gpt2_flax.progress import duration, si
 
@@ -21,18 +20,25 @@ _COLUMN = 24
 
 
 def plan_lines(
-    config: Config, devices: Sequence[jax.Device], mfu: float, topology: str | None = None, optimize: bool = False
+    config: Config, devices: Sequence[Device], mfu: float, topology: str | None = None, optimize: bool = False
 ) -> Iterator[str]:
-    """Yields what a run will take on `devices`; with `topology`, their name, its step is compiled for them.
+    """Yield the lines of the report.
 
-    mfu: the share of the devices' peak that training is taken to reach.
-    Raises `UserError`: as `read_datasets`, and CONFIG when the mesh does not suit the devices or the batch.
+    Args:
+        config: config of a run; its datasets may be missing if it gives the vocabulary size.
+        devices: devices of one kind.
+        mfu: share of the devices' peak FLOP/s that training is assumed to reach.
+        topology: name of the devices if they are absent; the training step is then compiled for them.
+        optimize: whether to compile with all optimizations.
+
+    Raises:
+        UserError: CONFIG when the mesh does not suit the devices or the batch, or like `read_datasets`.
     """
     config, mixture = read_datasets(config)
     counts = figures(config, mixture)
     yield from _figure_lines(config, counts, mixture)
     if topology is None:
-        devices, whose = _as_many_as_meant(config, devices)
+        devices, whose = _as_many_as_configured(config, devices)
         yield _line("devices", f"{_kind(devices)}, {whose}; for others: --topology")
         yield from _estimate_lines(config, devices)
     else:
@@ -41,19 +47,18 @@ def plan_lines(
     yield from _duration_lines(config, counts, devices, mfu)
 
 
-def _as_many_as_meant(config: Config, devices: Sequence[jax.Device]) -> tuple[Sequence[jax.Device], str]:
-    """The devices that a config is for: those here, or, where its mesh cannot be of them, as many like them."""
+def _as_many_as_configured(config: ResolvedConfig, devices: Sequence[Device]) -> tuple[Sequence[Device], str]:
+    """Return the devices of this machine, or as many of their kind as the mesh of the config needs."""
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    count = math.prod(size for size in sizes if size not in ("auto", -1))
-    open_ended = "auto" in sizes or -1 in sizes
-    if len(devices) == count or (open_ended and len(devices) % count == 0):
+    given = [size for size in sizes if size != "auto" and size != -1]
+    count = math.prod(given)
+    if len(devices) == count or (len(given) < len(sizes) and len(devices) % count == 0):
         return devices, "those of this machine"
-    return [
-        devices[0]
-    ] * count, f"as the config's mesh has it; here {'is' if len(devices) == 1 else 'are'} {len(devices)}"
+    here = f"here {'is' if len(devices) == 1 else 'are'} {len(devices)}"
+    return [devices[0]] * count, f"as the config's mesh has it; {here}"
 
 
-def _kind(devices: Sequence[jax.Device]) -> str:
+def _kind(devices: Sequence[Device]) -> str:
     return f"{len(devices)} x {devices[0].device_kind}"
 
 
@@ -64,7 +69,7 @@ def _figure_lines(config: ResolvedConfig, counts: Figures, mixture: Mixture | No
     yield _line("a token", f"{_flop(counts.flops_per_token)}, forward and backward")
     yield _line("a step", f"{counts.tokens_per_step:,} tokens: {rows:,} rows of {length:,}")
     yield _line("the run", f"{counts.tokens:,} tokens in {counts.steps:,} steps, {_flop(counts.flops)}")
-    if counts.epochs is None:
+    if counts.epochs is None or mixture is None:
         yield _line("epochs", "not known: a dataset is not there, " + ", ".join(config.data.datasets))
     else:
         for folder, epochs in counts.epochs.items():
@@ -76,23 +81,21 @@ def _figure_lines(config: ResolvedConfig, counts: Figures, mixture: Mixture | No
     yield _line("a checkpoint", f"{_bytes(size)}, {moments}; up to {kept} kept, {_bytes(size * kept)}")
 
 
-def _estimate_lines(config: ResolvedConfig, devices: Sequence[jax.Device]) -> Iterator[str]:
+def _estimate_lines(config: ResolvedConfig, devices: Sequence[Device]) -> Iterator[str]:
     sizes, why = choose_mesh(config, devices)
-    if sizes.data == -1:  # nothing suits, and what is wrong is said below
+    if sizes.data == -1:  # no mesh fits; `memory` raises the error
         sizes = sizes._replace(data=max(1, len(devices) // (sizes.fsdp * sizes.tensor)))
     bytes_of, available = memory(config, sizes), memory_bytes(devices[0])
     yield _mesh_line(sizes, why)
-    yield _line(
-        "memory a device", f"about {_bytes(bytes_of.total)}" + (f" of {_bytes(available)}" if available else "")
-    )
+    yield _line("memory a device", f"about {_bytes(bytes_of.total)}{_of(available)}")
     yield _line("  parameters", _bytes(bytes_of.parameters))
     yield _line("  gradients", _bytes(bytes_of.gradients))
     yield _line("  optimizer", _bytes(bytes_of.optimizer))
     yield _line("  activations", f"{_bytes(bytes_of.activations)}, with model.remat = {config.model.remat}")
-    yield _line("  loss", f"{_bytes(bytes_of.loss)}, the largest piece of logits and its gradient")
+    yield _line("  loss", f"{_bytes(bytes_of.loss)}, the largest chunk of logits and its gradient")
 
 
-def _compiled_lines(config: ResolvedConfig, devices: Sequence[jax.Device], optimize: bool) -> Iterator[str]:
+def _compiled_lines(config: ResolvedConfig, devices: Sequence[Device], optimize: bool) -> Iterator[str]:
     with _note("compiling"):
         compiled = compile_step(config, devices, optimize)
     yield _mesh_line(compiled.mesh, compiled.why)
@@ -106,9 +109,12 @@ def _compiled_lines(config: ResolvedConfig, devices: Sequence[jax.Device], optim
         return
     change = smallest_change(config, devices, optimize, _note)
     if change is None:
-        yield _line("verdict", "does not fit; nothing tried makes it fit: more or larger devices, or a smaller model")
+        yield _line(
+            "verdict", "does not fit; nothing tried makes it fit: use more or larger devices, or a smaller model"
+        )
         return
-    yield _line("verdict", f"does not fit; it does with {_change(change)}{_with_fraction(devices, change.compiled)}:")
+    keys = " ".join(change.keys)
+    yield _line("verdict", f"does not fit; it does with {keys}{_with_fraction(devices, change.compiled)}:")
     if change.compiled.mesh != compiled.mesh:
         yield _mesh_line(change.compiled.mesh, change.compiled.why)
     yield from _step_lines(change.compiled, optimize)
@@ -117,20 +123,20 @@ def _compiled_lines(config: ResolvedConfig, devices: Sequence[jax.Device], optim
 def _step_lines(compiled: Compiled, optimize: bool) -> Iterator[str]:
     how = "with all optimizations" if optimize else "quickly; with all optimizations: --optimize"
     yield _line("compiled", f"in {compiled.seconds:.0f} s, {how}")
-    parts = f"{_bytes(compiled.arguments)} state and batch, {_bytes(compiled.temporaries)} temporaries"
-    available = f" of {_bytes(compiled.available)}" if compiled.available else ""
+    total, available = _bytes(compiled.total), _of(compiled.available)
+    items = f"{_bytes(compiled.arguments)} state and batch, {_bytes(compiled.temporaries)} temporaries"
     if compiled.collectives is None:
-        yield _line("memory a device", f"{_bytes(compiled.total)} or more{available}, says the compiler: {parts}")
+        yield _line("memory a device", f"{total} or more{available}, says the compiler: {items}")
         return
-    yield _line("memory a device", f"{_bytes(compiled.total)}{available}: {parts}")
-    for kind, found in compiled.collectives.items() or [("nothing", None)]:
-        times = "once" if found and found.count == 1 else f"{found.count:,} times" if found else ""
-        yield _line("sent a step", f"{kind} {times}, {_bytes(found.bytes_sent)} from a device" if found else kind)
+    yield _line("memory a device", f"{total}{available}: {items}")
+    for kind, found in compiled.collectives.items():
+        times = "once" if found.count == 1 else f"{found.count:,} times"
+        yield _line("sent a step", f"{kind} {times}, {_bytes(found.bytes_sent)} from a device")
+    if not compiled.collectives:
+        yield _line("sent a step", "nothing")
 
 
-def _duration_lines(
-    config: ResolvedConfig, counts: Figures, devices: Sequence[jax.Device], mfu: float
-) -> Iterator[str]:
+def _duration_lines(config: ResolvedConfig, counts: Figures, devices: Sequence[Device], mfu: float) -> Iterator[str]:
     peak = peak_flops(devices[0].device_kind, config.model.dtype)
     if peak is None:
         yield _line("time", f"not known: there is no peak of {devices[0].device_kind} in the table")
@@ -145,22 +151,22 @@ def _mesh_line(sizes: MeshSizes, why: str) -> str:
     return _line("mesh", f"data {sizes.data} x fsdp {sizes.fsdp} x tensor {sizes.tensor}: {why}")
 
 
-def _change(change: Change) -> str:
-    return " ".join(change.keys)
-
-
-def _with_fraction(devices: Sequence[jax.Device], compiled: Compiled) -> str:
+def _with_fraction(devices: Sequence[Device], compiled: Compiled) -> str:
     fraction = memory_fraction(devices, compiled)
     return "" if fraction is None else f", with XLA_PYTHON_CLIENT_MEM_FRACTION={fraction} in the environment"
 
 
 def _note(doing: str) -> AbstractContextManager:
-    """Says on stderr what takes so long, when that is a terminal."""
+    """Show on stderr what takes so long, if stderr is a terminal."""
     return Console(stderr=True).status(doing) if sys.stderr.isatty() else nullcontext()
 
 
 def _line(name: str, value: str) -> str:
     return f"{name:<{_COLUMN}}{value}"
+
+
+def _of(available: float | None) -> str:
+    return f" of {_bytes(available)}" if available else ""
 
 
 def _bytes(size: float) -> str:

@@ -1,6 +1,6 @@
-"""Accelerators that are not here: XLA compiles for them all the same, given a description.
+"""Devices that are absent from this machine: XLA compiles for them from a description, but cannot run the program.
 
-That of a TPU comes with libtpu, that of a GPU stands below. Nothing compiled for them can run on this machine.
+libtpu has the descriptions of TPUs; this module has the descriptions of GPUs.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -17,7 +17,7 @@ from jax.experimental import topologies
 from gpt2_flax import nvidia
 from gpt2_flax.accelerators import silence_libtpu
 from gpt2_flax.errors import ExitCode, UserError, quote
-from gpt2_flax.parallel.devices import bandwidth
+from gpt2_flax.parallel.devices import Device, bandwidth
 
 KNOWN = (
     "v5e:2x4, v6e:16x16 (TPU, chips along two sides), v4:2x2x4, v5p:4x4x4 (three sides), "
@@ -29,10 +29,10 @@ _SIDES = {"v4": (3,), "v5e": (2,), "v5p": (3,), "v6e": (2,)}
 
 
 class Gpu(NamedTuple):
-    """What XLA asks of a GPU, from NVIDIA's data sheets and architecture white papers."""
+    """What XLA must know of a GPU, from NVIDIA's data sheets and architecture white papers."""
 
     kind: str
-    """The name that the driver gives, and JAX with it."""
+    """The name in the driver and in JAX."""
     capability: tuple[int, int]
     memory: int
     """Bytes, as the driver counts them."""
@@ -40,7 +40,7 @@ class Gpu(NamedTuple):
     lanes: int
     """float32 units of a multiprocessor."""
     shared: int
-    """Bytes of shared memory of a multiprocessor; a block gets all but 1 KiB."""
+    """Bytes of shared memory of a multiprocessor; a block can use all but 1 KiB."""
     l2: int
     gigahertz: float
 
@@ -52,40 +52,47 @@ _GPUS = {
     "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 81559 * _MIB, 132, 128, 228 * 1024, 50 * _MIB, 1.98),
     "h200": Gpu("NVIDIA H200", (9, 0), 143771 * _MIB, 132, 128, 228 * 1024, 50 * _MIB, 1.98),
 }
-# JAX's compilers for GPUs, the newer first like JAX, and CUDA and cuDNN of the wheels that they need, or before.
+# JAX's compilers for GPUs, in JAX's order, with the oldest versions of CUDA and cuDNN that they accept.
 _PLUGINS = {
     "jax_plugins.xla_cuda13": ((13, 0, 0), (9, 12, 0)),
     "jax_plugins.xla_cuda12": ((12, 9, 0), (9, 10, 0)),
 }
 
 
-def devices_for(name: str | None) -> Sequence[jax.Device]:
-    """Returns the devices of a machine such as `v5e:2x4` or `h200:32x8`, to compile for; see KNOWN. None: those here.
+def devices_for(name: str | None) -> Sequence[Device]:
+    """Return the devices of a topology to compile for, or the devices of this machine for None.
 
-    Must come before anything asks JAX for devices: the program keeps off accelerators that this machine has.
-    Raises `UserError`: USAGE for an unknown name or a missing extra.
+    Call this before anything asks JAX for devices: with a name, JAX does not use the accelerators of this machine.
+
+    Args:
+        name: a topology such as `v5e:2x4` or `h200:32x8`, see KNOWN.
+
+    Raises:
+        UserError: USAGE, for an unknown name or a missing extra.
     """
     if name is None:
         return jax.devices()
     kind, _, shape = name.partition(":")
-    sizes = tuple(map(int, shape.split("x"))) if re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})*", shape) else ()
-    rightly = {"cpu": (1,), **_SIDES, **dict.fromkeys(_GPUS, (1, 2))}.get(kind, ())
-    if len(sizes) not in rightly:
+    sizes: tuple[int, ...] = (
+        tuple(map(int, shape.split("x"))) if re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})*", shape) else ()
+    )
+    n_sides = {"cpu": (1,), **_SIDES, **dict.fromkeys(_GPUS, (1, 2))}.get(kind, ())
+    if len(sizes) not in n_sides:
         raise UserError(ExitCode.USAGE, "unknown topology", quote(name), f"take one such as {KNOWN}")
     most = _MOST_CPU_DEVICES if kind == "cpu" else _MOST_DEVICES
     if math.prod(sizes) > most:
         what = f"topology of {math.prod(sizes):,} devices"
         raise UserError(ExitCode.USAGE, what, quote(name), f"take at most {most:,}")
     if kind == "cpu":
-        return _cpu_devices(sizes[0])
+        return _cpu_devices(math.prod(sizes))
     jax.config.update("jax_platforms", "cpu")
     return _gpu_devices(_GPUS[kind], sizes) if kind in _GPUS else _tpu_devices(kind, sizes)
 
 
-def _cpu_devices(count: int) -> Sequence[jax.Device]:
+def _cpu_devices(count: int) -> Sequence[Device]:
     jax.config.update("jax_platforms", "cpu")
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with contextlib.suppress(RuntimeError):  # the devices are there already
+        with contextlib.suppress(RuntimeError):  # JAX has made its devices already
             jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
     if len(devices) < count:
@@ -94,13 +101,13 @@ def _cpu_devices(count: int) -> Sequence[jax.Device]:
     return devices[:count]
 
 
-def _tpu_devices(kind: str, sizes: tuple[int, ...]) -> Sequence[jax.Device]:
+def _tpu_devices(kind: str, sizes: tuple[int, ...]) -> Sequence[Device]:
     _installed(("libtpu",), "tpu")
-    silence_libtpu()  # here no TPU is used
-    # Hosts of four chips; small machines have one.
-    options = {"chips_per_host_bounds": (2, 2, 1) if all(size % 2 == 0 for size in sizes[:2]) else (1, 1, 1)}
+    silence_libtpu()  # no TPU of this machine is used
+    # Hosts have four chips, or one chip if a side of the topology is odd.
+    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1) if any(size % 2 for size in sizes[:2]) else (2, 2, 1)}
     if kind == "v4":
-        options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as JAX runs them
+        options["chip_config_name"] = "megacore"  # JAX runs both cores of a chip as one device
     name = f"{kind}:{'x'.join(map(str, sizes))}"
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
@@ -108,12 +115,12 @@ def _tpu_devices(kind: str, sizes: tuple[int, ...]) -> Sequence[jax.Device]:
         if "INVALID_ARGUMENT" not in str(error):
             raise
         fix = f"take one such as {KNOWN}"
-        raise UserError(ExitCode.USAGE, f"no such TPU: {_first_line(error)}", quote(name), fix) from None
+        raise UserError(ExitCode.USAGE, f"no such TPU: {str(error).splitlines()[0]}", quote(name), fix) from None
 
 
-def _gpu_devices(gpu: Gpu, sizes: tuple[int, ...]) -> Sequence[jax.Device]:
+def _gpu_devices(gpu: Gpu, sizes: tuple[int, ...]) -> Sequence[Device]:
     plugin = _installed(tuple(_PLUGINS), nvidia.EXTRAS[13])
-    # What was compiled for GPUs that are not here JAX keeps but cannot read again, and it would warn of that.
+    # JAX cannot read cached programs of absent GPUs, and would warn about each.
     jax.config.update("jax_enable_compilation_cache", False)
     hosts, gpus = sizes if len(sizes) == 2 else (1, sizes[0])
     description = _description(gpu, *_PLUGINS[plugin])
@@ -123,9 +130,9 @@ def _gpu_devices(gpu: Gpu, sizes: tuple[int, ...]) -> Sequence[jax.Device]:
 
 
 def _installed(modules: tuple[str, ...], extra: str) -> str:
-    """Returns the first of `modules` that is installed; raises `UserError` (USAGE) with the extra if none is."""
+    """Return the first of `modules` that is installed; raise `UserError` (USAGE) that names the extra if none is."""
     for module in modules:
-        with contextlib.suppress(ModuleNotFoundError):  # of the package around it
+        with contextlib.suppress(ModuleNotFoundError):  # the package that holds the module
             if importlib.util.find_spec(module) is not None:
                 return module
     fix = f"install it with `pip install 'gpt2_flax[{extra}]'`; no accelerator is needed"
@@ -134,7 +141,7 @@ def _installed(modules: tuple[str, ...], extra: str) -> str:
 
 
 def _description(gpu: Gpu, cuda: tuple[int, ...], cudnn: tuple[int, ...]) -> str:
-    """Returns XLA's `GpuTargetConfigProto` as text."""
+    """Return XLA's `GpuTargetConfigProto` as text."""
     major, minor = gpu.capability
     features = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
     toolkit, dnn = (".".join(map(str, version)) for version in (cuda, cudnn))
@@ -173,7 +180,3 @@ platform_name: "CUDA"
 dnn_version_info {{ major: {cudnn[0]} minor: {cudnn[1]} patch: {cudnn[2]} }}
 device_description_str: "{gpu.kind}"
 """
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

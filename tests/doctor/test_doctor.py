@@ -1,4 +1,4 @@
-"""`gpt2-flax doctor`: sentences for what is wrong, numbers against references, and parts that fail alone."""
+"""`gpt2-flax doctor`: sentences for what is wrong, numbers against references, and checks that fail alone."""
 
 import importlib.metadata
 import json
@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import jax
@@ -20,7 +20,7 @@ from gpt2_flax import nvidia
 from gpt2_flax.doctor import attention, backend, examination, machine, rates, training
 from gpt2_flax.doctor.attention import Case
 from gpt2_flax.doctor.backend import Hardware, why_unseen
-from gpt2_flax.doctor.examination import Part, examine, run_part
+from gpt2_flax.doctor.examination import Check, examine, run_check
 from gpt2_flax.doctor.report import Report
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.model import attention as kernels
@@ -173,7 +173,7 @@ def test_what_does_not_go_together_is_named(installed, driver, capabilities, sen
 
 
 def test_other_processes_and_too_little_free_memory_are_named():
-    gpus = [GPUS[0]._replace(used=70 * GIB), GPUS[1]._replace(used=GIB)]
+    gpus = [replace(GPUS[0], used=70 * GIB), replace(GPUS[1], used=GIB)]
     others = [Process(7, "GPU-0x", 69 * GIB, "python"), Process(8, "GPU-1x", None, "x"), Process(9, "GPU-2x", GIB, "y")]
     said = list(machine.wrong_memory(gpus, others, {}))
     assert said == [
@@ -195,7 +195,7 @@ def test_other_processes_and_too_little_free_memory_are_named():
     ],
 )
 def test_what_jax_takes_follows_its_settings(environment, enough):
-    said = list(machine.wrong_memory([GPUS[0]._replace(used=40 * GIB)], [], environment))
+    said = list(machine.wrong_memory([replace(GPUS[0], used=40 * GIB)], [], environment))
     assert (not said) == enough
 
 
@@ -479,16 +479,16 @@ def test_a_batch_that_does_not_fit_is_tried_with_remat_and_then_with_fewer_rows(
     assert records[-1]["text"].startswith("4 rows of 1024 a device at a time with model.remat=full")
 
 
-# Parts in processes of their own.
+# Checks in their own processes.
 
 
-def part(name, seconds=30.0):
-    return Part(name, f"doctor_parts:{name}", seconds)
+def check(name, seconds=30.0):
+    return Check(name, f"doctor_checks:{name}", seconds)
 
 
 @pytest.mark.multiprocess
-def test_a_part_gives_what_it_found():
-    outcome = run_part(part("good"), 30)
+def test_a_check_gives_what_it_found():
+    outcome = run_check(check("good"), 30)
     assert outcome.status == "done"
     assert outcome.found == [{"name": "answer", "text": "42 and \x1b[2J", "value": 42, "bad": None}]
     assert not outcome.wrong
@@ -496,10 +496,10 @@ def test_a_part_gives_what_it_found():
 
 
 @pytest.mark.multiprocess
-def test_a_part_that_raises_crashes_or_hangs_keeps_what_it_found():
-    raised, crashed = run_part(part("raising"), 30), run_part(part("crashing"), 30)
+def test_a_check_that_raises_crashes_or_hangs_keeps_what_it_found():
+    raised, crashed = run_check(check("raising"), 30), run_check(check("crashing"), 30)
     start = time.monotonic()
-    hung = run_part(part("hanging", 8), 30)
+    hung = run_check(check("hanging", 8), 30)
     assert time.monotonic() - start < 60
     assert [outcome.status for outcome in (raised, crashed, hung)] == ["failed", "failed", "out of time"]
     assert [outcome.found[0]["text"] for outcome in (raised, crashed, hung)] == ["it failed", "it crashed", "it hung"]
@@ -510,26 +510,26 @@ def test_a_part_that_raises_crashes_or_hangs_keeps_what_it_found():
     assert "about to crash" in crashed.log
     (sentence,) = hung.wrong
     assert re.fullmatch(r"hanging hangs: no end after 8s at gpt2_flax/doctor/report\.py:\d+", sentence)
-    assert "doctor_parts.py" in hung.log
+    assert "doctor_checks.py" in hung.log
 
 
 @pytest.mark.multiprocess
-def test_a_part_skips_what_it_has_no_time_for():
-    outcome = run_part(part("slow"), 6)
+def test_a_check_skips_what_it_has_no_time_for():
+    outcome = run_check(check("slow"), 6)
     assert outcome.status == "done"
     assert not outcome.wrong
     assert 1 <= len(outcome.found) < 28
     assert len(outcome.found) + len(outcome.skipped) == 100
-    cut = run_part(part("hanging"), 5)
+    cut = run_check(check("hanging"), 5)
     assert cut.status == "out of time"
     assert not cut.wrong
     assert cut.skipped == ["the rest of hanging, cut off after 5s: give more --seconds"]
 
 
 @pytest.mark.multiprocess
-def test_one_part_does_not_stop_the_others(monkeypatch, tmp_path):
-    parts = [part("good"), part("crashing"), part("wrong"), part("good")._replace(name="again")]
-    monkeypatch.setattr(examination, "PARTS", parts)
+def test_one_check_does_not_stop_the_others(monkeypatch, tmp_path):
+    checks = [check("good"), check("crashing"), check("wrong"), check("good")._replace(name="again")]
+    monkeypatch.setattr(examination, "CHECKS", checks)
     lines, output = [], tmp_path / "report.json"
     with pytest.raises(UserError, match=r"^2 things wrong") as raised:
         examine(60, output, lines.append)
@@ -547,13 +547,13 @@ def test_one_part_does_not_stop_the_others(monkeypatch, tmp_path):
 
 @pytest.mark.multiprocess
 def test_without_jax_and_without_time_the_rest_is_skipped(monkeypatch):
-    parts = [part("raising")._replace(name="jax"), part("good")]
-    monkeypatch.setattr(examination, "PARTS", parts)
+    checks = [check("raising")._replace(name="jax"), check("good")]
+    monkeypatch.setattr(examination, "CHECKS", checks)
     lines = []
     with pytest.raises(UserError, match="1 thing wrong"):
         examine(60, None, lines.append)
     assert "  skipped                   good: JAX does not start" in lines
-    monkeypatch.setattr(examination, "PARTS", [part("good")])
+    monkeypatch.setattr(examination, "CHECKS", [check("good")])
     lines.clear()
     examine(1, None, lines.append)
     assert lines == [
@@ -563,10 +563,10 @@ def test_without_jax_and_without_time_the_rest_is_skipped(monkeypatch):
     ]
 
 
-def test_every_part_can_be_found():
+def test_every_check_can_be_found():
     import importlib
 
-    for each in examination.PARTS:
+    for each in examination.CHECKS:
         module, _, function = each.code.partition(":")
         assert callable(getattr(importlib.import_module(module), function))
     assert asdict(examination.Outcome())["status"] == "skipped"
@@ -587,7 +587,7 @@ def test_the_whole_command_on_a_cpu(tmp_path):
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=250)
     assert (done.returncode, done.stderr) == (0, "")
     content = json.loads(output.read_text(encoding="utf-8"))
-    assert list(content["parts"]) == [each.name for each in examination.PARTS]
+    assert list(content["parts"]) == [each.name for each in examination.CHECKS]
     assert {one["status"] for one in content["parts"].values()} == {"done"}
     found = {name: {line["name"]: line for line in one["found"]} for name, one in content["parts"].items()}
     assert found["machine"]["jaxlib"]["text"] == importlib.metadata.version("jaxlib")
@@ -604,7 +604,7 @@ def test_the_whole_command_on_a_cpu(tmp_path):
 @pytest.mark.multiprocess
 def test_a_gpu_that_jax_does_not_see_is_exit_code_69(nvidia_smi, monkeypatch, capsys):
     nvidia_smi(H100, "", "0, 9.0\\n1, 9.0\\n")
-    monkeypatch.setattr(examination, "PARTS", examination.PARTS[:2])
+    monkeypatch.setattr(examination, "CHECKS", examination.CHECKS[:2])
     assert cli._exit_code(["doctor"]) == 69
     out, err = capsys.readouterr()
     assert "GPU 0 has 11.3 GiB of 79.6 GiB free but JAX takes 59.7 GiB" in out
@@ -623,14 +623,14 @@ def test_a_file_that_exists_is_kept(tmp_path, capsys):
 
 
 @pytest.mark.multiprocess
-def test_ctrl_c_ends_the_part_under_way(tmp_path):
+def test_ctrl_c_ends_the_check_under_way(tmp_path):
     command = [sys.executable, "-m", "gpt2_flax", "doctor"]
     with subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         while not process.stdout.readline().startswith("jax "):
             pass
-        time.sleep(0.5)  # the next part is running
+        time.sleep(0.5)  # the next check is running
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
         process.send_signal(2)
         _, err = process.communicate(timeout=30)

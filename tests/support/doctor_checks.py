@@ -1,4 +1,4 @@
-"""Parts of an examination that go wrong, run by tests/doctor/test_doctor.py in processes of their own."""
+"""Checks that go wrong, run by tests/doctor/test_doctor.py in their own processes."""
 
 import os
 import signal
