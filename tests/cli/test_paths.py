@@ -215,7 +215,7 @@ def test_an_output_that_is_a_link_is_written_through(given, tmp_path, capsys, co
 
 @pytest.mark.parametrize("command", MAKERS)
 def test_a_link_that_leads_nowhere_is_refused_before_the_work(given, tmp_path, capsys, monkeypatch, command):
-    for name in ("text.train_tokenizer.sample_documents", "data.prepare.corpus_units", "checkpoint.source.read_folder"):
+    for name in ("tokenizers.train.sample_documents", "data.prepare.corpus_units", "checkpoint.source.read_folder"):
         monkeypatch.setattr(f"gpt2_flax.{name}", None)  # a bug, 70, if it is called
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     for name, target, what in (
@@ -340,6 +340,7 @@ def test_chinese_paths_and_prompts_work_in_any_locale(given, tmp_path):
     assert load_config(run / "config.toml").training.prompts == ["是"]
 
 
+@pytest.mark.slow
 def test_names_that_are_not_utf8_are_read_and_never_made(given, tmp_path, capsys):
     odd = tmp_path / os.fsdecode("语料.txt".encode("gb18030"))
     shutil.copy(given["corpus"], odd)
