@@ -340,6 +340,7 @@ def test_chinese_paths_and_prompts_work_in_any_locale(given, tmp_path):
     assert load_config(run / "config.toml").training.prompts == ["是"]
 
 
+@pytest.mark.slow
 def test_names_that_are_not_utf8_are_read_and_never_made(given, tmp_path, capsys):
     odd = tmp_path / os.fsdecode("语料.txt".encode("gb18030"))
     shutil.copy(given["corpus"], odd)

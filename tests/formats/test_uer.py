@@ -75,6 +75,7 @@ def test_logits_are_theirs_and_renaming_alone_is_not_enough(model, state_dict):
     assert difference(model, epsilon, weights) > 10 * exact
 
 
+@pytest.mark.slow
 def test_sizes_come_from_shapes_and_the_rest_from_the_config(file, tmp_path):
     config, weights = read_uer(file, uer_config(tmp_path, dropout=0.2, tie_weights=True, embedding=["word", "pos"]))
     assert (config.vocab_size, config.n_positions, config.n_layer, config.n_embd, config.n_head) == SIZES
@@ -88,12 +89,14 @@ def test_sizes_come_from_shapes_and_the_rest_from_the_config(file, tmp_path):
     assert all(array.dtype == np.float32 and array.flags.c_contiguous for array in weights.values())
 
 
+@pytest.mark.slow
 def test_their_own_config_reads_back(file, tmp_path):
     config, _ = read_uer(file, uer_config(tmp_path))
     (tmp_path / "back.json").write_text(json.dumps(to_uer_config(config)))
     assert read_uer(file, tmp_path / "back.json")[0] == config
 
 
+@pytest.mark.slow
 def test_there_and_back_is_exact(model, state_dict):
     config, weights = from_uer(state_dict, HEADS)
     back = to_uer(weights, config)
@@ -118,6 +121,7 @@ def test_any_model_goes_there_and_comes_back(config):
         np.testing.assert_allclose(again[path], array, rtol=1e-6, atol=0, err_msg=path)
 
 
+@pytest.mark.slow
 def test_old_names_files_before_torch_1_6_and_float16_are_read(state_dict, tmp_path):
     old = {
         "embedding.word_embedding.weight": state_dict.pop("embedding.word.embedding.weight"),
@@ -131,6 +135,7 @@ def test_old_names_files_before_torch_1_6_and_float16_are_read(state_dict, tmp_p
     np.testing.assert_array_equal(weights["wte/embedding"], old["target.output_layer.weight"].astype(np.float16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -155,6 +160,7 @@ def test_tensors_that_do_not_fit_are_named(state_dict, change, said):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "said"),
     [
@@ -179,6 +185,7 @@ def test_a_config_of_another_model_is_refused_by_field(file, tmp_path, values, s
     assert "config.json" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_heads_that_cannot_be_told_are_asked_for(state_dict):
     narrow = to_uer(random_weights(small := ModelConfig(vocab_size=9, n_embd=12, n_head=3, n_layer=1)), small)
     with pytest.raises(UserError, match="heads_num") as caught:
@@ -230,6 +237,7 @@ def test_import_says_how_exact_it_is_and_makes_a_run(file, vocabulary, tmp_path,
     assert run("generate", tmp_path / "run", "--prompt", "一丁", "--max-new-tokens", 2) == 0
 
 
+@pytest.mark.slow
 def test_a_file_needs_a_vocabulary_and_a_folder_no_uer_config(file, tmp_path, capsys, vocabulary):
     assert run("import", file, tmp_path / "run") == ExitCode.USAGE
     assert "--tokenizer vocab.txt" in capsys.readouterr().err
@@ -276,6 +284,7 @@ def test_a_run_of_another_epsilon_goes_to_uer_with_a_word_about_it(config, token
     assert head.data_ptr() == words.data_ptr()
 
 
+@pytest.mark.slow
 def test_numbers_that_are_not_finite_are_refused(state_dict, vocabulary, tmp_path, capsys):
     state_dict["encoder.layer_norm.gamma"][3] = np.nan
     torch.save({name: torch.from_numpy(array) for name, array in state_dict.items()}, tmp_path / "nan.bin")
@@ -283,6 +292,7 @@ def test_numbers_that_are_not_finite_are_refused(state_dict, vocabulary, tmp_pat
     assert "1 of the 64 numbers of encoder.layer_norm.gamma are NaN or infinite" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["embedding.word.embedding.weight", "target.lm.output_layer.weight"])
 @pytest.mark.parametrize("tied", [{}, {"tie_weights": True}, {"tie_weights": False}])
 def test_embeddings_that_are_not_finite_are_refused_by_name(state_dict, name, tied):
@@ -292,6 +302,7 @@ def test_embeddings_that_are_not_finite_are_refused_by_name(state_dict, name, ti
         from_uer(state_dict, HEADS | tied)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module."])
 def test_prefixes_of_wrappers_are_left_out(model, state_dict, prefix, tmp_path):
     torch.save({prefix + name: torch.from_numpy(array) for name, array in state_dict.items()}, tmp_path / "model.bin")
@@ -307,6 +318,7 @@ def test_a_folder_without_tokenizer_gets_one(vocabulary, tmp_path):
     assert run("import", tmp_path / "hf", tmp_path / "run", "--tokenizer", vocabulary) == 0
 
 
+@pytest.mark.slow
 def test_the_model_card_of_what_was_not_trained_here_does_not_say_so(file, vocabulary, tmp_path):
     options = ("--tokenizer", vocabulary, "--uer-config", uer_config(tmp_path))
     assert run("convert", file, tmp_path / "hf", "--language", "zh", *options) == 0

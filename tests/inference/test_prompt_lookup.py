@@ -45,6 +45,7 @@ def naive(tokens, n_drafts):
     return whole[len(tokens) :], run(end)
 
 
+@pytest.mark.slow
 @given(st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=20), min_size=1, max_size=4), st.integers(1, 7))
 def test_a_draft_is_what_came_after_the_longest_and_latest_match(rows, n_drafts):
     tokens_BS = np.full((len(rows), 24), 9, np.int32)

@@ -99,6 +99,7 @@ def kept_BHTT(key, batch, heads, length, block, rate):
     return np.asarray(out_BTHK).transpose(0, 2, 1, 3) > 0
 
 
+@pytest.mark.slow
 def test_dropout_drops_its_share_and_scales_the_rest(monkeypatch):
     set_block(monkeypatch, 16)
     kept = kept_BHTT(jax.random.key(0), 8, 4, 64, 16, 0.25)

@@ -18,6 +18,8 @@ from gpt2_flax.model.flash import flash_attention
 from gpt2_flax.model.flash_triton import Tile, Tiles
 from gpt2_flax.model.gpt2 import GPT2
 
+pytestmark = pytest.mark.slow
+
 RATE = 0.1
 
 

@@ -244,6 +244,7 @@ def compiled(small):
     return compile_step(small, devices_for("cpu:2"))
 
 
+@pytest.mark.slow
 def test_the_compiled_step_has_the_state_and_the_batch(small, compiled):
     layout = state_layout(small, make_mesh(MeshSizes(data=2, fsdp=1, tensor=1), devices_for("cpu:2")))
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layout))
@@ -285,6 +286,7 @@ def test_parts_are_tried_when_that_is_not_enough(monkeypatch, small, compiled):
     assert change.compiled.fits
 
 
+@pytest.mark.slow
 def test_a_state_that_is_too_large_is_shared_at_once(monkeypatch, small):
     large = changed(small, data__global_batch_size=2, data__seq_length=8, model__n_embd=128, mesh__fsdp=1)
     devices = devices_for("cpu:2")
@@ -418,6 +420,7 @@ def test_the_command_plans_each_stage(run):
     assert "65,536,000,000" not in out
 
 
+@pytest.mark.slow
 def test_the_command_compiles_and_says_what_fits(run, config, tmp_path, monkeypatch):
     path = tmp_path / "config.toml"
     path.write_text(tomli_w.dumps(config.model_dump(exclude_none=True)), encoding="utf-8")

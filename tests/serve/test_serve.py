@@ -161,6 +161,7 @@ def test_a_stream_is_the_text_in_pieces(port):
     assert len(parts) > 8
 
 
+@pytest.mark.slow
 def test_a_text_ends_before_a_stop_string(port):
     fields = {"prompt": "这是很久", "max_tokens": 20, "seed": 2}
     (text,) = texts(port, **fields)
@@ -169,6 +170,7 @@ def test_a_text_ends_before_a_stop_string(port):
     assert (answer["text"], answer["finish_reason"]) == (text[: text.index(stop)], "stop")
 
 
+@pytest.mark.slow
 def test_why_a_text_has_ended_is_said(source, generator):
     after = generator.texts(["这"], 31, Sampling(temperature=0.0), 0)[0].removeprefix("这")
     with serving(generator) as (port, _):

@@ -127,6 +127,7 @@ def test_only_a_run_with_a_deadline_waits_for_its_first_save():
     assert not asks({}, deadline=math.inf).measures_save
 
 
+@pytest.mark.slow
 def test_the_command_stops_with_75_and_goes_on(config, tmp_path, capsys):
     config = changed(config, training__total_steps=10**6, training__save_every=10**6, training__evaluate_every=10**6)
     (tmp_path / "config.toml").write_text(dump_config(config), encoding="utf-8")

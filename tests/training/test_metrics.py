@@ -158,6 +158,7 @@ def test_padding_and_positions_without_target_are_counted(config):
     assert float(metrics.targets) == (halved.targets_BT != IGNORE).mean() <= 0.25
 
 
+@pytest.mark.slow
 def test_every_number_is_in_tensorboard(trained):
     config, _ = trained
     newest = {}
