@@ -307,23 +307,24 @@ class Worker:
 
         from gpt2_flax.parallel.rules import path_of
         from gpt2_flax.training import loop
+        from gpt2_flax.training.start import Progress
+        from gpt2_flax.training.step import TrainState
 
-        numbers, run = None, loop._run
+        numbers, run_steps = None, loop.run_steps
 
-        def note(*arguments: object) -> None:
+        def note(stage: object, progress: Progress, state: TrainState, *others: object) -> None:
             nonlocal numbers
-            state, samples_seen = arguments[-1][:2]
             arrays = {}
             for item in ("model", "opt_state"):
                 for path, leaf in jax.tree_util.tree_leaves_with_path(getattr(state, item)):
                     arrays[f"{item}/{path_of(path)}"] = (leaf.dtype.name, np.asarray(leaf).tobytes())
-            numbers = (int(state.step), samples_seen, arrays)
+            numbers = (int(state.step), progress.samples_seen, arrays)
 
-        loop._run = note
+        loop.run_steps = note
         try:
             code, said = self._command("train", self.config, f"output={self.copy}", *LONGER)
         finally:
-            loop._run = run
+            loop.run_steps = run_steps
         return Answer(code, said, numbers)
 
     def _train(self) -> Answer:

@@ -439,7 +439,7 @@ def crash_at(name: str, count: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if event == "half a line":
-        from gpt2_flax.training.metrics import MetricsLog
+        from gpt2_flax.training.metrics_log import MetricsLog
 
         write = MetricsLog.write
 
@@ -482,11 +482,10 @@ def forget(what: str) -> None:
     start, make = loop.start_or_resume, loop.make_train_step
 
     def start_without(*arguments):
-        found = start(*arguments)
+        progress, state = start(*arguments)
         if what == "opt":
-            zeros = jax.tree.map(lambda leaf: leaf * 0, found.state.opt_state)
-            found = found._replace(state=found.state._replace(opt_state=zeros))
-        return found._replace(samples_seen=0) if what == "data" else found
+            state = state._replace(opt_state=jax.tree.map(lambda leaf: leaf * 0, state.opt_state))
+        return progress._replace(samples_seen=0) if what == "data" else progress, state
 
     def make_with_other_dropout(config, *arguments):
         other = config.training.model_copy(update={"seed": config.training.seed + 1})

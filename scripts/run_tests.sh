@@ -19,5 +19,5 @@ extras=dev,export,gguf,push,quickstart,corpora,ray,serve
 make_environment .test-environment "$extras"
 ruff check .
 ruff format --check .
-# basedpyright
+basedpyright
 python -m pytest -n 2 --dist loadfile ${chosen[@]+"${chosen[@]}"} "$@"

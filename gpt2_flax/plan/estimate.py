@@ -22,7 +22,7 @@ from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.model.embedding import replicate
 from gpt2_flax.model.flops import flops_per_token
 from gpt2_flax.model.gpt2 import GPT2
-from gpt2_flax.model.loss import cross_entropy
+from gpt2_flax.model.loss import LossSums, cross_entropy
 from gpt2_flax.parallel.device_batches import row_shards
 from gpt2_flax.parallel.mesh import AXES, MeshSizes
 from gpt2_flax.training.open_stage import check_rows, with_vocab_size
@@ -170,7 +170,8 @@ def _of_one_microbatch(model: ModelConfig, n_rows: int, seq_length: int, tensor:
         return jax.vjp(lambda params: params.hidden(tokens_BT, segments_BT, positions_BT, key), params)[1]
 
     def loss(x_BTD, params, targets_BT):
-        return cross_entropy(x_BTD, replicate(params.head_VD), targets_BT, model.vocab_size).nats
+        sums: LossSums = cross_entropy(x_BTD, replicate(params.head_VD), targets_BT, model.vocab_size)
+        return sums.nats
 
     forward = jax.make_jaxpr(kept)(shapes, ids_BT, ids_BT, ids_BT, key).jaxpr
     given = set(map(id, forward.invars))  # parameters are counted already
