@@ -25,7 +25,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent))
 from benchmark_train import SIZES, Task, config_of, shape
 
-from gpt2_flax.plan.hlo import Instruction, bytes_of, callees, computations, elements, instruction
+from gpt2_flax.plan.hlo import bytes_of, callees, computations, elements
 
 GROUPS = (
     "attention",
@@ -45,6 +45,21 @@ RUNS_OTHERS = {"while", "conditional", "call", "async-start"}
 SLICES = {"dynamic-slice", "slice", "gather"}
 MOVES = FREE | SLICES | {"copy", "copy-start", "transpose", "reshape", "concatenate", "pad", "dynamic-update-slice"}
 MOVES |= {"broadcast", "iota", "convert"}
+INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)")
+
+
+class Instruction(NamedTuple):
+    """One line of a computation, such as `%sum = f32[4]{0} add(%a, %b), metadata=...`."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    """Names of the operands."""
+    attributes: str
+    """The text after the operands."""
+    is_root: bool
+    """Whether the instruction is the result of its computation."""
 
 
 class Kernel(NamedTuple):
@@ -53,6 +68,20 @@ class Kernel(NamedTuple):
     launches: int
     bytes: int
     group: str
+
+
+def instruction(line: str) -> Instruction | None:
+    """Parse a line of a computation; return None if the line is no instruction."""
+    if not (found := INSTRUCTION.match(line)):
+        return None
+    root, name, shape, opcode, rest = found.groups()
+    depth = end = 0
+    for end, character in enumerate(rest):  # noqa: B007 - ends at the parenthesis that closes the operands
+        depth += (character == "(") - (character == ")")
+        if depth < 0:
+            break
+    operands = re.findall(r"%([\w.\-]+)", rest[:end]) or re.findall(r"([\w.\-]+)(?:,|$)", rest[:end])
+    return Instruction(name, shape, opcode, tuple(operands), rest[end + 1 :], bool(root))
 
 
 class Program:

@@ -6,30 +6,14 @@ XLA writes optimized HLO for CPUs, GPUs and TPUs as one computation after anothe
 import re
 from collections.abc import Iterator
 from math import prod
-from typing import NamedTuple
 
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+)\b.*\{\s*$")
-_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)")
 _CALLS = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 
 Computations = dict[str, list[str]]
 """The lines of each computation by its name; "ENTRY" is the program."""
-
-
-class Instruction(NamedTuple):
-    """One line of a computation, such as `%sum = f32[4]{0} add(%a, %b), metadata=...`."""
-
-    name: str
-    shape: str
-    opcode: str
-    operands: tuple[str, ...]
-    """Names of the operands."""
-    attributes: str
-    """The text after the operands."""
-    is_root: bool
-    """Whether the instruction is the result of its computation."""
 
 
 def computations(hlo: str) -> Computations:
@@ -42,20 +26,6 @@ def computations(hlo: str) -> Computations:
         elif header := _COMPUTATION.match(line):
             lines = found["ENTRY" if line.startswith("ENTRY") else header[1]] = []
     return found
-
-
-def instruction(line: str) -> Instruction | None:
-    """Parse a line of a computation; return None if the line is no instruction."""
-    if not (found := _INSTRUCTION.match(line)):
-        return None
-    root, name, shape, opcode, rest = found.groups()
-    depth = end = 0
-    for end, character in enumerate(rest):  # noqa: B007 - ends at the parenthesis that closes the operands
-        depth += (character == "(") - (character == ")")
-        if depth < 0:
-            break
-    operands = re.findall(r"%([\w.\-]+)", rest[:end]) or re.findall(r"([\w.\-]+)(?:,|$)", rest[:end])
-    return Instruction(name, shape, opcode, tuple(operands), rest[end + 1 :], bool(root))
 
 
 def callees(line: str, within: Computations) -> Iterator[tuple[str, int]]:

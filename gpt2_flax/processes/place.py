@@ -9,13 +9,13 @@ import re
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gpt2_flax.errors import ExitCode, UserError, printable, quote
 from gpt2_flax.processes.tpu_metadata import may_be_tpu_vm, server, slice_of_this_vm
 
 ATTEMPT = "GPT2_FLAX_ATTEMPT"  # environment variable; replaces the launcher's own count of attempts
-_VARIABLES = {"coordinator": "JAX_COORDINATOR_ADDRESS", "n_processes": "JAX_NUM_PROCESSES", "number": "JAX_PROCESS_ID"}
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _TPU_PORT = 8482  # the port that JAX uses
 _TRIED = (
     "SLURM (SLURM_STEP_NUM_TASKS, SLURM_PROCID)",
@@ -25,9 +25,6 @@ _TRIED = (
     "the metadata server of TPU VMs",
     "Kubernetes (JOB_COMPLETION_INDEX)",
 )
-
-Found = dict[str, Any]
-"""Fields of a `Place` by name; None or no entry: not known."""
 
 
 class Place(NamedTuple):
@@ -52,6 +49,16 @@ class Place(NamedTuple):
         return int(self.coordinator.rsplit(":", 1)[1])
 
 
+class _Found(NamedTuple):
+    """What a launcher tells of a `Place`."""
+
+    coordinator: str | None = None
+    n_processes: int | None = None
+    number: int | None = None
+    device: int | None = None
+    attempt: str = ""
+
+
 def find_place(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> Place | None:
@@ -69,18 +76,15 @@ def find_place(
     Raises:
         UserError: USAGE, when a value is missing or invalid.
     """
-    found: Found | None = {"coordinator": coordinator, "n_processes": num_processes, "number": process_id}
-    where = "command line"
-    if set(found.values()) == {None}:
+    found, where = _Found(coordinator, num_processes, process_id), "command line"
+    if found == _Found():
         found, where = _from_environment(), "environment"
-        if found is None:
-            return None
-    elif None in found.values():
+    elif None in found[:3]:
         fix = "give --coordinator, --num-processes and --process-id together"
         raise UserError(ExitCode.USAGE, "half a process group", where, fix)
-    if found["n_processes"] == 1:
+    if found is None or found.n_processes == 1:
         return None
-    place = Place(**found)
+    place = Place(**found._asdict())
     if not 0 <= place.number < place.n_processes:
         what = f"process {place.number} of {place.n_processes}"
         raise UserError(ExitCode.USAGE, what, where, f"numbers are 0 to {place.n_processes - 1}")
@@ -92,24 +96,24 @@ def find_place(
     return place._replace(attempt=os.environ.get(ATTEMPT) or place.attempt)
 
 
-def _from_environment() -> Found | None:
+def _from_environment() -> _Found | None:
     launchers = (_slurm, _open_mpi, _torchrun, _tpu_pod, _tpu_vm)
     found = next(filter(None, (launcher() for launcher in launchers)), None)
-    given: Found = {"coordinator": os.environ.get(_VARIABLES["coordinator"]) or None}
-    given |= {field: _number(_VARIABLES[field]) for field in ("n_processes", "number")}
+    coordinator, n_processes, number = _VARIABLES
+    given = _Found(os.environ.get(coordinator) or None, _number(n_processes), _number(number))
     if found is None:
-        if set(given.values()) == {None}:
+        if given == _Found():
             return None
-        found = {"number": _number("JOB_COMPLETION_INDEX")}
-    found |= {field: value for field, value in given.items() if value is not None}
-    missing = [variable for field, variable in _VARIABLES.items() if found.get(field) is None]
-    if missing and found.get("n_processes") != 1:
+        found = _Found(number=_number("JOB_COMPLETION_INDEX"))
+    found = found._replace(**{field: value for field, value in given._asdict().items() if value not in (None, "")})
+    missing = [variable for variable, value in zip(_VARIABLES, found[:3], strict=True) if value is None]
+    if missing and found.n_processes != 1:
         where = f"environment; tried {', '.join(_TRIED)}"
         raise UserError(ExitCode.USAGE, "half a process group", where, f"set {' and '.join(missing)} too")
     return found
 
 
-def _slurm() -> Found | None:
+def _slurm() -> _Found | None:
     n_processes = _number("SLURM_STEP_NUM_TASKS") or 1  # set by srun; `salloc` and `sbatch` set only SLURM_NTASKS
     if n_processes == 1 or "SLURM_PROCID" not in os.environ:
         return None
@@ -117,16 +121,12 @@ def _slurm() -> Found | None:
     nodes = re.match(r"([^,\[]*)(?:\[([^],-]+)[^]]*\]([^,]*))?", os.environ["SLURM_STEP_NODELIST"])
     host = "".join(nodes.groups("")) if nodes else ""
     step = os.environ["SLURM_JOB_ID"] + "." + os.environ.get("SLURM_STEP_ID", "")
-    return {
-        "coordinator": f"{host}:{_port(step)}",
-        "n_processes": n_processes,
-        "number": _number("SLURM_PROCID"),
-        "device": _device("SLURM_LOCALID", n_processes > (_number("SLURM_STEP_NUM_NODES") or 1)),
-        "attempt": f"{step}.{os.environ.get('SLURM_RESTART_COUNT', '0')}",
-    }
+    device = _device("SLURM_LOCALID", n_processes > (_number("SLURM_STEP_NUM_NODES") or 1))
+    attempt = f"{step}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    return _Found(f"{host}:{_port(step)}", n_processes, _number("SLURM_PROCID"), device, attempt)
 
 
-def _open_mpi() -> Found | None:
+def _open_mpi() -> _Found | None:
     n_processes, here = _number("OMPI_COMM_WORLD_SIZE") or 1, _number("OMPI_COMM_WORLD_LOCAL_SIZE") or 1
     if n_processes == 1:
         return None
@@ -135,34 +135,29 @@ def _open_mpi() -> Found | None:
     address = re.search(r"tcp://([^,:]+)|tcp6://\[([^,\]]+)", uri)
     host = "localhost" if n_processes == here else address and (address[1] or f"[{address[2]}]")
     attempt = os.environ.get("PMIX_NAMESPACE") or uri  # another one for each mpirun
-    return {
-        "coordinator": host and f"{host}:{_port(attempt)}",
-        "n_processes": n_processes,
-        "number": _number("OMPI_COMM_WORLD_RANK"),
-        "device": _device("OMPI_COMM_WORLD_LOCAL_RANK", here > 1),
-        "attempt": attempt,
-    }
+    coordinator, device = host and f"{host}:{_port(attempt)}", _device("OMPI_COMM_WORLD_LOCAL_RANK", here > 1)
+    return _Found(coordinator, n_processes, _number("OMPI_COMM_WORLD_RANK"), device, attempt)
 
 
-def _torchrun() -> Found | None:
+def _torchrun() -> _Found | None:
     n_processes, host, port = _number("WORLD_SIZE") or 1, os.environ.get("MASTER_ADDR"), _number("MASTER_PORT")
     if n_processes == 1 or not host or not port:
         return None
     port += os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself listens on MASTER_PORT
     device = _device("LOCAL_RANK", (_number("LOCAL_WORLD_SIZE") or 1) > 1)
-    return {"coordinator": f"{host}:{port}", "n_processes": n_processes, "number": _number("RANK"), "device": device}
+    return _Found(f"{host}:{port}", n_processes, _number("RANK"), device)
 
 
-def _tpu_pod() -> Found | None:
+def _tpu_pod() -> _Found | None:
     hosts, number = (os.environ.get(name, "") for name in ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"))
     if " " in hosts + number:  # without a TPU, libtpu sets both variables to a warning; child processes inherit them
         return None
     return _slices(hosts.split(","), _number("TPU_WORKER_ID"), os.environ)
 
 
-def _tpu_vm() -> Found | None:
+def _tpu_vm() -> _Found | None:
     """Ask the metadata server, as TPU VMs have no launcher."""
-    values = [os.environ.get(variable) for variable in _VARIABLES.values()]
+    values = [os.environ.get(variable) for variable in _VARIABLES]
     if all(values) or values[1] == "1" or not may_be_tpu_vm():
         return None
     try:
@@ -175,7 +170,7 @@ def _tpu_vm() -> Found | None:
     return found and _slices(found.hosts, found.number, {**found.variables, **os.environ})
 
 
-def _slices(hosts: Sequence[str], number: int | None, variables: Mapping[str, str]) -> Found | None:
+def _slices(hosts: Sequence[str], number: int | None, variables: Mapping[str, str]) -> _Found | None:
     """Return the place of host `number` of a TPU slice; several slices may form one run."""
     n_slices, slice_id = (
         _as_number(name, variables.get(name)) for name in ("MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
@@ -186,7 +181,7 @@ def _slices(hosts: Sequence[str], number: int | None, variables: Mapping[str, st
     host = (variables.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]).split(":")[0]
     if number is not None:
         number += len(hosts) * (slice_id or 0)
-    return {"coordinator": f"{host}:{_TPU_PORT}", "n_processes": n_processes, "number": number}
+    return _Found(f"{host}:{_TPU_PORT}", n_processes, number)
 
 
 def _device(variable: str, several: bool) -> int | None:
