@@ -53,6 +53,8 @@ def processes_environment(**more: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def way(corpus, tmp_path_factory):
     """A folder in which every command was called once, with what each printed."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("way")
     shutil.copy(corpus, folder / "corpus.txt")
     (folder / "run.toml").write_text(
