@@ -1,4 +1,4 @@
-"""Software for TPUs and GPUs is silent where there are none, and is left alone where there are some."""
+"""Software for TPUs and GPUs is silent on machines without them, and unchanged on machines with them."""
 
 import importlib.util
 import os
@@ -36,7 +36,7 @@ def test_a_command_prints_nothing_of_accelerators_that_are_not_there(software, c
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A function that runs `silence_what_is_not_here` on a machine with these files; it returns the environment."""
+    """Return a function that runs `silence_what_is_not_here` with these files, and returns the environment."""
 
     def machine(*files: str, plugin: str | None = "jax_cuda12_plugin", **environment: str) -> dict[str, str]:
         for file in files:
@@ -74,7 +74,7 @@ def test_without_an_accelerator_jax_keeps_to_the_cpu(machine, plugin, files):
         ("dev/nvidia0",),
         ("dev/dxg",),
         ("dev/accel0",),
-        (f"{BUS}/vendor=0x10de", f"{BUS}/class=0x030200"),  # its driver is not loaded, and JAX says so
+        (f"{BUS}/vendor=0x10de", f"{BUS}/class=0x030200"),  # its driver is not loaded, and JAX reports that
     ],
 )
 def test_an_accelerator_that_is_there_is_left_to_jax(machine, files):

@@ -22,7 +22,7 @@ NAMES = (
 @pytest.fixture
 def environment(monkeypatch, tmp_path):
     for name in NAMES:
-        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return monkeypatch
@@ -50,7 +50,7 @@ def test_without_a_place_for_them_programs_are_not_kept(environment, tmp_path, p
         environment.setenv("HOME", "/proc")
     if problem == "no home":
         environment.delenv("HOME")
-        environment.setattr("os.getuid", lambda: 2**31 - 9)  # of nobody in /etc/passwd
+        environment.setattr("os.getuid", lambda: 2**31 - 9)  # a user who is not in /etc/passwd
     keep_compiled_programs()
     assert os.environ[NAMES[0]] == ""
 
@@ -76,7 +76,7 @@ def test_a_second_start_reads_what_the_first_has_compiled(config, tmp_path, fold
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         losses += [line for line in done.stdout.splitlines() if "loss" in line and "validation" in line]
         files = sorted(cache.glob("jit_train_step-*-cache")) if folder == "cache" else []
-        assert len(files) == (folder == "cache")  # one of both calls
+        assert len(files) == (folder == "cache")  # from one of the two calls
     assert losses[0] == losses[1]
 
 
@@ -100,14 +100,14 @@ def test_the_folder_is_for_its_user_alone(environment, tmp_path, capsys):
     before = os.umask(0)
     try:
         folder = cached(tmp_path)
-        (folder / "jit_f-0-cache").chmod(0o666)  # as JAX writes them under this mask, where nobody else comes
+        (folder / "jit_f-0-cache").chmod(0o666)  # JAX writes files so with this umask; the folder is private
         assert folder.stat().st_mode & 0o777 == 0o700
         (tmp_path / "gpt2_flax").chmod(0o777)
         assert cached(tmp_path) == folder
         assert (tmp_path / "gpt2_flax").stat().st_mode & 0o777 == 0o755
     finally:
         os.umask(before)
-    folder.chmod(0o755)  # as versions before made it
+    folder.chmod(0o755)  # as earlier versions made it
     for file in folder.iterdir():
         file.chmod(0o644)
     assert cached(tmp_path) == folder

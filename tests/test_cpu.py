@@ -1,4 +1,4 @@
-"""Memory that was freed is there again without the system's help, and results come out of one pass over it."""
+"""Freed memory is used again without system calls, and several results take one pass over memory."""
 
 import ctypes
 import os
@@ -37,7 +37,7 @@ def faults(how):
 def test_pages_are_mapped_once():
     kept = faults("keep")
     assert kept < 20
-    assert faults("leave") > kept  # in pages of 4 KiB or of 2 MiB
+    assert faults("leave") > kept  # pages have 4 KiB or 2 MiB
 
 
 def test_another_c_library_is_left_alone(monkeypatch):

@@ -1,4 +1,4 @@
-"""What a crash leaves behind, in real processes."""
+"""Crash logs of real processes."""
 
 import fcntl
 import re
@@ -16,7 +16,7 @@ HEAD = "import os, signal, sys, threading; from pathlib import Path; from gpt2_f
 
 
 def run(folder, body):
-    """Runs `body` within a crash log of process 3 in `folder`; returns how it ended."""
+    """Run `body` within a crash log of process 3 in `folder`; return the ended process."""
     code = f"{HEAD}with CrashLog(Path({str(folder)!r}), 3):\n    {body}"
     command = [sys.executable, "-c", code]
     return subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60)

@@ -1,4 +1,4 @@
-"""Out of memory anywhere: one sentence with what was asked, what there is and what helps, and exit code 71."""
+"""Out of memory: one sentence with the requested and the available memory and a fix, and exit code 71."""
 
 import os
 import subprocess
@@ -70,7 +70,7 @@ def test_what_was_asked_and_what_there_is(monkeypatch, error, what):
     monkeypatch.setattr(memory, "host_bytes", lambda: 3 * GIB)
     failure = out_of_memory(error, "here", "less")
     assert (failure.exit_code, failure.what, str(failure)) == (71, what, f"{what}: here; less")
-    assert _exit_code(error) == 71  # what the processes of a run tell each other
+    assert _exit_code(error) == 71  # the code that the processes of a run exchange
 
 
 def test_the_memory_of_an_accelerator_is_its_own(monkeypatch):
@@ -78,7 +78,7 @@ def test_the_memory_of_an_accelerator_is_its_own(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4294967296 bytes.")
     assert out_of_memory(error, "", "").what == "out of memory (4 GiB asked, a device has 60 GiB)"
-    assert "this machine" in out_of_memory(MemoryError(), "", "").what  # the host's, whatever devices there are
+    assert "this machine" in out_of_memory(MemoryError(), "", "").what  # of the host, also with devices
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_training_names_the_cheapest_changes_first(config, monkeypatch, changes,
 
 
 def greedy_program(arguments, body):
-    """The exit code and stderr of the program when a function of it asks for too much."""
+    """Return the exit code and stderr of the program when one of its functions allocates too much."""
     code = (
         "import gpt2_flax.__main__ as program; run = program._exit_code\n"
         f"def prepared(arguments):\n    {body}\n    return run(arguments)\n"
@@ -178,7 +178,7 @@ def test_a_worker_of_prepare_says_it_through_its_parent(corpus, tokenizer_folder
 @pytest.mark.multiprocess
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_a_real_limit_is_met_and_named(dataset_folder, config, tmp_path):
-    """A batch for whose activations the process may not have the memory."""
+    """Return a config with more activations than the process may allocate."""
     from gpt2_flax.config.parse import dump_config
 
     path = tmp_path / "config.toml"

@@ -1,4 +1,4 @@
-"""`gpt2-flax doctor`: sentences for what is wrong, numbers against references, and checks that fail alone."""
+"""`gpt2-flax doctor`: a sentence for each fault, numbers against references, and checks that fail alone."""
 
 import importlib.metadata
 import json
@@ -32,17 +32,17 @@ GIB = 2**30
 
 @pytest.fixture
 def found():
-    """A report and the list of what is written to it."""
+    """Return a report and the list of its records."""
     records = []
     return Report(records.append, 600), records
 
 
-# What NVIDIA's driver says.
+# NVIDIA's driver.
 
 
 @pytest.fixture
 def nvidia_smi(tmp_path, monkeypatch):
-    """A function that puts an `nvidia-smi` on PATH, with what it prints for each kind of question."""
+    """Return a function that puts an `nvidia-smi` on PATH, which prints a text for each kind of query."""
 
     def make(gpus="", apps="", capabilities="", code=0):
         program = tmp_path / "nvidia-smi"
@@ -105,7 +105,7 @@ def test_the_driver_is_known_without_nvidia_smi(monkeypatch, write, text, versio
 
 def test_device_files_are_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(nvidia, "_DEVICES", tmp_path)
-    (tmp_path / "nvidiactl").touch()  # the driver is there, and no GPU
+    (tmp_path / "nvidiactl").touch()  # a driver without a GPU
     assert not nvidia.is_here()
     (tmp_path / "nvidia3").touch()
     assert nvidia.is_here()
@@ -138,7 +138,7 @@ def test_cuda_for_a_driver(driver, capability, cuda):
     assert nvidia.cuda_for(driver, capability) == cuda
 
 
-# What is wrong with the installation and with the memory.
+# Faults of the installation and of the memory.
 
 CUDA12 = {"jaxlib": "0.10.2", "jax-cuda12-plugin": "0.10.2", "jax-cuda12-pjrt": "0.10.2"}
 CUDA13 = {"jaxlib": "0.10.2", "jax-cuda13-plugin": "0.10.2", "jax-cuda13-pjrt": "0.10.2"}
@@ -165,7 +165,7 @@ CUDA13 = {"jaxlib": "0.10.2", "jax-cuda13-plugin": "0.10.2", "jax-cuda13-pjrt": 
         (CUDA13 | {"jax-cuda13-pjrt": "0.10.0"}, "580.1", [], [r"pip install 'jax-cuda13-pjrt==0\.10\.2'"]),
     ],
 )
-def test_what_does_not_go_together_is_named(installed, driver, capabilities, sentences):
+def test_packages_that_do_not_fit_together_are_named(installed, driver, capabilities, sentences):
     said = list(machine.wrong_packages(installed, driver, capabilities))
     assert len(said) == len(sentences)
     for sentence, pattern in zip(said, sentences, strict=True):
@@ -237,7 +237,7 @@ def test_a_failing_driver_is_named_only_where_there_is_a_gpu(found, nvidia_smi, 
     assert record["wrong"].startswith("nvidia-smi fails: NVIDIA-SMI has failed; ")
 
 
-# What JAX does not see.
+# Devices that JAX does not see.
 
 GPU_HERE = Hardware(True, "580.1", [9.0], {})
 TPU_HERE = Hardware(False, None, [], {"TPU v5e": 4})
@@ -308,7 +308,7 @@ def test_the_kernel_of_this_cpu_agrees_with_the_reference(documents, dropout):
 
 
 def test_the_mask_is_the_one_that_a_kernel_used():
-    """With weights known beforehand: those that are zeroed are found, wherever they lie."""
+    """The zeroed weights of a known mask are found at every position."""
     kept_BHTS = np.random.default_rng(2).random((2, 2, 256, 256)) > 0.1
     causal_TS = np.tril(np.ones((256, 256), bool))
 
@@ -436,7 +436,7 @@ def test_on_a_gpu_the_deterministic_step_is_tried_too(found, monkeypatch):
         "3 steps twice, training.deterministic",
         None,
     ]
-    # Without being asked for the same bits a GPU may give others.
+    # Without training.deterministic, a GPU may give other bits.
     assert records[2]["wrong"] == "with training.deterministic the same steps end in other bits: report this"
 
 
@@ -453,7 +453,7 @@ def test_on_a_gpu_the_deterministic_step_is_tried_too(found, monkeypatch):
         ({}, "nothing tried fits"),
     ],
 )
-def test_suggestions_follow_from_what_fitted(measured, expected):
+def test_suggestions_follow_from_the_measurements(measured, expected):
     assert re.search(expected, training.suggestion(measured, 78 * GIB))
 
 
@@ -483,11 +483,11 @@ def test_a_batch_that_does_not_fit_is_tried_with_remat_and_then_with_fewer_rows(
 
 
 def check(name, seconds=30.0):
-    return Check(name, f"doctor_checks:{name}", seconds)
+    return Check(name, f"support.doctor_checks:{name}", seconds)
 
 
 @pytest.mark.multiprocess
-def test_a_check_gives_what_it_found():
+def test_a_check_returns_its_results():
     outcome = run_check(check("good"), 30)
     assert outcome.status == "done"
     assert outcome.found == [{"name": "answer", "text": "42 and \x1b[2J", "value": 42, "bad": None}]
@@ -496,7 +496,7 @@ def test_a_check_gives_what_it_found():
 
 
 @pytest.mark.multiprocess
-def test_a_check_that_raises_crashes_or_hangs_keeps_what_it_found():
+def test_a_check_that_raises_crashes_or_hangs_keeps_its_results():
     raised, crashed = run_check(check("raising"), 30), run_check(check("crashing"), 30)
     start = time.monotonic()
     hung = run_check(check("hanging", 8), 30)

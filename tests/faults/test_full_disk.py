@@ -1,4 +1,4 @@
-"""A disk that fills while a run trains: no hang, nothing said to be saved that is not, the file and the step named."""
+"""A disk fills while a run trains: no hang, no false report of a save, and the file and the step are named."""
 
 import contextlib
 import errno
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full
 
 @contextlib.contextmanager
 def a_small_disk(folder):
-    """Yields a function that fills it."""
+    """Yield a function that fills the disk."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], check=True)
 
     def fill():
@@ -55,7 +55,7 @@ def at_step(monkeypatch, step, happens):
 
 
 def on_a_small_disk(config, folder, monkeypatch, step, signalled=False, **changes):
-    """Trains while the disk fills at a step; returns the error."""
+    """Train while the disk fills at a step; return the error."""
     if os.geteuid() != 0:
         pytest.skip("only root can mount a small disk")
     folder.mkdir()
@@ -63,7 +63,7 @@ def on_a_small_disk(config, folder, monkeypatch, step, signalled=False, **change
 
         def happens():
             patience = time.monotonic() + 60
-            while not (folder / "run/checkpoints/3").exists():  # it is written in the background
+            while not (folder / "run/checkpoints/3").exists():  # the checkpoint is written in the background
                 assert time.monotonic() < patience
                 time.sleep(0.01)
             fill()
@@ -76,7 +76,7 @@ def on_a_small_disk(config, folder, monkeypatch, step, signalled=False, **change
         monkeypatch.undo()
         (folder / "fill").unlink()
         resumed = changed(config, output=str(folder / "run"), **changes)
-        loop.train(resumed)  # as the sentence says
+        loop.train(resumed)  # as the error says
         lines = RunFolder(folder / "run").metrics.read_text().splitlines()
         steps = {json.loads(line)["step"] for line in lines if line.endswith("}")}
         assert 6 in steps
@@ -87,7 +87,7 @@ def on_a_small_disk(config, folder, monkeypatch, step, signalled=False, **change
 def test_a_disk_that_fills_ends_the_run_and_names_the_checkpoint_before(config, tmp_path, monkeypatch, capfd):
     error = on_a_small_disk(config, tmp_path / "disk", monkeypatch, 4)
     assert (error.exit_code, error.what) == (ExitCode.IO, "disk full")
-    # Lines still fit in the last block of metrics.jsonl, or they do not.
+    # Lines may or may not still fit in the last block of metrics.jsonl.
     assert re.fullmatch(r".*/disk/run/checkpoints/6", error.where)
     assert error.fix == "free some space and run the same command again: it resumes from step 3"
     out, err = capfd.readouterr()
@@ -109,7 +109,7 @@ def test_a_checkpoint_that_cannot_be_written_is_not_said_to_be_saved(config, tmp
 
 @pytest.mark.slow
 def test_metrics_on_a_full_device_are_named_with_their_step(config, capsys):
-    """The same where nobody may mount."""
+    """The same for users who may not mount a file system."""
     run = RunFolder(config.output)
     run.create()
     run.metrics.symlink_to(FULL)
@@ -121,7 +121,7 @@ def test_metrics_on_a_full_device_are_named_with_their_step(config, capsys):
     out = capsys.readouterr().out
     assert out.count("warning: ") == 1
     assert f"warning: No space left on device: {run.metrics} at step 1; the run continues" in out
-    assert run.last_checkpoint() == 6  # the run went on to its end
+    assert run.last_checkpoint() == 6  # the run continued to its end
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def test_samples_on_a_full_device_are_named_with_their_step(config):
 
 @pytest.mark.slow
 def test_lines_that_a_full_disk_refused_are_written_once_there_is_space(config, monkeypatch, capsys):
-    """All of them, and each once, though a write may be cut short."""
+    """All records, each once, although a write may be cut short."""
     full = []
 
     class Disk(io.FileIO):
@@ -195,7 +195,7 @@ def test_a_profile_that_cannot_be_written_is_a_warning(config, capsys, monkeypat
 @pytest.mark.multiprocess
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
 def test_a_limit_of_file_sizes_is_one_line(config, tmp_path):
-    """Stands for a full disk in a real process: every file that is larger than 20 kB fails."""
+    """Simulate a full disk in a real process: writing fails beyond 20 kB of a file."""
     (tmp_path / "config.toml").write_text(dump_config(changed(config, training__log_every=1)), encoding="utf-8")
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
@@ -219,7 +219,7 @@ FULL_DISK = {
 
 
 def failing_saves(monkeypatch, kind, steps):
-    """The saves of `steps` fail as on a full disk: in `save` itself, or in what it leaves to the background."""
+    """Let the saves of `steps` fail as on a full disk, in `save` itself or in the background."""
     save, wait, broken = ocp.AsyncCheckpointer.save, ocp.AsyncCheckpointer.wait_until_finished, []
 
     def saving(self, place, **keywords):
@@ -243,7 +243,7 @@ def failing_saves(monkeypatch, kind, steps):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FULL_DISK)
 def test_a_save_that_fails_ends_that_save_and_not_the_run(config, monkeypatch, capsys, kind):
-    """The next save tries again, and none is given up before a newer one is there."""
+    """The next save tries again, and no checkpoint is deleted before a newer one exists."""
     keys = {"training__save_every": 1, "training__keep_checkpoints": 1, "training__keep_best": 0}
     failing_saves(monkeypatch, kind, {2, 3, 5})
     loop.train(changed(config, **keys))

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and signals like it, sent to real processes: one line, the right exit code, nothing left behind."""
+"""Signals such as Ctrl-C and SIGTERM, sent to real processes: one line, an exit code, and no files left behind."""
 
 import os
 import re
@@ -20,11 +20,11 @@ ROOT = Path(__file__).parents[2]
 MOMENTS = 12
 HEAD = "import hashlib, os, signal, sys, threading, time; from pathlib import Path; "
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 138, signal.SIGUSR2: 140}
-COMPUTE = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"  # an hour in C, without a look at signals
+COMPUTE = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"  # an hour in C code that does not handle signals
 
 
 def start(folder, *arguments, code=None, **options):
-    """Starts the program, or `code`, in a process; returns once it deals with SIGTERM, as it does from the first."""
+    """Start the program, or `code`, in a process; return once it handles SIGTERM, which it does first."""
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "GPT2_FLAX_DEBUG")}
     environment |= {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
@@ -42,7 +42,7 @@ def catches(pid, number):
 
 
 def ended(process):
-    """Returns exit code, standard output and standard error of a process that ends by itself."""
+    """Return exit code, standard output and standard error of a process that ends itself."""
     try:
         out, err = process.communicate(timeout=60)
     finally:
@@ -55,7 +55,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 @pytest.fixture(scope="module")
 def made(corpus, tokenizer_folder, dataset_folder, tmp_path_factory):
-    """What the commands need; a run that has ended among it."""
+    """Return the inputs of the commands, among them a finished run."""
     from gpt2_flax.config.parse import parse_config
     from gpt2_flax.training.loop import train
 
@@ -127,7 +127,7 @@ def test_a_signal_at_any_moment_ends_a_command_with_one_line(command, made, tmp_
             "run the same command again: it starts over, or resumes where it can\n"
         )
         assert code == expected_code
-        assert name == "prepare" or not list(folder.glob(".*"))  # of `prepare` it is what the same command resumes from
+        assert name == "prepare" or not list(folder.glob(".*"))  # `prepare` resumes from its hidden folder
     assert sum(code != 0 for _, _, code, _, _ in results) >= MOMENTS / 2
 
 
@@ -164,7 +164,7 @@ def test_a_signal_to_all_processes_of_prepare_ends_all_with_one_line(made, tmp_p
 
 
 def processes_of(session):
-    """The processes of a session that are not zombies."""
+    """Return the processes of a session that are not zombies."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -177,7 +177,7 @@ def processes_of(session):
 
 
 def run_as_prepare(body):
-    """Code of a program whose command `prepare` calls `body`."""
+    """Return the code of a program whose command `prepare` calls `body`."""
     return (
         "import gpt2_flax.__main__; import gpt2_flax.data.prepare as p; from gpt2_flax.interruption import *; "
         "from gpt2_flax.folders import new_folder\n"
@@ -203,7 +203,7 @@ def test_a_signal_in_a_callback_that_swallows_exceptions_is_not_lost(made, tmp_p
 
 
 def in_prepare(made, folder, body):
-    """Starts `body` as the command, and waits until it has printed a line."""
+    """Start `body` as the command, and wait until it has printed a line."""
     arguments = f"prepare {made['corpus']} --tokenizer {made['tokenizer']} --output new".split()
     process = start(folder, *arguments, code=run_as_prepare(body))
     assert process.stdout.readline() == "now\n"
@@ -246,7 +246,7 @@ def test_a_second_signal_does_not_wait_for_the_clean_up(made, tmp_path):
     process.send_signal(signal.SIGINT)
     code, _, err = ended(process)
     assert (code, err.count("\n")) == (130, 1)
-    assert time.monotonic() - begun < 4  # it would wait for five seconds
+    assert time.monotonic() - begun < 4  # without the second signal it waits for five seconds
 
 
 @pytest.mark.multiprocess
@@ -290,7 +290,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(made, tmp_path):
 
 @pytest.mark.multiprocess
 def test_a_signal_after_the_end_changes_nothing(made, tmp_path):
-    """What libraries do at the end of the interpreter changes no exit code, and a second signal cuts it short."""
+    """Exit handlers of libraries change no exit code, and a second signal skips them."""
     late = "import atexit\ndef slowly(): print('now', flush=True); time.sleep(100)\natexit.register(slowly)\n"
     late += "raise OSError(28, '', 'x')"
     process = in_prepare(made, tmp_path, late)
@@ -305,7 +305,7 @@ def test_a_signal_after_the_end_changes_nothing(made, tmp_path):
 
 
 def test_outside_the_program_a_second_signal_does_what_it_did_before():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores SIGINT
     try:
         with FirstSignal() as first:
             signal.raise_signal(signal.SIGINT)

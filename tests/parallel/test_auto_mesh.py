@@ -1,4 +1,4 @@
-"""The mesh that is chosen where the config leaves it: as little exchange as memory allows."""
+"""The mesh for a config that leaves it open: as little communication as memory allows."""
 
 from types import SimpleNamespace
 
@@ -28,20 +28,20 @@ def config_of(model, rows=64, **mesh):
 @pytest.mark.parametrize(
     ("model", "rows", "kind", "count", "mesh", "expected"),
     [
-        (BASE, 64, "NVIDIA H200", 8, {}, (8, 1, 1)),  # 2 GB of 141: copies
-        (BASE, 64, "cpu", 8, {}, (8, 1, 1)),  # memory not known: copies
+        (BASE, 64, "NVIDIA H200", 8, {}, (8, 1, 1)),  # 2 GB of 141: replicas
+        (BASE, 64, "cpu", 8, {}, (8, 1, 1)),  # memory not known: replicas
         (XLARGE, 64, "NVIDIA H200", 8, {}, (8, 1, 1)),  # 25 GB of 141
-        (XLARGE, 64, "NVIDIA A100-SXM4-40GB", 8, {}, (4, 2, 1)),  # 25 GB of 40: shared by two
+        (XLARGE, 64, "NVIDIA A100-SXM4-40GB", 8, {}, (4, 2, 1)),  # 25 GB of 40: sharded over two
         (XLARGE, 512, "TPU v5 lite", 256, {}, (64, 4, 1)),  # 6.2 GB of 16
         (XLARGE, 16, "TPU v5 lite", 16, {}, (4, 4, 1)),
         (BASE, 4, "NVIDIA H200", 8, {}, (4, 1, 2)),  # more devices than rows
-        (XLARGE, 64, "NVIDIA H200", 8, {"fsdp": 8}, (1, 8, 1)),  # what is given stays
+        (XLARGE, 64, "NVIDIA H200", 8, {"fsdp": 8}, (1, 8, 1)),  # sizes of the config stay
         (XLARGE, 64, "NVIDIA A100-SXM4-40GB", 8, {"data": 2}, (2, 4, 1)),
         (BASE, 64, "NVIDIA H200", 8, {"tensor": 4}, (2, 1, 4)),
         (BASE, 64, "NVIDIA H200", 1, {}, (1, 1, 1)),
     ],
 )
-def test_parameters_are_shared_only_as_far_as_needed(model, rows, kind, count, mesh, expected):
+def test_parameters_are_sharded_only_as_far_as_needed(model, rows, kind, count, mesh, expected):
     chosen, why = choose_mesh(config_of(model, rows, **mesh), devices(count, kind))
     assert (chosen.data, chosen.fsdp, chosen.tensor) == expected
     state = 16 * config_of(model).model.parameters / expected[1] / expected[2]
@@ -49,12 +49,12 @@ def test_parameters_are_shared_only_as_far_as_needed(model, rows, kind, count, m
     assert ("not known" in why) == (kind == "cpu")
 
 
-def test_a_model_that_fits_nowhere_is_shared_by_all():
+def test_a_model_that_fits_nowhere_is_sharded_over_all_devices():
     huge = XLARGE | {"n_layer": 480, "n_embd": 12800, "n_head": 100}
     assert choose_mesh(config_of(huge), devices(8, "TPU v5 lite"))[0].fsdp == 8
 
 
-def test_what_does_not_go_together_is_left_to_be_refused():
+def test_sizes_that_no_mesh_fits_are_left_for_make_mesh_to_reject():
     chosen, _ = choose_mesh(config_of(BASE, rows=7), devices(8))
     assert chosen == MeshSizes(data=-1, fsdp=1, tensor=1)
 

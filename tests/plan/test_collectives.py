@@ -1,4 +1,4 @@
-"""What a training step sends between devices: how a compiled program says it, and that it is no more than needed.
+"""Bytes that a training step sends between devices: parsed from compiled programs, and no more than needed.
 
 Bytes are those that each device sends when every collective goes around a ring.
 """
@@ -27,7 +27,7 @@ def mesh_of(shape):
 
 
 def sent_by(function, in_specs, out_specs, *shapes, mesh=(2, 4, 1)):
-    """Returns the collectives of a function of local float32 arrays, given the shapes of the whole ones."""
+    """Return the collectives of a function of local float32 arrays, given the global shapes."""
     on_devices = jax.shard_map(function, mesh=mesh_of(mesh), in_specs=in_specs, out_specs=out_specs, check_vma=False)
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     return collectives(jax.jit(on_devices).lower(*arrays).compile().as_text())
@@ -39,22 +39,22 @@ LOCAL = 4 * 16 * 64  # bytes of a local (16, 64)
 @pytest.mark.parametrize(
     ("axes", "n"), [("data", 2), ("fsdp", 4), (("data", "fsdp"), 8), (("fsdp", "tensor"), 4)], ids=str
 )
-def test_all_reduce_sends_all_but_one_part_twice(axes, n):
+def test_all_reduce_sends_all_but_one_slice_twice(axes, n):
     found = sent_by(lambda x: jax.lax.psum(x, axes), P(("data", "fsdp")), P(), (128, 64))
     assert found == {"all-reduce": Collective(1, 2 * (n - 1) * LOCAL // n)}
 
 
-def test_all_gather_sends_all_but_one_part():
+def test_all_gather_sends_all_but_one_slice():
     found = sent_by(partial(jax.lax.all_gather, axis_name="fsdp", tiled=True), P("fsdp"), P(), (64, 64))
     assert found == {"all-gather": Collective(1, 3 * LOCAL)}
 
 
-def test_reduce_scatter_sends_all_but_one_part():
+def test_reduce_scatter_sends_all_but_one_slice():
     found = sent_by(partial(jax.lax.psum_scatter, axis_name="fsdp", tiled=True), P(), P("fsdp"), (64, 64))
     assert found == {"reduce-scatter": Collective(1, 3 * LOCAL)}
 
 
-def test_all_to_all_sends_all_but_its_own_part():
+def test_all_to_all_sends_all_but_its_own_slice():
     swap = partial(jax.lax.all_to_all, axis_name="fsdp", split_axis=1, concat_axis=0, tiled=True)
     found = sent_by(swap, P("fsdp"), P(None, "fsdp"), (64, 64))
     assert found == {"all-to-all": Collective(1, 3 * LOCAL // 4)}
@@ -175,7 +175,7 @@ SPLIT = ("wte/embedding", "kernel", "c_attn/bias", "c_fc/bias")
 
 @pytest.fixture(scope="module")
 def step():
-    """Compiles the step for a mesh as for a run, once each; returns the program and its parameters in bytes by path."""
+    """Compile the step for a mesh as a run does, once; return the program, and the bytes of parameters by path."""
     compiled = {}
 
     def compile_for(shape, rows=ROWS):
@@ -214,7 +214,7 @@ def sent(program):
 @pytest.mark.slow
 def test_data_parallel_sums_every_gradient_once(step):
     program, sizes = step((8, 1, 1))
-    # Every device has all gradients, of its rows: one all-reduce of each, the token embedding's of both its uses too.
+    # Every device has all gradients of its rows: one all-reduce of each; the token embedding has one for both uses.
     least = 2 * 7 / 8 * sum(sizes.values())
     found = sent(program)
     assert found.keys() == {"all-reduce"}
@@ -274,7 +274,7 @@ def test_work_of_a_device_does_not_grow_with_devices(step):
 
 
 def compiled_for_gpus(**sizes):
-    """Returns what eight GPUs send in a step in bfloat16, the text of the program, and the sizes of parameters."""
+    """Return the collectives of a bfloat16 step on eight GPUs, the text of the program, and the parameter sizes."""
     pytest.importorskip("jax_plugins.xla_cuda12")
     mesh = make_mesh(MeshSizes(**sizes), devices_for("h200:8"))
     program, sizes = _compile(mesh, ROWS, dtype="bfloat16", attention="xla")

@@ -1,4 +1,4 @@
-"""What a run will take: counts against known ones, and the real step compiled for devices that are not here."""
+"""The plan of a run: counts against known counts, and the real step compiled for absent devices."""
 
 import contextlib
 import dataclasses
@@ -57,7 +57,7 @@ def refused(exit_code, text, function, *arguments):
 @pytest.mark.parametrize(
     ("layers", "heads", "width", "vocabulary", "parameters"),
     [
-        (12, 12, 768, 50257, 124_439_808),  # the four of Radford et al., as transformers counts them
+        (12, 12, 768, 50257, 124_439_808),  # the four models of Radford et al., as transformers counts them
         (24, 16, 1024, 50257, 354_823_168),
         (36, 20, 1280, 50257, 774_030_080),
         (48, 25, 1600, 50257, 1_557_611_200),
@@ -95,7 +95,7 @@ def test_a_checkpoint_is_as_large_as_the_state_it_holds(config):
     assert checkpoint_bytes(published(1)) == pytest.approx(12 * 102_068_736, rel=0.01)  # 120 rows pad the vocabulary
 
 
-def test_epochs_are_rows_read_over_rows_there(config):
+def test_epochs_are_rows_read_over_rows_of_the_dataset(config):
     config, mixture = read_datasets(config)
     (dataset,) = mixture.datasets.values()
     rows = math.ceil((dataset.train.n_tokens - 1) / config.data.seq_length)
@@ -116,7 +116,7 @@ def test_epochs_of_a_mixture_count_by_weight(config, dataset_folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
-def test_state_on_a_device_is_what_is_really_there(config, sizes):
+def test_estimated_state_is_the_real_state_of_a_device(config, sizes):
     config, _ = read_datasets(config)
     sizes = MeshSizes(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
     mesh = make_mesh(sizes, jax.devices())
@@ -131,10 +131,10 @@ def test_state_on_a_device_is_what_is_really_there(config, sizes):
 
 
 @pytest.mark.slow
-def test_activations_shrink_with_remat_and_with_parts():
+def test_activations_shrink_with_remat_and_with_microbatches():
     kept = {remat: memory(published(2, f"model.remat={remat}"), ONE) for remat in ("none", "selected", "full")}
     assert kept["none"].activations > 2 * kept["selected"].activations > 4 * kept["full"].activations
-    # What goes into each block, rows x tokens x width x layers in bfloat16, and what is around the blocks.
+    # The inputs of all blocks, rows x tokens x width x layers in bfloat16, and the arrays around the blocks.
     assert 1 < kept["full"].activations / (128 * 1024 * 768 * 12 * 2) < 2
     halved = memory(published(2, "training.accumulation_steps=2"), ONE)
     assert halved.activations == pytest.approx(kept["none"].activations / 2, rel=0.05)
@@ -146,16 +146,16 @@ def test_logits_are_counted_in_the_chunks_and_the_dtype_of_the_platform(platform
     assert memory(published(2), ONE).loss == 2 * 21248 * bytes_of_a_chunk
 
 
-def test_devices_that_share_products_keep_less_each():
+def test_tensor_parallel_devices_keep_fewer_activations_each():
     whole, shared = (memory(published(2), MeshSizes(data=1, fsdp=1, tensor=tensor)) for tensor in (1, 2))
     assert whole.activations / 2 < shared.activations < whole.activations
 
 
-def test_a_mesh_that_cannot_share_the_rows_is_refused():
+def test_a_mesh_that_does_not_split_the_rows_evenly_is_refused():
     refused(ExitCode.CONFIG, "cannot be shared by 3", memory, published(1), MeshSizes(data=3, fsdp=1, tensor=1))
 
 
-# Datasets that are not there
+# Missing datasets
 
 
 def test_a_missing_dataset_needs_the_size_of_the_vocabulary(config, tmp_path):
@@ -168,13 +168,13 @@ def test_a_missing_dataset_needs_the_size_of_the_vocabulary(config, tmp_path):
     assert figures(given, mixture).epochs is None
 
 
-def test_a_dataset_that_is_there_counts_more(config):
+def test_the_vocabulary_of_a_dataset_comes_first(config):
     refused(ExitCode.CONFIG, "model.vocab_size is 300", read_datasets, changed(config, model__vocab_size=300))
     known, mixture = read_datasets(config)
     assert known.model.vocab_size == mixture.vocab_size == Mixture(config.data.datasets).vocab_size
 
 
-def test_a_damaged_dataset_is_no_missing_one(config, tmp_path):
+def test_a_damaged_dataset_does_not_count_as_missing(config, tmp_path):
     (tmp_path / "dataset.json").write_text("{", encoding="utf-8")
     damaged = changed(config, data__dataset=str(tmp_path), model__vocab_size=300)
     refused(ExitCode.DATA, "damaged dataset", read_datasets, damaged)
@@ -220,7 +220,7 @@ def test_gpus_are_described_with_the_cuda_that_is_installed(monkeypatch, install
     assert "memory_bandwidth: 4800000000000\n" in described[0]
 
 
-def test_no_topology_is_this_machine():
+def test_without_a_topology_the_devices_are_of_this_machine():
     assert devices_for(None) == jax.devices()
 
 
@@ -252,7 +252,7 @@ def test_the_compiled_step_has_the_state_and_the_batch(small, compiled):
     assert compiled.temporaries > 0
     assert compiled.mesh == MeshSizes(data=2, fsdp=1, tensor=1)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(layout.model))
-    # On a ring of two each sends as much as it has; a few gradients go in bfloat16.
+    # On a ring of two, each device sends as many bytes as it has; a few gradients are bfloat16.
     assert 1 <= compiled.collectives["all-reduce"].bytes_sent / parameters <= 6
 
 
@@ -261,7 +261,7 @@ def with_memory(monkeypatch, size):
 
 
 @pytest.mark.slow
-def test_activations_computed_again_are_tried_first(monkeypatch, small, compiled):
+def test_remat_is_tried_first(monkeypatch, small, compiled):
     with_memory(monkeypatch, compiled.total - 1)
     assert not dataclasses.replace(compiled, available=compiled.total - 1).fits
     tried = []
@@ -277,7 +277,7 @@ def test_activations_computed_again_are_tried_first(monkeypatch, small, compiled
 
 
 @pytest.mark.slow
-def test_parts_are_tried_when_that_is_not_enough(monkeypatch, small, compiled):
+def test_microbatches_are_tried_when_remat_is_not_enough(monkeypatch, small, compiled):
     full = changed(small, model__remat="full")
     needed = compile_step(full, devices_for("cpu:2"))
     with_memory(monkeypatch, needed.total - 1)
@@ -287,7 +287,7 @@ def test_parts_are_tried_when_that_is_not_enough(monkeypatch, small, compiled):
 
 
 @pytest.mark.slow
-def test_a_state_that_is_too_large_is_shared_at_once(monkeypatch, small):
+def test_a_state_that_is_too_large_is_sharded_at_once(monkeypatch, small):
     large = changed(small, data__global_batch_size=2, data__seq_length=8, model__n_embd=128, mesh__fsdp=1)
     devices = devices_for("cpu:2")
     whole = ahead_of_time._state_and_gradients(large, devices)
@@ -309,7 +309,7 @@ def test_nothing_fits_into_nothing(monkeypatch, small):
     assert smallest_change(small, devices_for("cpu:2"), False, no_note) is None
 
 
-def test_what_the_compiler_says_of_too_little_memory_is_understood():
+def test_the_compilers_out_of_memory_message_is_parsed():
     hbm = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (30.63G) exceeds available HBM (15.75G)."
     assert ahead_of_time._bytes_refused(hbm, 10**9) == round(30.63 * 2**30)
     used = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm."
@@ -318,11 +318,11 @@ def test_what_the_compiler_says_of_too_little_memory_is_understood():
         ahead_of_time._bytes_refused("INTERNAL: no", 1)
 
 
-# Compiled for what is not here
+# Compiled for absent devices
 
 
 @pytest.mark.slow
-def test_a_tpu_is_compiled_for(small):
+def test_the_step_compiles_for_a_tpu(small):
     pytest.importorskip("libtpu")
     devices = devices_for("v5e:2x4")
     assert (len(devices), memory_bytes(devices[0])) == (8, 16e9)
@@ -334,7 +334,7 @@ def test_a_tpu_is_compiled_for(small):
 @pytest.mark.multiprocess
 def test_several_programs_can_compile_for_tpus_at_once(monkeypatch):
     pytest.importorskip("libtpu")
-    devices_for("v5e:2x4")  # this one has loaded libtpu now
+    devices_for("v5e:2x4")  # this process has loaded libtpu now
     code = "from gpt2_flax.plan.topology import devices_for; print(len(devices_for('v5e:2x4')))"
     monkeypatch.delenv("ALLOW_MULTIPLE_LIBTPU_LOAD", raising=False)
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -370,7 +370,7 @@ def test_descriptions_of_gpus_are_accepted(name):
 
 @pytest.mark.slow
 @compiles_for_gpus
-def test_a_gpu_is_compiled_for(small):
+def test_the_step_compiles_for_a_gpu(small):
     devices = devices_for("h200:8")
     compiled = compile_step(small, devices)
     assert compiled.fits
@@ -421,7 +421,7 @@ def test_the_command_plans_each_stage(run):
 
 
 @pytest.mark.slow
-def test_the_command_compiles_and_says_what_fits(run, config, tmp_path, monkeypatch):
+def test_the_command_compiles_and_reports_what_fits(run, config, tmp_path, monkeypatch):
     path = tmp_path / "config.toml"
     path.write_text(tomli_w.dumps(config.model_dump(exclude_none=True)), encoding="utf-8")
     code, out, _ = run(path, "--topology", "cpu:8")
@@ -432,7 +432,7 @@ def test_the_command_compiles_and_says_what_fits(run, config, tmp_path, monkeypa
     assert "epochs" in out
     with_memory(monkeypatch, 1)
     code, out, _ = run(path, "--topology", "cpu:1")
-    assert code == ExitCode.OK  # the answer is an answer
+    assert code == ExitCode.OK  # a plan that does not fit is no error
     assert re.search(r"^verdict +does not fit; nothing tried", out, re.M)
 
 
@@ -456,13 +456,13 @@ def test_a_mesh_for_another_number_of_devices_is_planned_for_that(config, keys, 
 
 
 @pytest.mark.slow
-def test_rows_that_no_mesh_shares_are_refused(config):
+def test_rows_that_no_mesh_splits_evenly_are_refused(config):
     odd = changed(config, data__global_batch_size=15, mesh__fsdp=8, mesh__tensor=1)
     refused(ExitCode.CONFIG, "cannot be shared by 8", lambda: list(plan_lines(odd, jax.devices(), 0.4)))
 
 
 @pytest.mark.slow
-def test_the_command_says_how_long_it_takes_where_a_peak_is_known():
+def test_the_command_reports_the_time_if_the_peak_is_known():
     class Device:
         device_kind, platform = "NVIDIA H200", "gpu"
 

@@ -1,4 +1,4 @@
-"""The sum of a compiled program's memory traffic: known counts of programs written by hand and of compiled ones."""
+"""Memory traffic of programs: known counts of programs written by hand and of compiled programs."""
 
 import importlib.util
 import subprocess
@@ -110,7 +110,7 @@ custom_call_target="__cublas$lt$matmul", metadata={stack_frame_id=2}
 
 def test_a_program_written_by_hand_has_its_bytes_by_group(script):
     groups = script.total(LOOP).groups
-    assert groups["copies"] == (16, 8 * (2 + 2) * KIB + 16 * 4)  # a row read and written, and where it is
+    assert groups["copies"] == (16, 8 * (2 + 2) * KIB + 16 * 4)  # a row read and written, and its position
     assert groups["products of layers"] == (8, 8 * (256 + 1 + 1) * KIB)
     assert groups["products of the loss"] == (1, (8 + 256 + 8) * KIB)  # without the scratch memory
     assert groups["collectives"] == (1, 16 * KIB)
@@ -119,7 +119,7 @@ def test_a_program_written_by_hand_has_its_bytes_by_group(script):
 
 
 def test_a_compiled_program_has_its_bytes(script):
-    """A matrix product in a loop of 5, and one pass over an array."""
+    """Measure a matrix product in a loop of 5, and one pass over an array."""
 
     def function(x_ND, matrix_DD, y_M):
         x_ND = jax.lax.fori_loop(0, 5, lambda _, x_ND: x_ND @ matrix_DD, x_ND)
@@ -133,6 +133,7 @@ def test_a_compiled_program_has_its_bytes(script):
 
 
 @pytest.mark.multiprocess
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="no JAX for GPUs, of any CUDA")
 def test_the_command_shows_variants_side_by_side(tmp_path):
     for name in ("before", "after"):
         (tmp_path / f"{name}.txt").write_text(LOOP, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""How a process learns which of a run it is, from each launcher's environment."""
+"""A process finds its number and the address of process 0 in the environment of each launcher."""
 
 import contextlib
 import http.server
@@ -61,7 +61,7 @@ del KUBERNETES["JAX_PROCESS_ID"]
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """Sets the environment of a launcher, and nothing of another."""
+    """Return a function that sets the variables of a launcher; those of other launchers are removed."""
     for name in os.environ:
         if re.match(LAUNCHERS, name):
             monkeypatch.delenv(name)
@@ -83,7 +83,7 @@ def environment(monkeypatch):
         (SLURM | {"SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "1"}, Place("node001:PORT", 4, 2, 1)),
         (SLURM | {"SLURM_STEP_NUM_NODES": "2", "CUDA_VISIBLE_DEVICES": "5"}, Place("node001:PORT", 4, 2)),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),
-        ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "4711", "SLURM_PROCID": "0"}, None),  # salloc, the script of sbatch
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "4711", "SLURM_PROCID": "0"}, None),  # salloc, or the script of sbatch
         (OPEN_MPI, Place("10.96.0.1:PORT", 2, 1)),
         (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "1.0;tcp6://[fe80::1,2620::2]:43370"}, Place("[fe80::1]:PORT", 2, 1)),
         (
@@ -109,7 +109,7 @@ def environment(monkeypatch):
         (GENERAL, Place("host0:1234", 2, 1)),
         (KUBERNETES, Place("host0:1234", 2, 1)),
         (KUBERNETES | {"JOB_COMPLETION_INDEX": "0"}, Place("host0:1234", 2, 0)),
-        ({"JOB_COMPLETION_INDEX": "1"}, None),  # an indexed job of another kind
+        ({"JOB_COMPLETION_INDEX": "1"}, None),  # an indexed job of another program
         ({"JAX_NUM_PROCESSES": "1"}, None),
         (SLURM | {"JAX_COORDINATOR_ADDRESS": "other:99"}, Place("other:99", 4, 2)),
         (SLURM | GENERAL, Place("host0:1234", 2, 1)),
@@ -148,7 +148,7 @@ def test_ports_come_in_pairs(environment):
     assert len(ports) > 250
     assert all(
         20000 <= port < 30000 and port % 2 == 0 for port in ports
-    )  # that of one job is never the next of another
+    )  # the port after a job's port belongs to no other job
     assert find_place("host0:65534", 2, 0).port == 65534
 
 
@@ -159,7 +159,11 @@ def test_ports_come_in_pairs(environment):
         (OPEN_MPI, {"PMIX_NAMESPACE": "1531576322"}, "1531576321"),
         (GENERAL, {"GPT2_FLAX_ATTEMPT": "1"}, ""),
         (SLURM | {"GPT2_FLAX_ATTEMPT": "a"}, {"GPT2_FLAX_ATTEMPT": "b"}, "a"),
-        (TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "0"}, {"GPT2_FLAX_ATTEMPT": "x"}, ""),  # not the same on each host
+        (
+            TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "0"},
+            {"GPT2_FLAX_ATTEMPT": "x"},
+            "",
+        ),  # the count differs between hosts
     ],
 )
 def test_each_start_is_another_attempt(environment, variables, again, attempt):
@@ -192,7 +196,7 @@ def test_each_start_is_another_attempt(environment, variables, again, attempt):
         ((":1", 2, 0), {}, "':1' is no address", "give HOST:PORT"),
     ],
 )
-def test_what_is_missing_or_wrong(environment, given, variables, what, fix):
+def test_missing_or_wrong_values_are_refused(environment, given, variables, what, fix):
     environment(variables)
     with pytest.raises(UserError) as error:
         find_place(*given)
@@ -204,12 +208,12 @@ def test_what_is_missing_or_wrong(environment, given, variables, what, fix):
         assert all(name in error.value.where for name in tried)
 
 
-# TPU VMs of Google's cloud
+# TPU VMs of Google Cloud
 
 
 @pytest.fixture
 def metadata(monkeypatch, tmp_path):
-    """A function that starts a metadata server, on what seems to be a TPU VM; returns what it is asked for."""
+    """Return a function that starts a metadata server, which returns the list of requested paths."""
     (tmp_path / "product_name").write_text("Google Compute Engine\n")
     monkeypatch.setattr(tpu_metadata, "_PRODUCT", tmp_path / "product_name")
     monkeypatch.setattr(tpu_metadata, "_TIMEOUT", 0.2)
@@ -235,7 +239,7 @@ def metadata(monkeypatch, tmp_path):
         servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server))
         threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
         monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{servers[-1].server_port}")
-        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody there: it is not asked for this
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nothing listens there: the proxy is not used
         return asked
 
     yield serve
@@ -262,7 +266,7 @@ SLICES = "MEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\nMEGASCALE_COORDINA
         (VM, {"JAX_COORDINATOR_ADDRESS": "other:99"}, Place("other:99", 3, 2)),
         ({"agent-worker-number": "0", "worker-network-endpoints": "unknown:unknown:10.0.0.2"}, {}, None),
         ({"agent-worker-number": "0"}, {}, None),
-        ({}, {}, None),  # a machine of that cloud without a slice
+        ({}, {}, None),  # a machine of Google Cloud without a slice
     ],
 )
 def test_tpu_vms_find_each_other(environment, metadata, capsys, attributes, variables, place):
@@ -288,7 +292,7 @@ def test_a_metadata_server_that_is_busy_is_asked_again(metadata, environment):
         (TPU, Place("t0:8482", 4, 3)),
     ],
 )
-def test_where_it_is_known_already_no_metadata_server_is_asked(metadata, environment, variables, place):
+def test_no_metadata_server_is_asked_if_the_place_is_known(metadata, environment, variables, place):
     asked = metadata(VM)
     environment(variables)
     assert find_place() == place or place is Place
@@ -301,9 +305,9 @@ def test_where_it_is_known_already_no_metadata_server_is_asked(metadata, environ
         ("Google Compute Engine", True, {}, True),
         ("Google", True, {}, True),
         ("Google Compute Engine", False, {}, False),
-        ("Standard PC (Q35 + ICH9, 2009)", True, {}, False),  # /dev/vfio, to pass on a GPU
+        ("Standard PC (Q35 + ICH9, 2009)", True, {}, False),  # /dev/vfio is there to pass a GPU to a guest
         ("Standard PC (Q35 + ICH9, 2009)", True, {"TPU_ACCELERATOR_TYPE": "v5litepod-16"}, True),
-        (None, True, {}, True),  # a container does not see it
+        (None, True, {}, True),  # a container does not see the product name
         (None, False, {"TPU_ACCELERATOR_TYPE": "v5litepod-16"}, False),
         ("Google", True, {"TPU_SKIP_MDS_QUERY": "true"}, False),
     ],
@@ -354,7 +358,7 @@ def test_a_metadata_server_that_does_not_answer_costs_seconds_and_a_line(metadat
     "attributes",
     [{"agent-worker-number": "x"}, {"worker-network-endpoints": "a:b"}, {"worker-network-endpoints": "t0,,t2"}],
 )
-def test_metadata_that_is_not_understood(metadata, attributes):
+def test_metadata_in_an_unknown_format_is_refused(metadata, attributes):
     metadata(VM | attributes)
     with pytest.raises(UserError, match="is not understood") as error:
         find_place()
@@ -364,13 +368,13 @@ def test_metadata_that_is_not_understood(metadata, attributes):
 @pytest.mark.parametrize(
     ("variables", "devices"),
     [
-        (SLURM, []),  # all of the host
+        (SLURM, []),  # all devices of the host
         (SLURM | {"SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "1"}, [1]),
         (SLURM | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, None),  # JAX reads it
         (GENERAL, []),
     ],
 )
-def test_which_devices_a_process_gets(environment, monkeypatch, variables, devices):
+def test_devices_of_a_process_follow_the_launcher(environment, monkeypatch, variables, devices):
     environment(variables)
     calls, watchdog = [], Watchdog()
     monkeypatch.setattr(launch.Watchdog, "join", lambda *place: watchdog)
@@ -386,8 +390,8 @@ def test_one_process_is_not_joined_to_anything(monkeypatch):
     assert isinstance(start_processes(None), Watchdog)
 
 
-def test_the_jobset_says_what_the_program_reads(environment):
-    """Its variables, its own number for the hosts, and the exit codes that a restart does not help."""
+def test_the_jobset_sets_what_the_program_reads(environment):
+    """It sets the variables and the number of hosts, and names the exit codes that a restart does not help."""
     jobset = yaml.safe_load((SCRIPTS / "kubernetes_jobset.yaml").read_text(encoding="utf-8"))
     name, (hosts,) = jobset["metadata"]["name"], jobset["spec"]["replicatedJobs"]
     job = hosts["template"]["spec"]
@@ -407,7 +411,7 @@ def test_the_jobset_says_what_the_program_reads(environment):
 
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"]["containerName"] == container["name"]
-    restarted = {ExitCode.OK, ExitCode.TRY_AGAIN, *(code for code in ExitCode if code > 128)}  # those are signals
+    restarted = {ExitCode.OK, ExitCode.TRY_AGAIN, *(code for code in ExitCode if code > 128)}  # exit codes of signals
     assert set(rule["onExitCodes"]["values"]) == set(ExitCode) - restarted
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in job["template"]["spec"]["volumes"]}

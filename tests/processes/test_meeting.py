@@ -1,4 +1,4 @@
-"""How the processes of a run meet: who is let in, what they hear of who is not, and what is said of ports and names."""
+"""The processes of a run meet: which processes are admitted, and the errors about ports, names and earlier starts."""
 
 import contextlib
 import hashlib
@@ -42,7 +42,7 @@ def quicker(quick, left, monkeypatch):  # noqa: F811
     for dog in DOGS:
         dog._connection.close()
     DOGS.clear()
-    for thread in threads:  # while `left` hears what they say
+    for thread in threads:  # while `left` still records their exits
         thread.join(20)
         assert not thread.is_alive()
 
@@ -53,7 +53,7 @@ def port():
 
 
 def come(port, number, n_processes=2, attempt="", host="localhost"):
-    """Joins as a process of its own would, in a thread; returns it, and the list its watchdog or error ends in."""
+    """Join like a separate process, in a thread; return the thread and a list for its watchdog or error."""
     found = []
 
     def run():
@@ -74,7 +74,7 @@ def result(thread, found):
 
 
 class Visitor(Stranger):
-    """Speaks by hand, and has read the greeting."""
+    """Sends messages written by hand; it has read the greeting."""
 
     def __init__(self, port):
         super().__init__(f"localhost:{port}")
@@ -84,7 +84,7 @@ class Visitor(Stranger):
         self.socket.sendall(message if isinstance(message, bytes) else json.dumps(message).encode() + b"\n")
 
     def closed(self):
-        """Whether the other side closes, without a word that asks anything of this process."""
+        """Return whether the other side closes the connection, without any message except a verdict."""
         with contextlib.suppress(EOFError):
             while True:
                 assert {message["kind"] for message in messages.receive(self.socket, self.rest)} <= {"verdict"}
@@ -92,7 +92,7 @@ class Visitor(Stranger):
 
 
 def proof(secret, nonce, hello):
-    """As any other program would compute it."""
+    """Compute the proof independently of the package."""
     said = json.dumps([nonce, hello], sort_keys=True).encode()
     return hmac.new(secret.encode(), said, hashlib.sha256).hexdigest()
 
@@ -101,7 +101,7 @@ def proof(secret, nonce, hello):
 
 
 class Relay:
-    """Passes what comes to two ports on to two others, and keeps it."""
+    """Forwards two ports to two other ports, and records the bytes."""
 
     def __init__(self, target, ports=(0, 1)):
         self.port, self.bytes = free_ports(), b""
@@ -128,7 +128,7 @@ class Relay:
             other.shutdown(socket.SHUT_WR)
 
 
-def test_who_knows_the_secret_is_let_in_and_the_secret_is_never_sent(port, left, monkeypatch):  # noqa: F811
+def test_a_process_with_the_secret_is_admitted_and_the_secret_is_never_sent(port, left, monkeypatch):  # noqa: F811
     monkeypatch.setenv("GPT2_FLAX_SECRET", SECRET)
     relay = Relay(port)
     processes = [come(port, 0), come(relay.port, 1)]
@@ -151,7 +151,7 @@ def test_who_knows_the_secret_is_let_in_and_the_secret_is_never_sent(port, left,
         ("", SECRET, "has a GPT2_FLAX_SECRET, process 0 has none"),
     ],
 )
-def test_who_does_not_is_dropped_and_named_and_the_run_waits(
+def test_a_process_without_the_secret_is_dropped_and_named_and_the_run_waits(
     port,
     left,  # noqa: F811
     monkeypatch,
@@ -178,7 +178,7 @@ def test_who_does_not_is_dropped_and_named_and_the_run_waits(
     assert isinstance(result(*process_0), Watchdog)
 
 
-def test_a_proof_by_hand_is_taken(port, left, monkeypatch):  # noqa: F811
+def test_a_proof_computed_independently_is_accepted(port, left, monkeypatch):  # noqa: F811
     monkeypatch.setenv("GPT2_FLAX_SECRET", SECRET)
     process_0, visitor = come(port, 0), Visitor(port)
     hello = {**HELLO, "attempt": "", "code": 0, "sentence": ""}
@@ -195,7 +195,7 @@ def test_a_process_with_another_secret_ends_and_so_does_the_run_without_it(port,
     monkeypatch.setattr(joining, "shared_secret", lambda: SECRET[::-1].encode())
     processes = [come(port, 0), come(port, 1)]
     of_0, of_1 = (result(*process) for process in processes)
-    assert (of_0.exit_code, of_1.exit_code) == (ExitCode.USAGE, ExitCode.USAGE)  # starting again would not help
+    assert (of_0.exit_code, of_1.exit_code) == (ExitCode.USAGE, ExitCode.USAGE)  # another start would not help
     who = rf"process 1 \(host \S+, pid {os.getpid()}\) has another GPT2_FLAX_SECRET than process 0"
     assert re.fullmatch(who, of_1.what)
     assert re.fullmatch(rf"process 1 of 2 has not come within 3 s: {who}", of_0.what)
@@ -203,7 +203,7 @@ def test_a_process_with_another_secret_ends_and_so_does_the_run_without_it(port,
 
 
 class FakeHub:
-    """Answers each connection to a port, in turn, by hand."""
+    """Answers each connection to a port with the same messages."""
 
     def __init__(self, port, *answers):
         self.listener = socket.create_server(("localhost", port))
@@ -239,7 +239,7 @@ def test_a_short_secret_is_refused(port, monkeypatch, number):
     assert (error.exit_code, error.what) == (ExitCode.USAGE, "GPT2_FLAX_SECRET is shorter than 16 characters")
 
 
-# Who is let in
+# Which processes are admitted
 
 BEAT = {"kind": "beat", "phase": "step 1", "marks": 1, "waited": 1.0, "limit": 9.0}
 
@@ -258,9 +258,9 @@ BEAT = {"kind": "beat", "phase": "step 1", "marks": 1, "waited": 1.0, "limit": 9
         *(b"x" * 70_000, b'{"kind": "hello", "number": NaN}\n'),
     ],
 )
-def test_what_no_process_says_is_dropped_and_named(port, left, capsys, said):  # noqa: F811
+def test_a_stranger_that_sends_no_message_is_dropped_and_named(port, left, capsys, said):  # noqa: F811
     process_0, visitor = come(port, 0), Visitor(port)
-    with contextlib.suppress(OSError):  # it may be dropped before all is sent
+    with contextlib.suppress(OSError):  # the connection may be closed before everything is sent
         visitor.say(said)
     assert visitor.closed()
     process_1 = result(*come(port, 1))
@@ -288,7 +288,7 @@ def test_a_number_that_no_process_has_is_refused(port, left, capsys, number):  #
 def test_a_port_scan_does_not_flood_the_log(port, left, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr(meeting, "_MOST_STRANGERS", 20)
     process_0 = come(port, 0)
-    visitors = [Visitor(port) for _ in range(30)]  # which stay, more than may
+    visitors = [Visitor(port) for _ in range(30)]  # more open connections than are allowed
     for number in range(100):
         visitor = Visitor(port)
         visitor.say(f"{number}\r\n".encode())
@@ -301,12 +301,12 @@ def test_a_port_scan_does_not_flood_the_log(port, left, capsys, monkeypatch):  #
     assert "it said '99'" not in "".join(lines)
     assert lines[-1].startswith("warning: strangers were dropped (")
     more = re.findall(r"\((\d+) more since the last such line\)", "\n".join(lines))
-    assert sum(map(int, more)) >= 105  # 100 and at least 10 of those that stayed, less the 5 that were named
+    assert sum(map(int, more)) >= 105  # 100 and at least 10 open connections, less 5 lines
     for visitor in visitors:
         visitor.socket.close()
 
 
-def test_a_visitor_that_says_nothing_is_dropped(port, capsys, monkeypatch):
+def test_a_silent_visitor_is_dropped(port, capsys, monkeypatch):
     monkeypatch.setattr(meeting, "HELLO", 0.3)
     process_0, visitor = come(port, 0), Visitor(port)
     assert visitor.closed()
@@ -328,7 +328,7 @@ def test_a_visitor_that_says_nothing_is_dropped(port, capsys, monkeypatch):
         *({"kind": "facts", "facts": {}, "patience": "long"}, {"kind": "facts"}, {"kind": "new"}, b"[]\n"),
     ],
 )
-def test_a_member_that_speaks_nonsense_ends_the_run_and_no_thread(port, left, said):  # noqa: F811
+def test_a_member_that_sends_nonsense_ends_the_run_but_no_thread_crashes(port, left, said):  # noqa: F811
     process_0, visitor = come(port, 0), Visitor(port)
     visitor.say(HELLO)
     visitor.wait_for("started")
@@ -341,7 +341,7 @@ def test_a_member_that_speaks_nonsense_ends_the_run_and_no_thread(port, left, sa
 
 
 @pytest.mark.parametrize("said", [{"kind": "verdict", "number": 1, "code": 3, "what": "", "fix": ""}, b"[]\n", {}])
-def test_a_hub_that_speaks_nonsense_is_as_one_that_is_gone(port, left, said):  # noqa: F811
+def test_a_hub_that_sends_nonsense_counts_as_gone(port, left, said):  # noqa: F811
     started = {"kind": "started", "hub": "process 0 (host h)", "token": "t"}
     FakeHub(port, GREETING, started, said)
     FakeHub(port + 1, GREETING)
@@ -359,7 +359,7 @@ VALUES = st.recursive(
 
 
 @given(st.data())
-def test_what_is_received_has_the_fields_that_its_kind_has(data):
+def test_a_received_message_has_all_fields_of_its_kind(data):
     kind = data.draw(st.sampled_from(sorted(messages._FIELDS)))
     said = {"kind": kind} | {name: data.draw(VALUES) for name in messages._FIELDS[kind] if data.draw(st.booleans())}
     said |= data.draw(st.dictionaries(st.text(max_size=5), VALUES, max_size=2))
@@ -380,7 +380,7 @@ def test_what_is_received_has_the_fields_that_its_kind_has(data):
 # The two ports
 
 
-def test_the_second_port_is_free_for_jax_once_all_have_come(port, left):  # noqa: F811
+def test_the_second_port_is_free_for_jax_after_the_start(port, left):  # noqa: F811
     processes = [come(port, 0), come(port, 1)]
     assert all(isinstance(result(*process), Watchdog) for process in processes)
     socket.create_server(("", port + 1)).close()
@@ -418,12 +418,12 @@ class _Web(http.server.BaseHTTPRequestHandler):
         pass
 
 
-GRPC = b"\x00\x00\x18\x04\x00\x00\x00\x00\x00\x00\x04\x00@\x00\x00\x00\x05\x00@\x00\x00"  # of JAX's coordinator
+GRPC = b"\x00\x00\x18\x04\x00\x00\x00\x00\x00\x00\x04\x00@\x00\x00\x00\x05\x00@\x00\x00"  # sent by JAX's coordinator
 
 
 @pytest.fixture
 def occupied(port):
-    """A function that lets something listen at a port."""
+    """Return a function that starts a program of a given kind on a port."""
     closing = []
 
     def occupy(port, by):
@@ -458,7 +458,7 @@ def test_a_port_that_process_0_cannot_have(port, occupied, second, by, code, wor
     whose = ["its own", "that of JAX's coordinator"][second]
     assert re.fullmatch(f"process 0 cannot listen on port {port + second}, {whose}: {words} it", error.what)
     assert error.exit_code == code
-    socket.create_server(("", port + 1 - second)).close()  # the other one is not kept
+    socket.create_server(("", port + 1 - second)).close()  # the other port is free again
 
 
 @pytest.mark.parametrize(
@@ -476,7 +476,9 @@ def test_something_else_answers_in_place_of_process_0(port, occupied, by, code, 
     error = result(*come(port, 1))
     assert re.fullmatch(words, error.what)
     assert (error.exit_code, error.where) == (code, f"localhost:{port}")
-    assert (time.monotonic() - begun < 2.5) == (code == ExitCode.USAGE)  # else it may be gone soon: it waits
+    assert (time.monotonic() - begun < 2.5) == (
+        code == ExitCode.USAGE
+    )  # with other codes the process waits, because the program may end soon
 
 
 # Names
@@ -486,7 +488,7 @@ def test_something_else_answers_in_place_of_process_0(port, occupied, by, code, 
     ("errno", "kubernetes", "code"),
     [
         (socket.EAI_NONAME, False, ExitCode.USAGE),
-        (socket.EAI_NONAME, True, ExitCode.TRY_AGAIN),  # there a name comes with its host
+        (socket.EAI_NONAME, True, ExitCode.TRY_AGAIN),  # Kubernetes creates the name with its host
         (socket.EAI_AGAIN, False, ExitCode.TRY_AGAIN),
     ],
 )
@@ -505,7 +507,7 @@ def test_a_name_that_does_not_resolve(port, monkeypatch, capsys, errno, kubernet
     assert f"waiting for process 0: {error.what}: host0:{port}\n" in capsys.readouterr().out
 
 
-def test_the_name_of_each_hosts_own_is_no_name_for_process_0(port, monkeypatch):
+def test_a_loopback_name_as_the_address_of_process_0_gets_a_hint(port, monkeypatch):
     monkeypatch.setattr(meeting, "START", 0.3)
     error = result(*come(port, 1))
     assert (error.exit_code, error.where) == (ExitCode.TRY_AGAIN, f"localhost:{port}")
@@ -513,7 +515,7 @@ def test_the_name_of_each_hosts_own_is_no_name_for_process_0(port, monkeypatch):
     assert "its address (localhost is the own host of each process)" in error.fix
 
 
-def test_process_0_is_not_where_it_is_said_to_be(port, monkeypatch, capsys):
+def test_the_address_of_process_0_does_not_resolve(port, monkeypatch, capsys):
     error = result(*come(port, 0, host="no-such-host.invalid"))
     assert error.exit_code == ExitCode.USAGE
     assert re.search(r"has not come within 3 s: its address no-such-host\.invalid does not lead there \(", error.what)
@@ -522,7 +524,7 @@ def test_process_0_is_not_where_it_is_said_to_be(port, monkeypatch, capsys):
     assert f"process 0 runs on {socket.gethostname()}, but its address no-such-host.invalid does not lead there" in said
 
 
-def test_another_process_0_is_where_this_one_is_said_to_be(port, monkeypatch):
+def test_the_address_of_process_0_leads_to_another_process_0(port, monkeypatch):
     elsewhere = free_ports()
     FakeHub(elsewhere, GREETING)
     connect = socket.create_connection
@@ -541,16 +543,16 @@ def test_a_process_of_an_earlier_start_is_dropped_and_named(port, left, capsys):
     processes = [come(port, 0, 3, "7.0.1"), come(port, 1, 3, "7.0.0"), come(port, 1, 3, "7.0.1")]
     said = []
     wait_until(lambda: said.append(capsys.readouterr().err) or "belongs to attempt" in "".join(said))
-    time.sleep(0.5)  # it comes again, and is not named again
-    processes.append(come(port, 2, 3))  # nobody counts its starts
+    time.sleep(0.5)  # it connects again, and is not logged again
+    processes.append(come(port, 2, 3))  # a process without an attempt is admitted
     of_0, stale, *others = (result(*process) for process in processes)
     assert all(isinstance(dog, Watchdog) for dog in (of_0, *others))
     words = r"process 1 \(host \S+, pid \d+\) belongs to attempt 7\.0\.0, process 0 to attempt 7\.0\.1"
-    assert len(re.findall(words, "".join(said) + capsys.readouterr().err)) == 1  # once, however often it comes
+    assert len(re.findall(words, "".join(said) + capsys.readouterr().err)) == 1  # logged once
     assert stale.exit_code == ExitCode.TRY_AGAIN
 
 
-def test_the_hub_of_an_earlier_start_is_waited_out(port, left):  # noqa: F811
+def test_a_process_waits_until_the_hub_of_an_earlier_start_is_gone(port, left):  # noqa: F811
     stale = FakeHub(port, GREETING | {"attempt": "1"})
     process_1 = come(port, 1, attempt="2")
     time.sleep(0.5)
@@ -567,11 +569,11 @@ def test_the_hub_of_an_earlier_start_that_stays(port):
     assert error.what == "process 0 (host h) belongs to attempt 1, this process to attempt 2"
 
 
-# What a process fails with before or while it comes
+# Processes that fail before or while they join
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_process_that_fails_before_it_comes_lets_all_know(port, monkeypatch, number):
+def test_a_failure_before_joining_reaches_all_processes(port, monkeypatch, number):
     monkeypatch.setattr(meeting, "START", 60.0)
     monkeypatch.setattr(meeting, "LINGER", 20.0)
     others = [come(port, other, 3) for other in {0, 1, 2} - {number}]
@@ -586,7 +588,7 @@ def test_a_process_that_fails_before_it_comes_lets_all_know(port, monkeypatch, n
     assert time.monotonic() - begun < 15
 
 
-def test_who_comes_after_one_has_failed_hears_of_it(port, monkeypatch):
+def test_a_process_that_comes_after_a_failure_gets_the_same_error(port, monkeypatch):
     monkeypatch.setattr(meeting, "START", 60.0)
     monkeypatch.setattr(meeting, "LINGER", 20.0)
     process_0, visitor = come(port, 0, 3), Visitor(port)
@@ -596,7 +598,7 @@ def test_who_comes_after_one_has_failed_hears_of_it(port, monkeypatch):
     assert {error.exit_code for error in errors} == {ExitCode.OUT_OF_MEMORY}
 
 
-def test_one_process_has_nobody_to_let_know():
+def test_a_run_of_one_process_announces_nothing():
     with pytest.raises(ZeroDivisionError), announced(None):
         1 / 0  # noqa: B018
 

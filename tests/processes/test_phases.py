@@ -1,4 +1,4 @@
-"""What a process is doing and for how long it may, by a clock that the tests turn."""
+"""Phases of a process and their limits, by a clock that the tests set."""
 
 import math
 
@@ -26,7 +26,7 @@ def phases(clock):
 
 
 def take(phases, clock, step, seconds):
-    """Waits for a step that was dispatched before, and dispatches the next one."""
+    """Wait for the step before, and dispatch this step."""
     clock.now += seconds
     phases.step(step)
 
@@ -38,7 +38,7 @@ def test_before_a_stage_nothing_is_limited(phases):
 def test_the_start_and_the_first_of_each_kind_have_hours_as_they_are_compiled(phases, clock):
     phases.start()
     assert (phases.name, phases.limit) == ("the start", 7200)
-    take(phases, clock, 1, 3000)  # compiled and dispatched, not finished
+    take(phases, clock, 1, 3000)  # compiled and dispatched, but not finished
     assert (phases.name, phases.limit) == ("step 1", 7200)
     with phases.during("evaluation", 1):
         assert (phases.name, phases.limit) == ("the evaluation at step 1", 7200)
@@ -58,7 +58,7 @@ def test_a_step_may_take_two_minutes_or_20_times_as_long_as_most(phases, clock, 
 
 
 def test_a_step_that_ends_in_an_evaluation_is_measured_without_it(phases, clock):
-    """Where each step is evaluated, it is waited for before the next one is dispatched."""
+    """If each step is evaluated, the loop waits for it before it dispatches the next step."""
     phases.start()
     take(phases, clock, 1, 3000)
     for step in range(2, 6):
@@ -98,7 +98,7 @@ def test_a_save_may_take_half_an_hour_or_20_times_the_longest(phases, clock):
 
 
 def test_the_longest_save_is_never_forgotten(phases, clock):
-    """Only the first one is waited for as a whole."""
+    """Only the first save is waited for as a whole."""
     phases.start()
     take(phases, clock, 1, 1)
     for seconds in [90] + 300 * [1]:
@@ -135,7 +135,7 @@ def test_marks_count_alike_whatever_time_is_taken(clock):
 
 
 def test_a_process_that_was_stopped_itself_did_not_wait(phases, clock):
-    """Ctrl-Z and fg, or a machine that was asleep."""
+    """For example by Ctrl-Z and fg, or because the machine was asleep."""
     phases.start()
     for step in (1, 2):
         take(phases, clock, step, 1)

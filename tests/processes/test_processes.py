@@ -20,7 +20,7 @@ pytestmark = pytest.mark.multiprocess
 
 
 def wait_until(true, processes):
-    """Waits for something that both processes do while they train."""
+    """Wait until a condition holds while both processes train."""
     patience = time.monotonic() + 120
     while not true() and all(process.poll() is None for process in processes):
         assert time.monotonic() < patience
@@ -28,16 +28,16 @@ def wait_until(true, processes):
 
 
 def logged(config):
-    """Returns the loss of each step; of a step that was repeated after a restart the last."""
+    """Return the last logged loss of each step; steps are repeated after a restart."""
     path = RunFolder(config.output).metrics
     lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_go_on_and_give_the_losses_of_one(config, tmp_path):
+def test_two_processes_stop_together_resume_and_give_the_losses_of_one(config, tmp_path):
     seldom = {"training__evaluate_every": 1000, "training__save_every": 1000}
-    same_rate = {"optimizer__schedule": "constant", "optimizer__learning_rate": 1e-3}  # whatever total_steps is
+    same_rate = {"optimizer__schedule": "constant", "optimizer__learning_rate": 1e-3}  # for every total_steps
     prompts = {"training__prompts": ["这是", "大鸟", ""]}
     config = changed(config, output=str(tmp_path / "two"), model__resid_pdrop=0.1, **seldom, **same_rate, **prompts)
     copy = shutil.copytree(config.data.dataset, tmp_path / "on the disk of another host")
@@ -54,7 +54,7 @@ def test_two_processes_stop_together_go_on_and_give_the_losses_of_one(config, tm
     codes, outputs, errors = ended(start(config, tmp_path, "--allow-change", "training.total_steps"))
     assert codes == [0, 0], errors
     assert f"resumed from step {step}" in outputs[0]
-    assert "step" not in outputs[1]  # one process speaks for all
+    assert "step" not in outputs[1]  # only process 0 prints
     samples = RunFolder(config.output).samples.read_text(encoding="utf-8").splitlines()
     assert [line.split()[1] for line in samples] == [str(step + 3)] * 3
 
@@ -85,7 +85,7 @@ def test_when_one_is_killed_the_other_says_so_and_a_restart_gives_the_same_losse
 
     before = logged(config)
     config = changed(config, training__total_steps=max(before) + 1)
-    loop.train(config, allow_change=["training.total_steps"])  # by another number of processes at that
+    loop.train(config, allow_change=["training.total_steps"])  # with another number of processes
     assert re.search(r"resumed from step \d+0\b", capsys.readouterr().out)
     after = logged(config)
     assert sorted(after) == list(range(1, max(before) + 2))
@@ -106,7 +106,7 @@ def test_when_one_fails_the_other_says_why(config, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "to"), [(signal.SIGINT, [0, 1]), (signal.SIGUSR1, [0])])
 def test_both_stop_at_one_step_and_say_the_same(config, tmp_path, number, to):
-    """Ctrl-C reaches all processes of a terminal, other signals perhaps one: here process 0, which has the hub."""
+    """Ctrl-C reaches all processes of a terminal; other signals may reach one, here process 0 with the hub."""
     processes = start(changed(config, training__total_steps=10**6, training__evaluate_every=10**6), tmp_path)
     wait_until(lambda: max(logged(config), default=0) > 3, processes)
     for process in to:
@@ -143,7 +143,7 @@ def test_a_second_ctrl_c_ends_both_at_once(config, tmp_path):
     assert not list(RunFolder(config.output).path.glob("crash-*"))
 
 
-# JAX must be imported after the program has begun, or it ends without JAX's own end.
+# JAX must be imported after the program has begun; otherwise the program exits without JAX's exit handlers.
 LATER = """
 from gpt2_flax import cpu
 tune_cpu = cpu.tune_cpu
@@ -179,7 +179,7 @@ FULL_DISK = """
 
 @pytest.mark.slow
 def test_a_checkpoint_that_one_process_cannot_read_is_set_aside_by_both(config, tmp_path):
-    """And init_from, which each reads on a device of its own, is read where all devices are one mesh."""
+    """Also, each process reads init_from on its own device, while all devices form one mesh."""
     config = changed(config, training__save_every=3)
     loop.train(config)
     more = changed(config, training__total_steps=7)

@@ -1,4 +1,4 @@
-"""The watchdog of several processes; here they are threads and sockets, in test_processes.py real ones."""
+"""The watchdogs of several processes, which are threads here; test_processes.py has real processes."""
 
 import contextlib
 import json
@@ -37,12 +37,12 @@ def quick(monkeypatch, tmp_path):
 
 
 class Ended(BaseException):
-    """In place of the end of a process."""
+    """Raised in a thread instead of ending the process."""
 
 
 @pytest.fixture
 def left(monkeypatch):
-    """What would have been said, by whom, when a process would have been ended."""
+    """Record the exit code and the sentence of each process that would have ended, by its number."""
     said = {}
 
     def leave(code, sentence=""):
@@ -71,7 +71,7 @@ def address():
 
 
 def join(address, n_processes, *numbers, n=None, facts=None):
-    """Returns the watchdogs of `numbers`, or their errors."""
+    """Return the watchdogs of processes `numbers`, or their errors."""
     results = {}
 
     def come(number):
@@ -90,7 +90,7 @@ def join(address, n_processes, *numbers, n=None, facts=None):
 
 
 class Stranger:
-    """Speaks the protocol by hand."""
+    """Sends messages written by hand."""
 
     def __init__(self, address):
         host, port = address.split(":")
@@ -122,7 +122,7 @@ def wait_until(true):
 
 
 def leave(dog, error=None):
-    """Runs what a process does in its context: returns the thread and the list its exception ends in."""
+    """Run a stage within the watchdog in a thread; return the thread and a list for its exception."""
     raised = []
 
     def run():
@@ -138,7 +138,7 @@ def leave(dog, error=None):
     return thread, raised
 
 
-def test_one_process_needs_none():
+def test_a_run_of_one_process_has_no_hub():
     dog = Watchdog()
     with dog, dog.running("run"):
         dog.phases.step(1)
@@ -146,7 +146,7 @@ def test_one_process_needs_none():
             pass
 
 
-def test_all_finish_whoever_is_first(address, left):
+def test_all_finish_in_any_order(address, left):
     stranger = threading.Timer(1.5, lambda: dogs.extend(join(address, 3, 2)))  # longer than SILENCE
     dogs = []
     stranger.start()
@@ -156,7 +156,7 @@ def test_all_finish_whoever_is_first(address, left):
     for dog in reversed(dogs):
         threads.append(leave(dog)[0])
         time.sleep(0.3)
-        assert threads[0].is_alive() == (len(threads) < 3)  # waits for the others
+        assert threads[0].is_alive() == (len(threads) < 3)  # it waits for the others
     for thread in threads:
         thread.join(5)
         assert not thread.is_alive()
@@ -190,12 +190,14 @@ def test_silence_ends_all(address, left):
     wait_until(lambda: left)
     assert left[0][0] == ExitCode.TRY_AGAIN
     assert "process 1 (host far, pid 7) of the run has been silent for 1 s" in left[0][1]
-    assert strangers[0].wait_for("verdict")["number"] == 1  # told too, should it wake up
+    assert strangers[0].wait_for("verdict")["number"] == 1  # it gets the verdict too, in case it wakes up
     strangers[0].socket.close()
 
 
 def test_process_0_gone(address, left, monkeypatch):
-    monkeypatch.setattr(peers.Hub, "_judge", lambda self: setattr(self, "_ended", True))  # then it closes
+    monkeypatch.setattr(
+        peers.Hub, "_judge", lambda self: setattr(self, "_ended", True)
+    )  # then it closes its connections
     join(address, 2, 0, 1)
     wait_until(lambda: len(left) == 2)
     assert left[1][0] == ExitCode.TRY_AGAIN
@@ -215,13 +217,13 @@ def test_one_fails_and_the_others_say_so(address, left):
     thread, raised = leave(dogs[1], failure)
     wait_until(lambda: 0 in left and 2 in left)
     thread.join(5)
-    assert raised == [failure]  # goes its own way
+    assert raised == [failure]  # its own error
     for number in (0, 2):
         assert left[number][0] == ExitCode.IO
         assert re.match(
             r"process 1 \(.*\) of the run has failed: .*; it says: disk full: runs/x; free", left[number][1]
         )
-    wait_until(lambda: 1 in left)  # it hangs on its way out, so it is ended, by its own words
+    wait_until(lambda: 1 in left)  # it hangs while it unwinds, so it is ended with its own error
     assert left[1] == (ExitCode.IO, "disk full: runs/x; free some")
 
 
@@ -237,7 +239,7 @@ def test_process_0_fails_alone(address, left, tmp_path):
 
 @pytest.mark.parametrize(("code", "apart"), [(ExitCode.DIVERGED, 0.2), (ExitCode.TRY_AGAIN, 1.0)])
 def test_all_fail_each_with_its_own_error(address, left, code, apart):
-    """What all agree on may take one much longer than the other: saving, sealing."""
+    """After an agreement one process may take much longer than the other, as in a save."""
     dogs = join(address, 2, 0, 1)
     errors = [UserError(code, f"error {number}", "runs/x", "fix") for number in range(2)]
     first, first_raised = leave(dogs[1], errors[1])
@@ -250,7 +252,7 @@ def test_all_fail_each_with_its_own_error(address, left, code, apart):
 
 
 def test_what_follows_from_a_death_is_not_blamed(address, left):
-    """A collective raises in a survivor, before the silence of a machine that is gone is taken for its death."""
+    """A collective raises in a survivor before the silent machine counts as dead."""
     connect = threading.Thread(target=lambda: strangers.append(Stranger(address)) or strangers[0].hello(1, 2))
     strangers = []
     connect.start()
@@ -264,7 +266,7 @@ def test_what_follows_from_a_death_is_not_blamed(address, left):
 
 def test_no_step_finished(address, left):
     dogs = join(address, 2, 0, 1)
-    time.sleep(1.2)  # compilation takes its time
+    time.sleep(1.2)  # compilation may take long
     for step in (1, 2):
         for dog in dogs:
             dog.phases.step(step)
@@ -283,7 +285,7 @@ def test_no_step_finished(address, left):
 
 
 def work(dog, folder, during=None, wait=None):
-    """Two steps, and in the second what the process is in `during`; there it waits, or for ever in the step."""
+    """Run two steps in a thread, and wait in an evaluation or save of the second step, or in the step for ever."""
 
     def run():
         with dog, dog.running(str(folder)):
@@ -301,7 +303,7 @@ HANG = r"no progress in step 2 for 1 s, and its limit is 1 s: "
 
 
 def test_one_that_hangs_while_others_save_is_noticed_and_all_leave_their_stacks(address, left, tmp_path):
-    """Others have done with the step, and wait in a save that may take long."""
+    """The other processes have finished the step, and wait in a save that may take long."""
     dogs = join(address, 3, 0, 1, 2)
     for dog, *where in zip(dogs, ["save", None, "save"], [threading.Event(), None, threading.Event()], strict=True):
         work(dog, tmp_path, *where)
@@ -313,7 +315,7 @@ def test_one_that_hangs_while_others_save_is_noticed_and_all_leave_their_stacks(
         assert sentence.endswith(f"; the stacks of this process are in {log}")
         text = log.read_text(encoding="utf-8")
         assert "behind: no progress in step 2" in text
-        assert text.count(" in run\n") >= 3  # one in each thread of `work`: all threads, not one
+        assert text.count(" in run\n") >= 3  # one for each thread of `work`: the log has all threads
 
 
 def test_one_that_saves_for_long_is_waited_for(address, left, tmp_path):
@@ -325,9 +327,9 @@ def test_one_that_saves_for_long_is_waited_for(address, left, tmp_path):
     saved.set()
     begun = time.monotonic()
     wait_until(lambda: len(left) == 2)
-    assert time.monotonic() - begun > 0.8  # what process 0 waited before does not count
+    assert time.monotonic() - begun > 0.8  # the earlier wait of process 0 does not count
     for _, sentence in left.values():
-        assert re.match(HANG, sentence)  # of none alone: all wait
+        assert re.match(HANG, sentence)  # no single process is named: all wait
 
 
 def test_a_run_of_one_process_that_hangs_is_ended(left, tmp_path):
@@ -341,7 +343,7 @@ def test_a_run_of_one_process_that_hangs_is_ended(left, tmp_path):
 
 
 def test_outside_its_context_a_watchdog_of_one_process_watches_nothing(left, tmp_path):
-    """Whoever calls the functions of the package keeps the process, and sees errors as they are."""
+    """A program that calls the functions of the package keeps its process, and gets errors unchanged."""
     dog = Watchdog()
     with contextlib.suppress(ZeroDivisionError), dog.running(str(tmp_path)):
         dog.phases.step(1)
@@ -384,7 +386,7 @@ def test_what_follows_from_the_end_of_another_leaves_no_crash_log(address, left,
 
 
 @pytest.mark.parametrize("wants", [[0], [1], [2], [0, 1, 2]])
-def test_when_one_wants_to_stop_all_do_at_the_same_question(address, left, wants):
+def test_when_one_wants_to_stop_all_do_at_the_same_call(address, left, wants):
     dogs, draw, stopped = join(address, 3, 0, 1, 2), random.Random(0), {}
     pauses = [[draw.random() * 0.004 for _ in range(1000)] for _ in dogs]
 
@@ -413,9 +415,11 @@ def test_one_process_stops_when_it_wants_to():
 
 
 def test_one_that_has_stopped_says_so_even_when_process_0_is_gone(address, left, monkeypatch):
-    """Process 0, with the hub in it, may end a moment before the last of the others."""
+    """Process 0, which has the hub, may end a moment before another process."""
     gone = threading.Event()
-    monkeypatch.setattr(peers.Hub, "_judge", lambda self: setattr(self, "_ended", gone.is_set()))  # then it closes
+    monkeypatch.setattr(
+        peers.Hub, "_judge", lambda self: setattr(self, "_ended", gone.is_set())
+    )  # then it closes its connections
     dogs = join(address, 2, 0, 1)
     stopped = UserError(ExitCode.TRY_AGAIN, "stopped at step 7, saved", "runs/x", "run the same command to go on")
     thread, raised = leave(dogs[1], stopped)
@@ -428,7 +432,7 @@ def test_one_that_has_stopped_says_so_even_when_process_0_is_gone(address, left,
 
 
 def agree(dogs, facts, patience=math.inf):
-    """Lets each process compare its facts within a stage of the run, and leave; returns what each has raised."""
+    """Let each process compare its facts within a stage, and leave; return the error of each process."""
     raised = {}
 
     def run(dog, own):
@@ -448,7 +452,7 @@ def agree(dogs, facts, patience=math.inf):
     return raised
 
 
-def test_processes_that_agree_go_on(address, left):
+def test_processes_that_agree_continue(address, left):
     dogs = join(address, 3, 0, 1, 2, facts={number: {"the version of jax": "1"} for number in range(3)})
     assert len({dog.token for dog in dogs}) == 1
     assert len(dogs[0].token) == 32
@@ -478,7 +482,7 @@ def test_a_difference_ends_all_with_both_values(address, left, facts, name, numb
         assert error.what == f"processes of the run differ in {name}"
         assert re.fullmatch(pattern, error.where)
         assert error.fix == "start all with the same config, data, versions and devices"
-    wait_until(lambda: len(left) == 3)  # as none ends by itself here
+    wait_until(lambda: len(left) == 3)  # no process ends itself here
     for code, sentence in left.values():
         assert code == ExitCode.CONFIG
         assert sentence.startswith(f"processes of the run differ in {name}: process 0 (")
@@ -493,7 +497,7 @@ def test_versions_are_compared_before_the_start(address):
 
 
 def test_a_process_of_an_older_version_is_named(address):
-    """Which has no facts to send."""
+    """An older version sends no facts."""
     connect = threading.Thread(target=lambda: strangers.append(Stranger(address)) or strangers[0].hello(1, 2))
     strangers = []
     connect.start()
@@ -504,7 +508,7 @@ def test_a_process_of_an_older_version_is_named(address):
 
 
 @pytest.mark.parametrize("code", [ExitCode.NO_INPUT, ExitCode.TRY_AGAIN])
-def test_who_waits_for_one_that_fails_ends_at_once(address, left, monkeypatch, code):
+def test_processes_that_wait_for_a_failing_one_end_at_once(address, left, monkeypatch, code):
     monkeypatch.setattr(peers, "GRACE", 1000.0)
     dogs = join(address, 3, 0, 1, 2)
     failure = UserError(code, "no config", "c.toml", "make one")
@@ -521,7 +525,7 @@ def test_who_waits_for_one_that_fails_ends_at_once(address, left, monkeypatch, c
 
 
 def test_processes_that_look_for_devices_of_different_kinds_end(address, left):
-    """JAX makes one wait for devices of a kind that the other does not have."""
+    """JAX lets one process wait for devices of a kind that the other process does not have."""
     dogs = join(address, 2, 0, 1)
     raised = agree(dogs[1:], [{"the kind of local devices": "cpu"}], patience=0.5)
     assert raised[1].exit_code == ExitCode.CONFIG
@@ -574,7 +578,7 @@ def test_process_0_cannot_be_reached(address, monkeypatch):
 
 
 def test_strangers_are_ignored(address, left):
-    """A port scanner and the like, before the start; afterwards nobody is let in."""
+    """Such as a port scanner before the start; after the start nobody is admitted."""
 
     def disturb():
         for said in (
@@ -624,4 +628,4 @@ def test_messages_come_in_pieces():
         with pytest.raises(EOFError):
             messages.receive(other, rest)
         messages.send(other, "beat")
-        messages.send(other, "beat")  # to nobody: found out when receiving
+        messages.send(other, "beat")  # nobody is there: only `receive` reports it

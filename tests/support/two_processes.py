@@ -1,4 +1,4 @@
-"""A run of two real processes on this machine."""
+"""Start a run of two real processes on this machine."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ RUN = "import runpy; runpy.run_module('gpt2_flax', run_name='__main__', alter_sy
 
 
 def free_ports():
-    """Returns a port that nobody listens on, nor on the next: below the ephemeral ones, which come and go."""
+    """Return a port that is free together with the next port, below the ephemeral ports."""
     for port in random.SystemRandom().sample(range(10000, 30000, 2), 100):
         with contextlib.suppress(OSError), socket.create_server(("", port)), socket.create_server(("", port + 1)):
             return port
@@ -23,7 +23,7 @@ def free_ports():
 
 
 def start(config, tmp_path, *more, of_1=(), devices_of_1=1, before=("", ""), folders=(ROOT, ROOT)):
-    """Starts both; `before` is Python that each executes first, and `folders` are those that each works in."""
+    """Start both processes; each executes its code in `before` first, in its folder of `folders`."""
     path = tmp_path / "config.toml"
     path.write_text(dump_config(config), encoding="utf-8")
     command = ["train", path, "--coordinator", f"localhost:{free_ports()}", "--num-processes", "2", *more]
@@ -42,7 +42,7 @@ def start(config, tmp_path, *more, of_1=(), devices_of_1=1, before=("", ""), fol
 
 
 def ended(processes):
-    """Waits for both; returns exit codes, standard outputs and standard errors."""
+    """Wait for both processes; return exit codes, standard outputs and standard errors."""
     try:
         outputs = [process.communicate(timeout=180) for process in processes]
     finally:
