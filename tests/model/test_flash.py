@@ -161,7 +161,7 @@ def test_a_model_has_the_loss_and_gradient_of_plain_products(interpreted, monkey
     batch = Batch(tokens_BT[:, :-1], tokens_BT[:, 1:], cut(64, [5, 40]), places_BT)
     found = {}
     for kernel in ("xla", "flash"):
-        monkeypatch.setattr(gpt2_module, "choose", lambda *_, kernel=kernel, **__: (kernel, ""))
+        monkeypatch.setattr(gpt2_module, "choose_attention", lambda *_, kernel=kernel, **__: (kernel, ""))
         loss = jax.jit(jax.value_and_grad(lambda model: model.loss(batch, jax.random.key(2)).nats / 128))
         found[kernel] = jax.tree.leaves(loss(model))
     for ours, expected in zip(found["flash"], found["xla"], strict=True):
