@@ -50,7 +50,7 @@ class Place(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What a launcher tells of a `Place`."""
+    """The fields of a `Place` that a launcher knows."""
 
     coordinator: str | None = None
     n_processes: int | None = None
