@@ -90,12 +90,7 @@ def visible(found: list[Gpu], environment: str | None) -> list[Gpu]:
 
 
 def cuda_for(driver: str | None, capability: float | None = None) -> int | None:
-    """Return the newest CUDA for a driver and a GPU, or None if they are too old for any CUDA.
-
-    Args:
-        driver: version of the driver; None, if unknown, suits every CUDA.
-        capability: compute capability of the GPU; None suits every CUDA.
-    """
+    """Return the newest CUDA for a driver and a GPU, where None is unknown; return None if they are too old."""
     for cuda, oldest in DRIVERS.items():
         new_enough = driver is None or major(driver) >= oldest
         if new_enough and (capability is None or capability >= CAPABILITIES[cuda]):

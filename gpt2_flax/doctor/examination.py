@@ -71,12 +71,7 @@ class Outcome:
 
 
 def examine(seconds: float, output: Path | None, say: Callable[[str], None]) -> None:
-    """Examine this machine within a time limit.
-
-    Args:
-        seconds: the limit of all checks together.
-        output: JSON file to create with all results.
-        say: prints a line.
+    """Run all checks within `seconds`; print the results with `say`, and write them to the new JSON file `output`.
 
     Raises:
         UserError: CANT_CREATE when the file exists, UNAVAILABLE when a check has found a fault.

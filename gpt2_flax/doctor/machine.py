@@ -86,13 +86,7 @@ def tpus() -> dict[str, int]:
 
 
 def wrong_packages(installed: Mapping[str, str], driver: str | None, capabilities: list[float]) -> Iterator[str]:
-    """Yield a sentence for each fault of the installation that keeps JAX from working on NVIDIA GPUs.
-
-    Args:
-        installed: versions by package.
-        driver: version of NVIDIA's driver, if known.
-        capabilities: compute capability of each GPU.
-    """
+    """Yield a sentence for each fault of the installed packages that keeps JAX from working on NVIDIA GPUs."""
     plugins = {cuda: plugin for cuda, plugin in PLUGINS.items() if plugin in installed}
     best = nvidia.cuda_for(driver, min(capabilities, default=None))
     if len(plugins) > 1:

@@ -15,7 +15,7 @@ from gpt2_flax.config.parse import parse_config
 from gpt2_flax.config.schema import ResolvedConfig
 from gpt2_flax.cpu import tune_cpu
 from gpt2_flax.data.packing import Batch
-from gpt2_flax.doctor.rates import compute_dtype, product_rate
+from gpt2_flax.doctor.rates import compute_dtype, product_rate, seconds_of
 from gpt2_flax.doctor.report import Report
 from gpt2_flax.memory import out_of_memory
 from gpt2_flax.model.flops import flops_per_token
@@ -141,16 +141,15 @@ def _seconds(config: ResolvedConfig) -> tuple[float, float]:
     start = time.perf_counter()
     with jax.set_mesh(_mesh(config)):
         step, state, batch = _prepared(config)
-        state, metrics = step(state, batch)
-        jax.block_until_ready(metrics)
-        compiling, rounds = time.perf_counter() - start, []
-        for _ in range(3):
-            start = time.perf_counter()
-            for _ in range(_STEPS):
-                state, metrics = step(state, batch)
-            jax.block_until_ready((state, metrics))
-            rounds.append((time.perf_counter() - start) / _STEPS)
-    return min(rounds), compiling
+
+        def run():
+            nonlocal state
+            state, metrics = step(state, batch)
+            return metrics
+
+        jax.block_until_ready(run())
+        compiling = time.perf_counter() - start
+        return seconds_of(run, times=_STEPS), compiling
 
 
 def _mesh(config: ResolvedConfig) -> Mesh:

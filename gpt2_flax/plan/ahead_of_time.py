@@ -86,12 +86,7 @@ def lower_step(config: ResolvedConfig, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def compile_step(config: ResolvedConfig, devices: Sequence[Device], optimize: bool = False) -> Compiled:
-    """Compile the training step for devices that may be absent.
-
-    Args:
-        config: config of a run.
-        devices: devices of one kind.
-        optimize: whether to compile with all optimizations, which takes minutes.
+    """Compile the training step for devices that may be absent; with all optimizations, this takes minutes.
 
     Raises:
         UserError: CONFIG when the mesh does not suit the devices or the batch, USAGE like `lower_step`.
@@ -131,16 +126,8 @@ def _arguments(config: ResolvedConfig, mesh: Mesh) -> tuple[TrainState, Batch]:
 def smallest_change(config: ResolvedConfig, devices: Sequence[Device], optimize: bool, note: Note) -> Change | None:
     """Find the cheapest change of a config with which its step fits into memory.
 
-    Tries first to recompute activations, then more microbatches, then to shard parameters over more devices.
-
-    Args:
-        config: config of a run whose step does not fit.
-        devices: devices of one kind.
-        optimize: whether to compile with all optimizations.
-        note: shows which change is tried.
-
-    Returns:
-        The change, or None if no change that was tried is enough.
+    Tries first to recompute activations, then more microbatches, then to shard parameters over more devices. `note`
+    shows each change that is tried. Returns None if no change is enough.
     """
     available = memory_bytes(devices[0])
     for keys, candidate in _candidates(config, devices):

@@ -18,7 +18,7 @@ _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 
 @dataclass(frozen=True)
 class Collective:
-    """How often a device takes part in one kind of collective, and the bytes that it sends in all, on a ring."""
+    """How often a device runs one kind of collective, and the bytes that it sends in all of them, on a ring."""
 
     count: int
     bytes_sent: int
@@ -72,7 +72,7 @@ def collectives(hlo: str, overlapped: bool = False) -> dict[str, Collective]:
 
 
 def _until_done(lines: Sequence[str]) -> Iterator[str]:
-    """Yield what a scheduled program runs between the -start on the first of `lines` and its -done."""
+    """Yield the instructions that a scheduled program runs between the -start on the first of `lines` and its -done."""
     start = lines[0].partition(" = ")[0].strip().removeprefix("ROOT ").lstrip("%")
     done = re.compile(rf"-done\(.*?%?{re.escape(start)}\)")
     return itertools.takewhile(lambda line: not done.search(line), lines[1:])

@@ -62,7 +62,7 @@ def join(place: Place, facts: Mapping[str, str]) -> Joined:
 
 def say_goodbye(place: Place, code: int, sentence: str) -> None:
     """Report the failure of this process before it has joined, so that the other processes do not wait for it."""
-    print("letting the other processes know that this one ends", flush=True)
+    print("reporting this failure to the other processes", flush=True)
     with contextlib.suppress(UserError):  # the verdict that answers the report
         if place.number == 0:
             hub = Hub(place)

@@ -50,7 +50,7 @@ class Place(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What a launcher tells of a `Place`."""
+    """The fields of a `Place` that a launcher knows."""
 
     coordinator: str | None = None
     n_processes: int | None = None
@@ -81,7 +81,7 @@ def find_place(
         found, where = _from_environment(), "environment"
     elif None in found[:3]:
         fix = "give --coordinator, --num-processes and --process-id together"
-        raise UserError(ExitCode.USAGE, "half a process group", where, fix)
+        raise UserError(ExitCode.USAGE, "incomplete process group", where, fix)
     if found is None or found.n_processes == 1:
         return None
     place = Place(**found._asdict())
@@ -109,7 +109,7 @@ def _from_environment() -> _Found | None:
     missing = [variable for variable, value in zip(_VARIABLES, found[:3], strict=True) if value is None]
     if missing and found.n_processes != 1:
         where = f"environment; tried {', '.join(_TRIED)}"
-        raise UserError(ExitCode.USAGE, "half a process group", where, f"set {' and '.join(missing)} too")
+        raise UserError(ExitCode.USAGE, "incomplete process group", where, f"set {' and '.join(missing)} too")
     return found
 
 

@@ -198,12 +198,9 @@ class Watchdog(AbstractContextManager):
         self._end(error, stacks=stacks)
 
     def _end(self, verdict: UserError, number: int = 0, stacks: bool = False) -> None:
-        """End this process even if its main thread hangs; a process that fails itself first has time to unwind.
+        """End this process, even if its main thread hangs; a process that unwinds or compares facts gets more time.
 
-        Args:
-            verdict: the error to exit with, unless this process has an error of its own.
-            number: the process at fault.
-            stacks: whether to add the stacks of all threads to the crash log.
+        Process `number` is at fault. `stacks` adds the stacks of all threads to the crash log.
         """
         error: BaseException = verdict
         # A process that has stopped as agreed, and saved, reports that, whatever happens to the others afterwards.

@@ -176,13 +176,13 @@ def test_each_start_is_another_attempt(environment, variables, again, attempt):
 @pytest.mark.parametrize(
     ("given", "variables", "what", "fix"),
     [
-        (("host0:1", 2, None), {}, "half a process group", "give --coordinator"),
-        ((None, None, 0), GENERAL, "half a process group", "give --coordinator"),
-        ((), {"JAX_COORDINATOR_ADDRESS": "h:1"}, "half a", "set JAX_NUM_PROCESSES and JAX_PROCESS_ID too"),
-        ((), {"JAX_NUM_PROCESSES": "2", "JOB_COMPLETION_INDEX": "0"}, "half a", "set JAX_COORDINATOR_ADDRESS too"),
-        ((), {"JAX_PROCESS_ID": "0"}, "half a", "set JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES too"),
-        ((), {**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": ""}, "half a", "set JAX_COORDINATOR_ADDRESS too"),
-        ((), {**TPU, "TPU_WORKER_ID": ""}, "half a", "set JAX_PROCESS_ID too"),
+        (("host0:1", 2, None), {}, "incomplete process group", "give --coordinator"),
+        ((None, None, 0), GENERAL, "incomplete process group", "give --coordinator"),
+        ((), {"JAX_COORDINATOR_ADDRESS": "h:1"}, "incomplete", "set JAX_NUM_PROCESSES and JAX_PROCESS_ID too"),
+        ((), {"JAX_NUM_PROCESSES": "2", "JOB_COMPLETION_INDEX": "0"}, "incomplete", "set JAX_COORDINATOR_ADDRESS too"),
+        ((), {"JAX_PROCESS_ID": "0"}, "incomplete", "set JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES too"),
+        ((), {**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": ""}, "incomplete", "set JAX_COORDINATOR_ADDRESS too"),
+        ((), {**TPU, "TPU_WORKER_ID": ""}, "incomplete", "set JAX_PROCESS_ID too"),
         ((), GENERAL | {"JAX_PROCESS_ID": "x"}, "'x' is no number", "correct or unset it"),
         ((), SLURM | {"SLURM_STEP_NUM_TASKS": "-1"}, "'-1' is no number", "correct or unset it"),
         (("host0:1", 2, 2), {}, "process 2 of 2", "numbers are 0 to 1"),
@@ -204,7 +204,7 @@ def test_missing_or_wrong_values_are_refused(environment, given, variables, what
     assert what in error.value.what
     assert fix in error.value.fix
     tried = ("SLURM", "Open MPI", "torchrun", "TPU pods", "the metadata server of TPU VMs", "Kubernetes")
-    if what == "half a" and not given:
+    if what == "incomplete" and not given:
         assert all(name in error.value.where for name in tried)
 
 
