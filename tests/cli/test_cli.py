@@ -418,7 +418,7 @@ def test_a_dataset_of_another_tokenizer_is_refused(inputs, capsys, monkeypatch):
     fails(capsys, 78, ["train", inputs["config"], f"data.dataset={folder / 'other'}"], "another tokenizer", "other")
 
     # To start from weights with it may be meant: a warning, before the first step.
-    monkeypatch.setattr("gpt2_flax.training.loop._run", lambda *arguments: None)
+    monkeypatch.setattr("gpt2_flax.training.loop.run_steps", lambda *arguments: None)
     arguments = [TRAIN.format(**inputs), f"data.dataset={folder / 'other'}", f"init_from={inputs['exported']}"]
     capsys.readouterr()
     assert cli._exit_code(" ".join(arguments).split()) == 0

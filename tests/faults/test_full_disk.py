@@ -20,7 +20,7 @@ from tensorboardX import record_writer
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.config.parse import dump_config
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.training import loop, metrics, profiler, tensorboard
+from gpt2_flax.training import loop, metrics_log, profiler, tensorboard
 
 ROOT = Path(__file__).parents[2]
 FULL = Path("/dev/full")
@@ -149,7 +149,7 @@ def test_lines_that_a_full_disk_refused_are_written_once_there_is_space(config, 
             full.append(data)
             return super().write(bytes(data)[:20])
 
-    monkeypatch.setattr(metrics, "open", lambda path, mode, buffering: Disk(path, "a+"), raising=False)
+    monkeypatch.setattr(metrics_log, "open", lambda path, mode, buffering: Disk(path, "a+"), raising=False)
     loop.train(config)
     assert capsys.readouterr().out.count("warning: No space left on device: ") == 1
     lines = [json.loads(line) for line in RunFolder(config.output).metrics.read_text().splitlines()]
