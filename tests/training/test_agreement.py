@@ -175,13 +175,13 @@ version = metadata.version
 metadata.version = lambda package: "9.9.9" if package == "optax" else version(package)
 """
 OTHER_WEIGHTS = """
-import gpt2_flax.training.start as start
-load = start.load_source
+import gpt2_flax.checkpoint.source as source_module
+load = source_module.load_source
 def load_source(*arguments):
     source = load(*arguments)
     source.weights["ln_f/scale"] = source.weights["ln_f/scale"] + 1
     return source
-start.load_source = load_source
+source_module.load_source = load_source
 """
 EARLIER_STEP = """
 from gpt2_flax.checkpoint.store import CheckpointStore
