@@ -272,7 +272,7 @@ def test_convert_there_and_back(model, file, vocabulary, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_run_of_another_epsilon_goes_to_uer_with_a_word_about_it(config, tokenizer_folder, tmp_path, capsys):
-    small = config.model.model_copy(update={"vocab_size": load_tokenizer(tokenizer_folder).vocab_size})
+    small = config.model.with_vocab_size(load_tokenizer(tokenizer_folder).vocab_size)
     source = Source("here", small, random_weights(small), tokenizer_folder)
     compared = write_folder(source, tmp_path / "uer")
     assert "layer_norm_epsilon is 1e-05 here, where 1e-07 is nearest to UER-py" in str(compared)

@@ -142,7 +142,7 @@ def test_a_preset_gives_what_is_left_out_and_nothing_else(tmp_path):
     path = tmp_path / "config.toml"
     for config in (run_config(preset="uer"), run_config(preset="uer", max_grad_norm=2.0, warmup=7)):
         path.write_text(dump_config(config))
-        assert load_config(path) == config
+        assert load_config(path).with_vocab_size(config.model.vocab_size) == config
         # Nothing of what a run does is left to the preset that is read tomorrow.
         assert load_config(path, ["optimizer.preset=default"]).optimizer == config.optimizer.model_copy(
             update={"preset": "default"}
