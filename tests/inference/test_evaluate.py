@@ -147,7 +147,7 @@ def test_what_makes_no_sense_is_refused(source, corpus, dataset_folder, tmp_path
     there = tmp_path / "there.jsonl"
     there.touch()
     refused = [
-        ({"data": str(corpus), "part": "train"}, ExitCode.USAGE, "--split is for datasets"),
+        ({"data": str(corpus), "split_name": "train"}, ExitCode.USAGE, "--split is for datasets"),
         ({"data": str(corpus), "per_document": there}, ExitCode.CANT_CREATE, "output exists"),
         (
             {"data": str(corpus), "per_document": there, "n_batches": 1},

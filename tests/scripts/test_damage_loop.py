@@ -1,5 +1,6 @@
 """Damaged runs, through every command that reads them: `scripts/damage_loop.py`."""
 
+import os
 import re
 import subprocess
 import sys
@@ -12,12 +13,24 @@ pytestmark = pytest.mark.multiprocess
 SCRIPT = Path(__file__).parents[2] / "scripts" / "damage_loop.py"
 
 
-def test_no_reader_is_silent_about_two_hundred_damages(tmp_path):
-    command = [sys.executable, SCRIPT, "--damages", "200", "--seed", "1", "--folder", tmp_path]
+@pytest.mark.parametrize(
+    "damages",
+    [
+        100,
+        pytest.param(
+            400,
+            marks=pytest.mark.skipif(
+                "GPT2_FLAX_LONG_TESTS" not in os.environ, reason="GPT2_FLAX_LONG_TESTS is not set"
+            ),
+        ),
+    ],
+)
+def test_no_reader_is_silent_about_damages(tmp_path, damages):
+    command = [sys.executable, SCRIPT, "--damages", str(damages), "--seed", "1", "--folder", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=900)
     assert done.stderr == ""
     assert done.returncode == 0, done.stdout
-    assert re.search(r"^passed: 200 damages, \d+ answers, 0 wrong", done.stdout, re.MULTILINE)
+    assert re.search(rf"^passed: {damages} damages, \d+ answers, 0 wrong", done.stdout, re.MULTILINE)
     answers = {what: int(count) for count, what in re.findall(r"^ *(\d+) (\w+: .+)$", done.stdout, re.MULTILINE)}
     for reader in ("evaluate", "generate", "export", "resume"):
         assert answers[f"{reader}: the one before"] > 0
