@@ -99,7 +99,7 @@ def deal(samples_B: np.ndarray, shares: Sequence[Fraction]) -> tuple[np.ndarray,
     """Return the dataset of each sample of a run, and its number among the samples of that dataset.
 
     Of the first n samples, each dataset has its share of n, give or take the number of datasets. Each dataset gets its
-    samples in order, each sample once. The result is part of the file format, as that of `permutation`.
+    samples in order, each sample once. Like `permutation`, this is part of the file format.
 
     Args:
         samples_B: numbers of samples of the run, int64 (B,), below 2**42.

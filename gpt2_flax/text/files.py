@@ -210,7 +210,7 @@ def _find_remote(url: str, wanted: Callable[[str], bool], pass_over: PassOver) -
 
 
 def _below(folder: str, found: dict[str, Any], wanted: Callable[[str], bool], pass_over: PassOver) -> dict[str, Any]:
-    """Return those of the files `found` below `folder` that belong to the corpus, as `_walk` decides."""
+    """Return the files in `found`, all below `folder`, that belong to the corpus by the rules of `_walk`."""
     outputs = {name.rpartition("/")[0] for name in found if name.rpartition("/")[2] in _OUTPUTS}
     kept = {}
     for name, info in found.items():

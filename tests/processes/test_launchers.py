@@ -61,7 +61,7 @@ del KUBERNETES["JAX_PROCESS_ID"]
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """Return a function that sets the variables of a launcher; those of other launchers are removed."""
+    """Return a function that sets the variables of one launcher and removes the variables of all others."""
     for name in os.environ:
         if re.match(LAUNCHERS, name):
             monkeypatch.delenv(name)
