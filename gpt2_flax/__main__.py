@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from types import CoroutineType
 from typing import Any, NoReturn, cast
@@ -18,6 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if arguments is None:
         catch_signals()  # before the imports for a command, which take a second
         sys.unraisablehook = _unraisable
+        # Reads that were not begun when another read of tensorstore failed; the failure is raised.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         speak_utf8()
     for stream in cast("list[io.TextIOWrapper]", [sys.stdout, sys.stderr]):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")

@@ -13,11 +13,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 from gpt2_flax.errors import ExitCode, UserError, io_error, naming_file
-from gpt2_flax.interruption import cleaned_up
+from gpt2_flax.interruption import cleaned_up, uninterrupted
 
 
 def speak_utf8() -> None:
@@ -153,14 +152,18 @@ def new_folder(output: Path, marker: str, overwrite: bool = False) -> Iterator[P
             fix = f"check the path and its permissions ({error.strerror})"
             raise UserError(ExitCode.CANT_CREATE, "output folder cannot be made", output, fix) from None
         try:
-            with _removed_on_signal(temporary):
-                yield temporary
+            yield temporary
             if not (temporary / marker).is_file():
                 raise RuntimeError(f"{temporary} was finished without {marker}")
             check_output(output, marker, overwrite)  # again: the work may have taken hours
-            if place.is_dir():
-                shutil.rmtree(place)
-            temporary.rename(place)
+            with uninterrupted():
+                if place.is_dir():
+                    replaced = temporary.with_name(f"{temporary.name}.replaced")
+                    place.rename(replaced)
+                    temporary.rename(place)
+                    replaced.rename(temporary)  # so that it is removed
+                else:
+                    temporary.rename(place)
         except OSError as error:
             raise io_error(error, output) from error
 
@@ -171,7 +174,7 @@ def scratch_folder() -> Iterator[Path]:
 
     The next call removes the folder of a killed process.
     """
-    with _locked_folder(Path(tempfile.gettempdir()), "gpt2-flax-", 0o700) as folder, _removed_on_signal(folder):
+    with _locked_folder(Path(tempfile.gettempdir()), "gpt2-flax-", 0o700) as folder:
         yield folder
 
 
@@ -191,22 +194,23 @@ def _locked_folder(parent: Path, prefix: str, mode: int = 0o777) -> Iterator[Pat
                 if (folder := left.with_suffix("")).exists():
                     shutil.rmtree(folder)
                 left.unlink()
-    claim = tempfile.NamedTemporaryFile("wb", prefix=prefix, suffix=".lock", dir=parent)  # noqa: SIM115
-    folder = Path(claim.name).with_suffix("")
-    try:
-        with contextlib.suppress(OSError):  # on a file system without locks, folders of killed processes stay
-            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        folder.mkdir(mode=mode)
+    with contextlib.ExitStack() as stack:
+        with uninterrupted():
+            claim = tempfile.NamedTemporaryFile("wb", prefix=prefix, suffix=".lock", dir=parent, delete=False)  # noqa: SIM115
+            stack.callback(claim.close)
+            lock = Path(claim.name)
+            folder = lock.with_suffix("")
+
+            def remove() -> None:
+                _remove(folder)
+                lock.unlink(missing_ok=True)  # another process may have removed the file before it was locked
+
+            stack.enter_context(cleaned_up(remove))
+            stack.callback(remove)
+            with contextlib.suppress(OSError):  # on a file system without locks, folders of killed processes stay
+                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder.mkdir(mode=mode)
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(FileNotFoundError):  # another process removed the file before it was locked
-            claim.close()
-
-
-def _removed_on_signal(folder: Path) -> AbstractContextManager[None]:
-    lock = folder.with_name(f"{folder.name}.lock")
-    return cleaned_up(lambda: (_remove(folder), lock.unlink(missing_ok=True)))
 
 
 def _remove(folder: Path) -> None:

@@ -64,14 +64,23 @@ def interrupted(number: int) -> UserError:
 
 
 @contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let a signal end the process only after the block, which must be short.
+
+    If the process is ending already, this thread waits here for ever, so that it does not use what is cleaned up.
+    """
+    with contextlib.nullcontext() if _exit_code is not None else _ending:
+        yield
+
+
+@contextlib.contextmanager
 def cleaned_up(clean_up: Callable[[], object]) -> Iterator[None]:
     """Call `clean_up`, in another thread, if a signal ends the process within the block."""
     _clean_ups.append(clean_up)
     try:
         yield
     finally:
-        # While the process ends, this thread waits here for ever, so that it does not use what is cleaned up.
-        with contextlib.nullcontext() if _exit_code is not None else _ending:
+        with uninterrupted():
             _clean_ups.remove(clean_up)
 
 

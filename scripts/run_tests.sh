@@ -20,4 +20,5 @@ make_environment .test-environment "$extras"
 ruff check .
 ruff format --check .
 basedpyright
-python -m pytest -n 2 --dist loadfile ${chosen[@]+"${chosen[@]}"} "$@"
+# The order of the files is chosen by tests/conftest.py.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder ${chosen[@]+"${chosen[@]}"} "$@"

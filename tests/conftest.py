@@ -1,5 +1,6 @@
 """Eight simulated CPU devices, quick compilation, and one small corpus, tokenizer and dataset for all tests."""
 
+import collections
 import logging
 import os
 import random
@@ -34,6 +35,15 @@ jax.config.update("jax_disable_most_optimizations", True)  # compile time is mos
 # A machine may be busy; and what a gate tries must not depend on chance.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that all processes of `pytest -n` end at about the same time."""
+    seconds = collections.Counter()
+    for item in items:
+        slow, multiprocess = item.get_closest_marker("slow"), item.get_closest_marker("multiprocess")
+        seconds[item.path] += slow.args[0] if slow and slow.args else 3 if slow or multiprocess else 0.1
+    items.sort(key=lambda item: -seconds[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,7 @@ def test_what_the_user_says_counts(environment):
     assert os.environ[NAMES[0]] == ""
 
 
-@pytest.mark.slow
+@pytest.mark.slow(20)
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("folder", ["cache", "", "/proc/none"])
 def test_a_second_start_reads_what_the_first_has_compiled(config, tmp_path, folder):

@@ -133,3 +133,44 @@ def test_a_lock_of_another_user_is_no_reason_to_remove_a_folder(tmp_path, monkey
     with scratch_folder():
         pass
     assert names(tmp_path) == []
+
+
+# Ends by SIGTERM, sent just before the first call of a method of Path on a temporary folder.
+STOPPED = """
+import os, signal, sys, time
+from pathlib import Path
+from gpt2_flax.folders import new_folder
+from gpt2_flax.interruption import catch_signals
+catch_signals()
+method = getattr(Path, sys.argv[2])
+def stopped(path, *arguments, **options):
+    if ".tmp-" in path.name:
+        setattr(Path, sys.argv[2], method)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+    return method(path, *arguments, **options)
+setattr(Path, sys.argv[2], stopped)
+with new_folder(Path(sys.argv[1]), "marker", overwrite=True) as folder:
+    time.sleep(60 if sys.argv[2] == "mkdir" else 0)
+    (folder / "marker").write_text("new")
+time.sleep(60)
+"""
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("replaces", [False, True])
+@pytest.mark.parametrize(("method", "marker"), [("mkdir", "old"), ("rename", "new")])
+def test_a_signal_while_a_folder_is_made_or_renamed_leaves_nothing_hidden(method, marker, replaces, tmp_path):
+    output = tmp_path / "out"
+    if replaces:
+        output.mkdir()
+        (output / "marker").write_text("old")
+    command = [sys.executable, "-c", STOPPED, str(output), method]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 143
+    assert "interrupted" in done.stderr
+    if replaces or marker == "new":
+        assert names(tmp_path) == ["marker", "out"]
+        assert (output / "marker").read_text() == marker
+    else:
+        assert names(tmp_path) == []

@@ -149,6 +149,7 @@ def test_metadata_that_is_no_file_is_not_waited_for(folder):
         assert newest(store) == 3
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_version_without_checksums_is_read(folder, models):
     (folder / "4" / "meta" / "metadata").write_text(json.dumps({"step": 4, "model": CFG.model_dump()}))
     with CheckpointStore(folder) as store:
@@ -263,6 +264,7 @@ def test_a_model_saved_as_a_run_is_loaded_exactly(tmp_path, tokenizer_folder, fo
     assert error.value.exit_code == ExitCode.NO_INPUT
 
 
+@pytest.mark.slow
 def test_a_model_is_not_bound_to_the_kernel_it_was_trained_with(tmp_path, tokenizer_folder, models):
     trained = CFG.model_copy(update={"attention": "cudnn"})  # refused where there is no GPU
     (tmp_path / "tokenizer").symlink_to(tokenizer_folder)

@@ -516,6 +516,7 @@ def test_odd_lines_do_not_block_a_restart(inputs, capsys, name):
     assert "resumed from step 4" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [None, b"", b"output = \n", b"\xff\xfe"], ids=["lost", "empty", "no TOML", "bytes"])
 def test_a_lost_config_is_that_of_the_checkpoint(inputs, capsys, content):
     run = inputs["tmp"] / "run"

@@ -114,6 +114,7 @@ def test_a_shard_that_cannot_be_is_refused(dataset, field, value):
         assert error.where == str(path)
 
 
+@pytest.mark.slow
 def test_a_dataset_json_that_says_something_else_is_refused_and_one_laid_out_otherwise_is_read(dataset):
     path = dataset.folder / MARKER
     whole = path.read_text()

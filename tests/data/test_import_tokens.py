@@ -74,6 +74,7 @@ def test_documents_of_plain_files_are_told_by_their_special_token(tmp_path_facto
     assert dataset.validation.n_characters == len(flatten(documents)) + 1
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     files=st.lists(st.lists(text, min_size=1, max_size=5), min_size=1, max_size=3),

@@ -64,6 +64,7 @@ def chunked(numbers: list[int], size: int):
 lengths = st.one_of(st.integers(1, 40), st.integers(60, 140), st.sampled_from([2**16 - 1, 2**16, 2**16 + 1, 200_000]))
 
 
+@pytest.mark.slow
 @given(st.lists(lengths, max_size=30), st.integers(1, 8), st.lists(st.integers(1, 130), max_size=3))
 def test_figures_are_those_of_the_documents_one_by_one(documents, chunk, row_lengths):
     split = SimpleNamespace(

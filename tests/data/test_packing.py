@@ -290,6 +290,7 @@ def test_a_changed_dataset_is_planned_anew(split):
     assert (batch.targets_BT != IGNORE).sum() == other.n_tokens - other.n_documents
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [0, KEPT_BYTES])
 def test_a_damaged_plan_is_found_and_made_again(split, monkeypatch, capsys, kept):
     monkeypatch.setattr(flat_files, "KEPT_BYTES", kept)

@@ -351,6 +351,7 @@ def test_a_vocabulary_that_does_not_fit_stops_before_the_work_begins(corpus, tmp
         assert f"warning: unknown tokens: {len(unknown):,} " in "\n".join(summary_lines("dataset", info))
 
 
+@pytest.mark.slow
 def test_what_the_sample_does_not_show_stops_at_the_end_and_is_kept(tokenizer, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(survey, "_CHARACTERS", 100)
     texts = ["一二三四五六七八九十" if index % 45 else "天地玄黄宇宙洪荒日月" for index in range(450)]

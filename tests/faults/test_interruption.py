@@ -83,6 +83,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.slow(20)
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[0])
 def test_a_signal_at_any_moment_ends_a_command_with_one_line(command, made, tmp_path):

@@ -26,6 +26,7 @@ def test_files_are_recognized_by_their_keys():
     assert recognize({"embedding.word.embedding.weight": None}) == "uer"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["training.loop", "checkpoint.source", "export.publish", "cli", "serve.server"])
 def test_a_format_is_imported_when_it_is_used_only(module):
     code = f"import sys, gpt2_flax.{module}; print(*(name for name in sys.modules if 'gpt2_flax.formats.' in name))"

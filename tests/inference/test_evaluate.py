@@ -99,6 +99,7 @@ def test_either_split_of_a_dataset_is_evaluated(source, dataset_folder, tmp_path
     assert found.bits_per_character == pytest.approx(whole.bits_per_character, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["best_fit", "document"])
 def test_documents_are_found_in_rows_of_any_packing(config, dataset_folder, source, tmp_path, packing):
     run = config.model_copy(update={"data": config.data.model_copy(update={"packing": packing})})

@@ -87,6 +87,7 @@ def test_filters_are_those_of_transformers(sampling):
         assert np.isinf(found_BV).any()
 
 
+@pytest.mark.slow
 @given(
     st.builds(
         Sampling,

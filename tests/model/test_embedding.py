@@ -59,11 +59,13 @@ def test_rows_are_added_up_by_id_as_exactly_as_float32_can(n, n_ids, dtype):
     assert (np.abs(found_VD - sums_VD) <= 1e-6 * sizes_VD).all()  # so 0 where an id does not occur
 
 
+@pytest.mark.slow
 def test_a_row_alone_with_its_id_is_its_own_sum():
     x_ND, ids_N = normal(1000, WIDTH), np.random.default_rng(0).permutation(1000)
     np.testing.assert_array_equal(sum_by_id(x_ND, jnp.asarray(ids_N, jnp.int32), 1000)[ids_N], x_ND)
 
 
+@pytest.mark.slow
 def test_ones_add_up_to_their_number():
     np.testing.assert_array_equal(sum_by_id(jnp.ones((2**16, 4), jnp.bfloat16), jnp.zeros(2**16, jnp.int32), 1), 2**16)
 

@@ -105,6 +105,7 @@ def test_bfloat16_follows_float32(model):
     np.testing.assert_allclose(run(half, TOKENS_BT), run(model, TOKENS_BT), atol=0.02)
 
 
+@pytest.mark.slow
 def test_padding_rows_of_the_vocabulary_are_zero_get_no_gradient_and_no_probability(model):
     assert model.wte.embedding[...].shape == (128, 16)
     assert not model.wte.embedding[...][64:].any()

@@ -114,6 +114,7 @@ def test_the_optimizer_treats_the_head_as_an_embedding(untied, name, decayed):
         np.testing.assert_allclose(np.abs(steps[HEAD]), rate, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_documents_are_evaluated_with_it(source, dataset_folder):
     model, mesh = model_from_weights(source.model, source.weights), make_mesh(MeshSizes(), jax.devices()[:1])
     split = TokenDataset(dataset_folder).validation

@@ -289,6 +289,7 @@ def test_gpus_sum_gradients_in_float32_once():
     assert not re.search(r"bf16\S* all-reduce", program)
 
 
+@pytest.mark.slow
 def test_gpus_gather_kernels_in_bfloat16_and_scatter_sums_of_gradients_in_float32():
     found, _, sizes = compiled_for_gpus(fsdp=8)
     embedding = sizes["wte/embedding"]

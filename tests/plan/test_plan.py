@@ -140,6 +140,7 @@ def test_activations_shrink_with_remat_and_with_microbatches():
     assert halved.activations == pytest.approx(kept["none"].activations / 2, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("platform", "bytes_of_a_chunk"), [("cpu", 1024 * 4), ("gpu", 4096 * 2)])
 def test_logits_are_counted_in_the_chunks_and_the_dtype_of_the_platform(platform, bytes_of_a_chunk, monkeypatch):
     monkeypatch.setattr(loss, "platform", lambda: platform)
@@ -304,6 +305,7 @@ def test_a_state_that_is_too_large_is_sharded_at_once(monkeypatch, small):
     assert change.compiled.mesh == MeshSizes(data=1, fsdp=2, tensor=1)
 
 
+@pytest.mark.slow
 def test_nothing_fits_into_nothing(monkeypatch, small):
     with_memory(monkeypatch, 1)
     assert smallest_change(small, devices_for("cpu:2"), False, no_note) is None
@@ -405,6 +407,7 @@ def run(capsys):
     return run
 
 
+@pytest.mark.slow
 def test_the_command_plans_each_stage(run):
     code, out, _ = run(PUBLISHED, "model.vocab_size=21128", "mesh.data=1", "mesh.fsdp=8")
     assert code == ExitCode.OK

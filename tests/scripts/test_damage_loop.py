@@ -13,6 +13,7 @@ pytestmark = pytest.mark.multiprocess
 SCRIPT = Path(__file__).parents[2] / "scripts" / "damage_loop.py"
 
 
+@pytest.mark.slow(90)
 @pytest.mark.parametrize(
     "damages",
     [

@@ -30,6 +30,7 @@ def kill(folder, *arguments):
     return done.returncode, done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow(90)
 def test_twenty_kills_give_the_bits_of_a_run_that_nobody_disturbed(folder):
     code, said = kill(folder, "--kills", "20", "--seed", "1")
     assert code == 0, said

@@ -109,7 +109,7 @@ def outputs(folder):
     return printed
 
 
-@pytest.mark.slow
+@pytest.mark.slow(20)
 def test_the_published_commands_run_and_show_what_they_stand_for(folder, outputs):
     assert "gpt2-flax prepare corpora/cluecorpussmall.txt --tokenizer models/google_zh_vocab.txt" in outputs[0]
     assert "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7 gpt2-flax train models/" in outputs[1]
@@ -129,7 +129,7 @@ def test_the_published_commands_run_and_show_what_they_stand_for(folder, outputs
     assert {path.name for path in checkpoints.iterdir()} >= {"2", "4"}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(20)
 def test_what_comes_out_is_the_model_for_transformers(folder, outputs):
     transformers = pytest.importorskip("transformers")
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config.from_pretrained(folder))
@@ -145,7 +145,7 @@ def test_what_comes_out_is_the_model_for_transformers(folder, outputs):
     assert transformers.GPT2LMHeadModel.from_pretrained(folder).config.eos_token_id == 3
 
 
-@pytest.mark.slow
+@pytest.mark.slow(20)
 def test_a_file_of_uer_is_converted_exactly_and_goes_on_training(folder, outputs):
     size = load_source(folder / "models" / "cluecorpussmall_gpt2_seq1024_model").model.vocab_size
     model = trained(20, (size, 64, 2, 32, 4))

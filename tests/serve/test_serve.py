@@ -207,6 +207,7 @@ def test_the_model_is_described(port):
     assert call(port, "GET", "/healthz")[::2] == (200, {"status": "ok"})
 
 
+@pytest.mark.slow
 def test_the_limits_of_a_model_are_those_of_the_errors(port):
     card = call(port, "GET", "/v1/models")[2]["data"][0]
     assert (card["max_tokens"], card["max_prompt_tokens"], card["max_texts"], card["max_stop_strings"]) == (

@@ -146,6 +146,7 @@ def test_hard_characters_give_the_same_ids_beside_each_other(lowercase, hard):
     assert_same(tuple(SMALL), lowercase, texts)
 
 
+@pytest.mark.slow
 @published
 @every_tokenizer
 @pytest.mark.parametrize("name", ["CLUECorpusSmall_sampled.txt", "news-commentary-v13-en-zh_sampled.txt"])
@@ -163,6 +164,7 @@ def test_text_cannot_produce_a_special_id():
 # Any vocabulary.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2**16 - 2, 2**16, 2**16 + 1])
 def test_ids_and_markers_that_do_not_fit_two_bytes(size):
     filler = (f"[unused{index}]" for index in range(size - len(SPECIAL) - 4))
@@ -302,6 +304,7 @@ def test_a_tokenizer_makes_its_table_once_the_texts_are_many(tokenizer, monkeypa
     assert len(made) == 1
 
 
+@pytest.mark.slow
 def test_a_tokenizer_can_be_sent_to_another_process(tokenizer):
     cased = WordPieceTokenizer("\n".join(SMALL).encode(), Path("vocab.txt"), lowercase=False)
     cased.encode_batch(["今天" * wordpiece.TABLE_PAYS_AFTER])

@@ -105,6 +105,7 @@ def their_folder(theirs, tmp_path_factory):
 # Ids equal the ids of the package.
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(texts=st.lists(UNICODE, max_size=8))
 def test_ids_are_those_of_the_package(ours, package, texts):
@@ -152,6 +153,7 @@ def test_exported_ids_are_those_of_sentencepiece_on_real_text(ours, folder):
     assert folder(texts, add_special_tokens=False)["input_ids"] == [ids.tolist() for ids in ours.encode_batch(texts)]
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_models_of_real_text_are_exported_exactly(tmp_path, model_type):
