@@ -31,11 +31,11 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_flax.data.batches import Batches
+from gpt2_flax.data.batches import Batches, rows_of
 from gpt2_flax.data.dataset import TokenDataset, TokenSplit
 from gpt2_flax.data.dataset_info import DatasetInfo, shard_paths, write_info
 from gpt2_flax.data.dataset_writer import ShardWriter
-from gpt2_flax.data.packing import RowLayout, rows_of
+from gpt2_flax.data.packing import RowLayout
 from gpt2_flax.folders import file_sha256
 
 VOCAB_SIZE = 21128

@@ -160,11 +160,11 @@ class RunFolder:
             moved = set_aside(self.tokenizer, self.path)
             tell(f"warning: {self.tokenizer} differs from that of the dataset, moved to {moved}; copied again")
 
-    def has_config(self) -> bool:
-        """Return whether config.toml exists and is valid."""
+    def valid_config(self) -> Config | None:
+        """Return the config of the run, None if there is no valid config.toml."""
         with contextlib.suppress(UserError):
-            return self.read_config() is not None
-        return False
+            return self.read_config()
+        return None
 
     def read_config(self) -> Config | None:
         """Return the config of the run, None for a new run."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gpt2_flax.data.dataset import TokenSplit
-from gpt2_flax.data.packing import Batch, RowLayout, rows_of
+from gpt2_flax.data.packing import Batch, RowLayout, Rows, StreamRows
 
 _ROUNDS = 6
 _BLOCK = 2**13  # samples whose row numbers are computed at once: a few cost as much
@@ -58,6 +58,15 @@ class Batches:
             numbers_B = samples_B[of_dataset_B]  # consecutive
             rows_B[of_dataset_B] = self._orders[number].rows(int(numbers_B[0]), int(numbers_B[-1]) + 1)
         return datasets_B, rows_B
+
+
+def rows_of(split: TokenSplit, layout: RowLayout) -> Rows:
+    """Return the rows of a split; raise `UserError` (DATA) when the index of document starts is damaged."""
+    if layout.packing == "stream":
+        return StreamRows(split, layout)
+    from gpt2_flax.data.indexed_rows import IndexedRows  # here, because most runs need no row index
+
+    return IndexedRows(split, layout)
 
 
 class EpochOrder:

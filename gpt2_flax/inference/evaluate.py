@@ -12,10 +12,11 @@ from jax.sharding import PartitionSpec as P
 from gpt2_flax.checkpoint.source import Source
 from gpt2_flax.checkpoint.weights import model_from_weights
 from gpt2_flax.config.schema import Packing
+from gpt2_flax.data.batches import rows_of
 from gpt2_flax.data.dataset import TokenSplit
 from gpt2_flax.data.dataset_info import MARKER
 from gpt2_flax.data.mixture import Mixture
-from gpt2_flax.data.packing import RowLayout, rows_of
+from gpt2_flax.data.packing import RowLayout
 from gpt2_flax.data.prepare import prepare_text
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import scratch_folder, write_whole

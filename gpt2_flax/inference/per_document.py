@@ -12,8 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gpt2_flax.config.schema import Packing
+from gpt2_flax.data.batches import rows_of
 from gpt2_flax.data.dataset import TokenSplit
-from gpt2_flax.data.packing import IGNORE, Batch, RowLayout, Rows, across_documents, rows_of
+from gpt2_flax.data.packing import IGNORE, Batch, RowLayout, Rows, across_documents
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import utf8_name
 from gpt2_flax.inference.evaluation import Evaluation

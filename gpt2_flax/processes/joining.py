@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.interruption import cleaned_up
-from gpt2_flax.processes import meeting, peers
+from gpt2_flax.processes import meeting, messages
 from gpt2_flax.processes.messages import (
     SECRET,
     Answer,
@@ -153,19 +153,19 @@ def _meet(
 ) -> Joined:
     """Say hello to the hub, call `start`, and wait until all processes have come."""
     where, hello = f"{place.host}:{place.port}", _hello(place, greeting, facts, code, sentence)
-    connection.settimeout(min(0.5, peers.BEAT))
+    connection.settimeout(min(0.5, messages.BEAT))
     send(connection, **hello)
     start()
-    rest, patience = bytearray(), time.monotonic() + meeting.START + peers.SILENCE
+    rest, patience = bytearray(), time.monotonic() + meeting.START + messages.SILENCE
     trusted = greeting is None or not shared_secret()
     ended = {"code": int(ExitCode.TRY_AGAIN), "sentence": "it was asked to end before all processes had come"}
     with cleaned_up(lambda: send(connection, "failed", **ended)):
         while time.monotonic() < patience:
             try:
-                messages = receive(connection, rest)
+                arrived = receive(connection, rest)
             except EOFError:
                 break
-            for message in messages:
+            for message in arrived:
                 match message["kind"]:
                     case "welcome" if greeting is not None:
                         trusted = proves(message["proof"], shared_secret(), hello["nonce"], greeting["nonce"])

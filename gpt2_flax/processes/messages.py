@@ -36,6 +36,8 @@ from typing import Any, NamedTuple
 from gpt2_flax.errors import ExitCode, UserError, quote
 
 SECRET = "GPT2_FLAX_SECRET"  # environment variable
+BEAT = 2.0  # seconds between the heartbeats of a process, and of the hub
+SILENCE = 30.0  # seconds without a heartbeat after which a process counts as dead
 QUIET = 5.0  # seconds to wait for the first bytes of an unknown server; a hub greets at once
 _SHORTEST_SECRET = 16  # characters; an eavesdropper could find a shorter secret by trying all of them
 _LONGEST_LINE = 2**16

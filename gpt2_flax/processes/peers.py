@@ -9,16 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.processes import messages
 from gpt2_flax.processes.meeting import Meeting
 from gpt2_flax.processes.messages import Peer, send, verdict_of
-from gpt2_flax.processes.phases import hang
+from gpt2_flax.processes.phases import AGAIN, hang
 from gpt2_flax.processes.place import Place
 
-BEAT = 2.0  # seconds between the heartbeats of a process, and of the hub
-SILENCE = 30.0  # seconds without a heartbeat after which a process counts as dead
 GRACE = 10.0  # seconds after the failure of a process in which all others may fail too, with their own errors
 CLOSING = 8.0  # seconds in which the processes end after a verdict
-AGAIN = "start the same command again to resume from the newest checkpoint"
 ALIKE = "start all with the same config, data, versions and devices"
 
 
@@ -70,9 +68,9 @@ class Hub(threading.Thread):
         for member in self._members.values():  # they sent nothing while they waited for other processes
             member.heard = beaten
         while not self._ended:
-            for peer, message in self._connections.hear(min(0.5, BEAT)):
+            for peer, message in self._connections.hear(min(0.5, messages.BEAT)):
                 self._note(peer, message)
-            if time.monotonic() - beaten > BEAT:
+            if time.monotonic() - beaten > messages.BEAT:
                 beaten = time.monotonic()
                 self._connections.tell_all("beat")
             if not self._ended:
@@ -153,7 +151,7 @@ class Hub(threading.Thread):
             send(member.connection, "verdict", **message)
         patience = time.monotonic() + CLOSING
         while time.monotonic() < patience and not all(member.gone for member in others):
-            for _ in self._connections.hear(min(0.5, BEAT)):  # until they close their connections
+            for _ in self._connections.hear(min(0.5, messages.BEAT)):  # until they close their connections
                 pass
         if own:
             send(own.connection, "verdict", **message)
@@ -162,12 +160,12 @@ class Hub(threading.Thread):
 def _lost(now: float, members: Sequence[Peer]) -> _Verdict | None:
     """Find a process that has closed its connection or sends no heartbeats."""
     for peer in members:
-        silent = now - peer.heard > SILENCE
+        silent = now - peer.heard > messages.SILENCE
         if not peer.gone and not silent:
             continue
         if peer.failed < math.inf and peer.code != ExitCode.TRY_AGAIN:
             return _blame(peer)
-        how = f"has been silent for {SILENCE:.0f} s"
+        how = f"has been silent for {messages.SILENCE:.0f} s"
         if peer.gone:
             how = "has ended" if peer.nonsense is None else f"said what no process of a run says: {peer.nonsense}"
         error = UserError(ExitCode.TRY_AGAIN, f"{peer.name} of the run {how}", "", AGAIN)

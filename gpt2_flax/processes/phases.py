@@ -15,6 +15,7 @@ LEAST_STEP = 120.0  # seconds; least limit of later steps
 LEAST = 1800.0  # seconds; least limit of an evaluated batch, the samples, or a save
 TIMES = 20  # limit relative to the median of the steps, and to the longest of the other phases
 PAUSE = 10.0  # seconds between two looks at the clock after which this process was stopped, as by Ctrl-Z
+AGAIN = "start the same command again to resume from the newest checkpoint"
 _REMEMBERED = 100
 
 

@@ -19,17 +19,17 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpt2_flax.crash_log import CrashLog
 from gpt2_flax.errors import ExitCode, UserError, io_error, printable
 from gpt2_flax.memory import out_of_memory
-from gpt2_flax.processes import peers
-from gpt2_flax.processes.joining import join, say_goodbye
+from gpt2_flax.processes import messages
 from gpt2_flax.processes.messages import error_of, receive, send
-from gpt2_flax.processes.peers import AGAIN
-from gpt2_flax.processes.phases import Phases, hang
-from gpt2_flax.processes.place import Place
+from gpt2_flax.processes.phases import AGAIN, Phases, hang
+
+if TYPE_CHECKING:
+    from gpt2_flax.processes.place import Place
 
 UNWINDING = 5.0  # seconds in which the process at fault may end in its own way
 
@@ -59,8 +59,10 @@ class Watchdog(AbstractContextManager):
         self._abort_handler: int | None = None
 
     @classmethod
-    def join(cls, place: Place, facts: Mapping[str, str]) -> "Watchdog":
+    def join(cls, place: "Place", facts: Mapping[str, str]) -> "Watchdog":
         """Wait until all processes have come; return the watchdog. Raises `UserError` like `joining.join`."""
+        from gpt2_flax.processes.joining import join  # here, because a run of one process needs no hub
+
         self = cls()
         self.number = place.number
         self._connection, self._hub, self.token = join(place, facts)
@@ -152,7 +154,7 @@ class Watchdog(AbstractContextManager):
 
     def _watch(self) -> None:
         """End this process, the only process of its run, when it hangs. Runs in a thread."""
-        while not self._over.wait(peers.BEAT):
+        while not self._over.wait(messages.BEAT):
             waited, phases = self.phases.waited(), self.phases
             if waited > phases.limit:
                 what = hang(phases.name, waited, phases.limit)
@@ -163,18 +165,18 @@ class Watchdog(AbstractContextManager):
         """Send heartbeats and receive messages of the hub. Runs in a thread."""
         rest, heard, beaten = bytearray(), time.monotonic(), 0.0
         while self._connection:
-            if time.monotonic() - beaten > peers.BEAT:
+            if time.monotonic() - beaten > messages.BEAT:
                 beaten = time.monotonic()
                 name, marks, limit = self.phases.name, self.phases.marks, self.phases.limit
                 self._send("beat", phase=name, marks=marks, waited=self.phases.waited(), limit=limit)
             try:
-                messages = receive(self._connection, rest)
+                arrived = receive(self._connection, rest)
             except EOFError:
                 return self._lost("ended")
-            heard = time.monotonic() if messages else heard
-            if time.monotonic() - heard > peers.SILENCE:
-                return self._lost(f"been silent for {peers.SILENCE:.0f} s", stacks=True)
-            for message in messages:
+            heard = time.monotonic() if arrived else heard
+            if time.monotonic() - heard > messages.SILENCE:
+                return self._lost(f"been silent for {messages.SILENCE:.0f} s", stacks=True)
+            for message in arrived:
                 match message["kind"]:
                     case "over":
                         return self._over.set()
@@ -235,12 +237,14 @@ class Watchdog(AbstractContextManager):
 
 
 @contextlib.contextmanager
-def announced(place: Place | None) -> Iterator[None]:
+def announced(place: "Place | None") -> Iterator[None]:
     """Report an error in the block to the other processes; the block runs before this process has joined them."""
     try:
         yield
     except Exception as error:
         if place:
+            from gpt2_flax.processes.joining import say_goodbye
+
             say_goodbye(place, _exit_code(error), _sentence(error))
         raise
 

@@ -132,7 +132,7 @@ def check_same_run(config: Config, run: RunFolder, allow_change: Sequence[str]) 
     for key in allow_change:
         if key not in config_keys():
             raise UserError(ExitCode.USAGE, f"unknown key {key}", "--allow-change", "give a key of the config")
-    if run.last_checkpoint() is not None and run.has_config() and (before := run.read_config()):
+    if run.last_checkpoint() is not None and (before := run.valid_config()):
         check_same_config(before, config, run, allow_change)
 
 

@@ -61,7 +61,7 @@ def start_or_resume(
 
     def read(step: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         meta = store.meta(step)
-        if not run.has_config() and "config" in meta:
+        if run.valid_config() is None and "config" in meta:
             check_same_config(parse_config(meta["config"], f"checkpoint {step}"), config, run, allow_change)
         if "data.dataset" not in allow_change:
             _check_datasets(meta, stage.mixture)

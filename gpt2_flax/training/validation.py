@@ -3,8 +3,9 @@
 from jax.sharding import Mesh
 
 from gpt2_flax.config.schema import ResolvedConfig
+from gpt2_flax.data.batches import rows_of
 from gpt2_flax.data.mixture import Mixture
-from gpt2_flax.data.packing import row_layout, rows_of
+from gpt2_flax.data.packing import row_layout
 from gpt2_flax.inference.evaluation import Evaluation, evaluation_of, sums_of_batches
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.processes.phases import Phases

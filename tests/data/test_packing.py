@@ -24,13 +24,13 @@ from gpt2_flax.checkpoint.source import load_source
 from gpt2_flax.checkpoint.weights import model_from_weights
 from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.data import flat_files, row_index
-from gpt2_flax.data.batches import Batches
+from gpt2_flax.data.batches import Batches, rows_of
 from gpt2_flax.data.best_fit import best_fit_decreasing
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.dataset_info import shard_paths
 from gpt2_flax.data.flat_files import KEPT_BYTES
 from gpt2_flax.data.mixture import Mixture
-from gpt2_flax.data.packing import IGNORE, RowLayout, rows_of
+from gpt2_flax.data.packing import IGNORE, RowLayout
 from gpt2_flax.data.prepare import prepare_text
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.inference.evaluate import evaluate_source

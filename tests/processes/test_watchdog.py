@@ -24,8 +24,10 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # for crash logs of runs without a folder
-    for name, seconds in {"BEAT": 0.05, "SILENCE": 1.0, "GRACE": 0.5, "CLOSING": 0.3}.items():
-        monkeypatch.setattr(peers, name, seconds)
+    monkeypatch.setattr(messages, "BEAT", 0.05)
+    monkeypatch.setattr(messages, "SILENCE", 1.0)
+    monkeypatch.setattr(peers, "GRACE", 0.5)
+    monkeypatch.setattr(peers, "CLOSING", 0.3)
     monkeypatch.setattr(meeting, "START", 5.0)
     monkeypatch.setattr(meeting, "LINGER", 0.3)
     monkeypatch.setattr(watchdog, "UNWINDING", 0.2)
@@ -338,7 +340,7 @@ def test_a_run_of_one_process_that_hangs_is_ended(left, tmp_path):
     (log,) = tmp_path.glob("crash-*-0.log")
     assert left[0][0] == ExitCode.TRY_AGAIN
     assert re.match(HANG, left[0][1])
-    assert left[0][1].endswith(f"{tmp_path}; {peers.AGAIN}; the stacks of this process are in {log}")
+    assert left[0][1].endswith(f"{tmp_path}; {phases.AGAIN}; the stacks of this process are in {log}")
     assert " in run\n" in log.read_text(encoding="utf-8")
 
 

@@ -2,8 +2,8 @@
 
 from fractions import Fraction
 
-from gpt2_flax.data.batches import Batches
-from gpt2_flax.data.packing import RowLayout, rows_of
+from gpt2_flax.data.batches import Batches, rows_of
+from gpt2_flax.data.packing import RowLayout
 
 
 def rows(split, seq_length, packing="stream", across=False):
