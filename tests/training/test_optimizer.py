@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from support.configs import changed
 
@@ -127,6 +128,44 @@ def test_the_learning_rate_counts_optimizer_steps_whatever_the_accumulation():
     np.testing.assert_allclose(whole.rates, 1e-2 * expected_rates("wsd", 3, 4, 8, 0.0), rtol=1e-6)
     assert parts.rates == whole.rates
     np.testing.assert_allclose(parts.losses, whole.losses, rtol=1e-5)
+
+
+# AdamW of optax
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("decay_embeddings", [False, True])
+def test_thirty_updates_equal_the_adamw_of_optax(clip, decay_embeddings):
+    config = run_config(max_grad_norm=clip, decay_embeddings=decay_embeddings, weight_decay=0.1, eps=1e-8)
+    draw = np.random.default_rng(0)
+    shapes = {"wte": {"embedding": (9, 4)}, "ln_f": {"scale": (4,)}, "h": {"mlp": {"kernel": (4, 6), "bias": (6,)}}}
+
+    def tree(scale):
+        return jax.tree.map(
+            lambda shape: jnp.asarray(scale * draw.normal(size=shape), jnp.float32),
+            shapes,
+            is_leaf=lambda shape: isinstance(shape, tuple),
+        )
+
+    is_decayed = {
+        "wte": {"embedding": decay_embeddings},
+        "ln_f": {"scale": False},
+        "h": {"mlp": {"kernel": True, "bias": False}},
+    }
+    keys = {"b1": config.optimizer.b1, "b2": config.optimizer.b2, "eps": 1e-8, "weight_decay": 0.1, "mask": is_decayed}
+    theirs = optax.chain(
+        optax.clip_by_global_norm(clip) if clip else optax.identity(), optax.adamw(learning_rate(config), **keys)
+    )
+    optimizers, params = (make_optimizer(config), theirs), [tree(1.0)] * 2
+    states = [optimizer.init(params[0]) for optimizer in optimizers]
+    for scale in np.geomspace(1e-3, 10, 30):
+        grads = tree(scale)  # some are clipped, and some are not
+        for index, optimizer in enumerate(optimizers):
+            updates, states[index] = jax.jit(optimizer.update)(grads, states[index], params[index])
+            params[index] = optax.apply_updates(params[index], updates)
+        jax.tree.map(lambda ours, other: np.testing.assert_allclose(ours, other, rtol=1e-6, atol=1e-6), *params)
+        moments = [optax.tree.get_all_with_path(state, "mu")[0][1] for state in states]
+        jax.tree.map(lambda ours, other: np.testing.assert_allclose(ours, other, rtol=1e-5, atol=1e-7), *moments)
 
 
 # The recipe of UER-py
