@@ -326,3 +326,23 @@ def test_a_folder_that_is_finished_is_no_longer_cleaned_up(tmp_path):
         assert len(interruption._clean_ups) == len(before) + 1
         (folder / "x").touch()
     assert interruption._clean_ups == before
+
+
+# Leaves a coroutine that nobody awaits, as tensorstore does when one of several reads fails.
+LEFT_READ = """
+import sys
+from gpt2_flax import cli
+from gpt2_flax.__main__ import main
+async def read(): pass
+def app(*arguments, **options):
+    read()
+    print("one line", file=sys.stderr)
+cli.app = app
+main()
+"""
+
+
+@pytest.mark.multiprocess
+def test_a_read_that_was_not_begun_is_no_warning():
+    done = subprocess.run([sys.executable, "-c", LEFT_READ], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "one line\n")
