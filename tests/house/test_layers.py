@@ -42,25 +42,7 @@ LAYERS = [
     "cli",
     "__main__",
 ]
-JAX_FREE = (
-    "cpu",
-    "nvidia",
-    "accelerators",
-    "compilation_cache",
-    "errors",
-    "interruption",
-    "crash_log",
-    "memory",
-    "progress",
-    "folders",
-    "input_files",
-    "config",
-    "text",
-    "tokenizers",
-    "data",
-    "cli",
-    "__main__",
-)
+JAX_FREE = [*LAYERS[: LAYERS.index("parallel")], "cli", "__main__"]
 
 
 def imports(path):
@@ -121,6 +103,15 @@ def test_files_are_short():
     assert lengths["gpt2.py"] <= 200
     total = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES)
     assert total <= 22_100, "take something away before you add"
+
+
+@pytest.mark.multiprocess
+def test_a_reader_of_the_training_loop_needs_a_third_of_the_package():
+    code = (
+        "import sys, gpt2_flax.training.loop; print(*(m.__file__ for n, m in sys.modules.items() if 'gpt2_flax' in n))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert sum(len(Path(name).read_text(encoding="utf-8").splitlines()) for name in done.stdout.split()) <= 7_400
 
 
 def test_nothing_is_unpickled_or_run_from_a_file():
