@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli.test_cli import contents, fails
 from support.configs import changed
+from support.failures import fails
+from support.folders import contents
 from support.weight_folders import CONFIG, random_weights, write_folder
 
 from gpt2_flax import __main__ as cli

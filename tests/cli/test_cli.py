@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import typer
+from support.failures import fails
+from support.folders import contents
 
 from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint.step_meta import sealed
@@ -211,23 +213,6 @@ def inputs(made, tmp_path):
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
     return made | {"tmp": tmp_path}
-
-
-def fails(capsys, exit_code: int, arguments: list[str], *words: str) -> None:
-    """Asserts the exit code and exactly one line on stderr, `error: ...`, with all of `words` in it."""
-    capsys.readouterr()
-    found = cli._exit_code([str(argument) for argument in arguments])
-    err = capsys.readouterr().err
-    assert found == exit_code, err
-    assert err.startswith("error: "), err
-    assert err.count("\n") == 1, err
-    assert "Traceback" not in err
-    for word in words:
-        assert word in err
-
-
-def contents(folder: Path) -> dict[Path, bytes | None]:
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 TOKENIZER = "tokenizer {corpus} --output {tmp}/new"

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 import tomli_w
-from cli.test_cli import fails
 from support.configs import CHARACTERS, changed
+from support.failures import fails
 
 from gpt2_flax import __main__ as cli
 from gpt2_flax.data.inspect import batch_lines

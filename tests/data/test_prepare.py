@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text.test_detect_encoding import SIMPLIFIED, marked
+from support.encoded_texts import SIMPLIFIED, marked
+from support.fake_units import Unit, die
+from support.folders import files_of
 
 from gpt2_flax.data import flat_files, shard_job
 from gpt2_flax.data import prepare as module
@@ -50,10 +52,6 @@ def corpus(tmp_path) -> Path:
     return path
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def stream(folder: Path, split: str) -> list[list[int]]:
     return [ids.tolist() for ids in getattr(TokenDataset(folder), split).documents()]
 
@@ -63,24 +61,6 @@ HALF = st.sampled_from([0, 1, 2**63, 2**64 - 1])  # values of one half of a hash
 
 def split_of(text: str, fraction: float) -> str:
     return SPLITS[int(in_validation([text], fraction)[0])]
-
-
-class Unit:
-    """A fake unit of a corpus that calls `happens` as soon as it is read."""
-
-    name, size, files = "a unit", 1, ()
-
-    def __init__(self, happens):
-        self.happens = happens
-
-    def batches(self, report):
-        self.happens()
-        yield documents.Documents(["天地"], 1)
-
-
-def die(home: int = 0) -> None:
-    if os.getpid() != home:  # the main process reads the corpus before the work begins
-        os._exit(1)  # as when the system kills a process for memory
 
 
 def test_every_document_stands_framed_in_the_split_of_its_hash(corpus, tokenizer, tmp_path):

@@ -258,12 +258,13 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
 import resource, signal, sys
 from pathlib import Path
 from gpt2_flax.errors import UserError
-from export.test_export import TEXTS, export_one, train_wordpiece
+from gpt2_flax.tokenizers.train import train_wordpiece
+from support.exports import TEXTS, export
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 tokenizer = train_wordpiece(TEXTS, 120)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 try:
-    export_one(Path(sys.argv[1]) / "out", tokenizer, verify=False)
+    export(Path(sys.argv[1]) / "out", tokenizer)
 except UserError as error:
     print(int(error.exit_code), error.what)
 """
