@@ -137,7 +137,7 @@ def test_the_command(files, dataset_folder, capsys, exit_code, arguments, words)
     call = ["inspect", *arguments.format(files, dataset_folder).split()]
     if exit_code:
         return fails(capsys, exit_code, call, *words)
-    assert cli._exit_code(call) == 0
+    assert cli.exit_code(call) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in words)
     return None

@@ -218,7 +218,7 @@ def test_of_documents_in_one_split_the_last_tokens_are_for_validation(
     tokenizer, tmp_path, monkeypatch, capsys, fraction, side, count
 ):
     """The cut does not depend on the number of workers or on the ends of units and reading blocks."""
-    monkeypatch.setattr(flat_files, "_CHUNK", 700)
+    monkeypatch.setattr(flat_files, "CHUNK", 700)
     texts = [text for text in (ONE[number * 20 :] for number in range(10**3)) if split_of(text, fraction) == side]
     texts = texts[:count]
     (tmp_path / "corpus.txt").write_text("\n".join(texts), encoding="utf-8")
@@ -254,7 +254,7 @@ def test_a_call_that_was_killed_while_it_cut_the_end_off_gives_the_same_bytes(to
     for output in ("whole", "killed"):
         with monkeypatch.context() as patch:
             if output == "killed":
-                patch.setattr(module, "_finish", lambda *parts: interrupted())
+                patch.setattr(module, "write_info", lambda *parts: interrupted())
                 with pytest.raises(ZeroDivisionError):
                     prepare([str(tmp_path / "corpus.txt")], tokenizer, tmp_path / output)
         prepare([str(tmp_path / "corpus.txt")], tokenizer, tmp_path / output)
@@ -309,7 +309,7 @@ def test_a_vocabulary_that_does_not_fit_stops_before_the_work_begins(corpus, tmp
     texts = DOCUMENTS * 5
     corpus.write_text("\n".join(texts), encoding="utf-8")
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_records", lambda *parts: pytest.fail("it began"))
+        patch.setattr(module, "ShardJob", lambda *parts: pytest.fail("it began"))
         error = refused(corpus, other, tmp_path / "dataset")
     assert error.exit_code == ExitCode.DATA
     assert "--allow-unknown" in error.fix
@@ -333,7 +333,7 @@ def test_a_vocabulary_that_does_not_fit_stops_before_the_work_begins(corpus, tmp
 
 @pytest.mark.slow
 def test_what_the_sample_does_not_show_stops_at_the_end_and_is_kept(tokenizer, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(survey, "_CHARACTERS", 100)
+    monkeypatch.setattr(survey, "CHARACTERS", 100)
     texts = ["一二三四五六七八九十" if index % 45 else "天地玄黄宇宙洪荒日月" for index in range(450)]
     (tmp_path / "corpus.txt").write_text("\n".join(texts), encoding="utf-8")
     error = refused(tmp_path / "corpus.txt", tokenizer, tmp_path / "dataset")

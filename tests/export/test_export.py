@@ -21,7 +21,7 @@ from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export import transformers_folder, verify
 from gpt2_flax.export.model_card import CardFacts, model_card
-from gpt2_flax.export.publish import _run_facts
+from gpt2_flax.export.publish import run_facts
 from gpt2_flax.export.transformers_folder import MARKER, export_folder
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 from gpt2_flax.tokenizers.train import train_sentencepiece, train_wordpiece
@@ -74,7 +74,7 @@ def exported_sentencepiece(tmp_path_factory, request):
 )
 def test_the_card_names_the_optimizer_of_the_run(config, optimizer, words):
     config = parse_config(config.model_dump(exclude_none=True) | {"optimizer": optimizer}, "test")
-    facts = _run_facts(SimpleNamespace(step=3, metrics={}, hardware=None), config, {})
+    facts = run_facts(SimpleNamespace(step=3, metrics={}, hardware=None), config, {})
     assert words in model_card(CardFacts("a model", ModelConfig(vocab_size=300), False, PROMPT, **facts))
 
 

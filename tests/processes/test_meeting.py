@@ -286,7 +286,7 @@ def test_a_number_that_no_process_has_is_refused(port, left, capsys, number):
 
 
 def test_a_port_scan_does_not_flood_the_log(port, left, capsys, monkeypatch):
-    monkeypatch.setattr(meeting, "_MOST_STRANGERS", 20)
+    monkeypatch.setattr(meeting, "MOST_STRANGERS", 20)
     process_0 = come(port, 0)
     visitors = [Visitor(port) for _ in range(30)]  # more open connections than are allowed
     for number in range(100):
@@ -360,8 +360,8 @@ VALUES = st.recursive(
 
 @given(st.data())
 def test_a_received_message_has_all_fields_of_its_kind(data):
-    kind = data.draw(st.sampled_from(sorted(messages._FIELDS)))
-    said = {"kind": kind} | {name: data.draw(VALUES) for name in messages._FIELDS[kind] if data.draw(st.booleans())}
+    kind = data.draw(st.sampled_from(sorted(messages.FIELDS)))
+    said = {"kind": kind} | {name: data.draw(VALUES) for name in messages.FIELDS[kind] if data.draw(st.booleans())}
     said |= data.draw(st.dictionaries(st.text(max_size=5), VALUES, max_size=2))
     one, other = socket.socketpair()
     with one, other:
@@ -371,7 +371,7 @@ def test_a_received_message_has_all_fields_of_its_kind(data):
         except EOFError:
             return
     for message in received:
-        for name, wanted in messages._FIELDS[message["kind"]].items():
+        for name, wanted in messages.FIELDS[message["kind"]].items():
             assert type(message[name]) is (wanted if isinstance(wanted, type) else type(wanted)) or (
                 float in (wanted, type(wanted)) and type(message[name]) is int
             )

@@ -75,11 +75,10 @@ def test_a_closed_connection_ends_all(address, left, closing):
     dogs = join(address, 3, 0, 1)
     connect.join()
     stranger.wait_for("started")
-    for dog in dogs:
-        dog._where = "runs/x"
-    stranger.socket.sendall({"whole": b"", "half a line": b'{"kind"', "nonsense": b"[1]\n"}[closing])
-    stranger.socket.close()
-    wait_until(lambda: len(left) == 2)
+    with dogs[0].running("runs/x"), dogs[1].running("runs/x"):
+        stranger.socket.sendall({"whole": b"", "half a line": b'{"kind"', "nonsense": b"[1]\n"}[closing])
+        stranger.socket.close()
+        wait_until(lambda: len(left) == 2)
     for code, sentence in left.values():
         assert code == ExitCode.TRY_AGAIN
         how = "said what no process of a run says: '[1]'" if closing == "nonsense" else "has ended"

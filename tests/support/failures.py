@@ -6,7 +6,7 @@ from gpt2_flax import __main__ as cli
 def fails(capsys, exit_code: int, arguments: list[str], *words: str) -> None:
     """Asserts the exit code and exactly one line on stderr, `error: ...`, with all of `words` in it."""
     capsys.readouterr()
-    found = cli._exit_code([str(argument) for argument in arguments])
+    found = cli.exit_code([str(argument) for argument in arguments])
     err = capsys.readouterr().err
     assert found == exit_code, err
     assert err.startswith("error: "), err

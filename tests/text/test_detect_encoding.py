@@ -139,8 +139,8 @@ def test_json_is_read_in_any_of_them(write, encoding):
 
 
 def test_a_large_file_is_decided_from_a_sample_and_cut_as_ever(write, monkeypatch):
-    monkeypatch.setattr(detect_encoding, "_PIECES", 4)
-    monkeypatch.setattr(detect_encoding, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(detect_encoding, "PIECES", 4)
+    monkeypatch.setattr(detect_encoding, "PIECE_BYTES", 1000)
     lines = [f"{number} {text}" for number in range(40) for text in SIMPLIFIED]
     content = "\n".join(lines).encode("gb18030")
     path = write(content)
