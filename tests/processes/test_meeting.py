@@ -152,13 +152,7 @@ def test_a_process_with_the_secret_is_admitted_and_the_secret_is_never_sent(port
     ],
 )
 def test_a_process_without_the_secret_is_dropped_and_named_and_the_run_waits(
-    port,
-    left,
-    monkeypatch,
-    capsys,
-    of_hub,
-    shown,
-    words,
+    port, left, monkeypatch, capsys, of_hub, shown, words
 ):
     monkeypatch.setenv("GPT2_FLAX_SECRET", of_hub)
     process_0 = come(port, 0)
