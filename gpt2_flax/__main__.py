@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     keep_compiled_programs()
     silence_what_is_not_here()
-    sys.exit(_exit_code(arguments))
+    sys.exit(exit_code(arguments))
 
 
 def _unraisable(unraisable: Any) -> None:
@@ -38,7 +38,7 @@ def _unraisable(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _exit_code(arguments: Sequence[str] | None) -> int:
+def exit_code(arguments: Sequence[str] | None) -> int:
     """Run a command, print its failure, and return the exit code."""
     from gpt2_flax.cli import DEBUG, app
 

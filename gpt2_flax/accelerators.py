@@ -25,7 +25,7 @@ def silence_what_is_not_here() -> None:
     Without an accelerator, JAX uses only the CPU: the plugin of the extra `cuda` would print a traceback. A GPU with a
     broken driver counts as an accelerator, so that JAX reports the error of the driver.
     """
-    tpu, gpu = has_tpu(), _exists(GPU_FILES) or _nvidia_on_the_bus()
+    tpu, gpu = has_tpu(), _exists(GPU_FILES) or nvidia_on_the_bus()
     if not tpu:
         silence_libtpu()
     if not (tpu or gpu) and any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
@@ -51,7 +51,7 @@ def _exists(patterns: tuple[str, ...]) -> bool:
     return any(True for pattern in patterns for _ in Path("/dev").glob(pattern))
 
 
-def _nvidia_on_the_bus() -> bool:
+def nvidia_on_the_bus() -> bool:
     """Return whether there is an NVIDIA GPU, with or without a driver."""
     return any(
         _line(device / "vendor") == _NVIDIA and _line(device / "class").startswith(_DISPLAY)

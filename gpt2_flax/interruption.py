@@ -26,7 +26,7 @@ _ONE = 0.2  # seconds; some launchers send one signal twice, to the process and 
 
 _pipe: int | None = None  # the writing end; None outside the program
 _ending = threading.Lock()  # taken by the thread that ends the process, and never released
-_clean_ups: list[Callable[[], object]] = []
+clean_ups: list[Callable[[], object]] = []
 _exit_code: int | None = None  # set when the command has finished
 
 
@@ -76,12 +76,12 @@ def uninterrupted() -> Iterator[None]:
 @contextlib.contextmanager
 def cleaned_up(clean_up: Callable[[], object]) -> Iterator[None]:
     """Call `clean_up`, in another thread, if a signal ends the process within the block."""
-    _clean_ups.append(clean_up)
+    clean_ups.append(clean_up)
     try:
         yield
     finally:
         with uninterrupted():
-            _clean_ups.remove(clean_up)
+            clean_ups.remove(clean_up)
 
 
 @contextlib.contextmanager
@@ -157,7 +157,7 @@ def _watch(reading: int) -> None:
 def _end(reading: int, failure: UserError) -> None:
     """End the process; another signal shortens each wait."""
     if _wait(reading, lambda: _ending.acquire(blocking=False)):
-        _attempt(reading, *reversed(_clean_ups))
+        _attempt(reading, *reversed(clean_ups))
         _attempt(reading, sys.stdout.flush)
         _attempt(reading, lambda: os.write(2, f"error: {failure}\n".encode(errors="backslashreplace")))
     # Otherwise the command has finished, or has failed and said why, and hangs in an exit handler of a library.

@@ -16,8 +16,8 @@ CAPABILITIES = {13: 7.5, 12: 5.2}
 EXTRAS = {13: "cuda", 12: "cuda12"}
 """The extra of this package that installs JAX for each CUDA."""
 
-_DEVICES, _DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")
-_WINDOWS_PROGRAM = "/usr/lib/wsl/lib/nvidia-smi"  # not on every PATH
+DEVICES, DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")
+WINDOWS_PROGRAM = "/usr/lib/wsl/lib/nvidia-smi"  # not on every PATH
 _PATIENCE = 20.0  # seconds; a driver without persistence mode is slow
 
 
@@ -45,7 +45,7 @@ class Process(NamedTuple):
 
 def is_here() -> bool:
     """Return whether this machine has an NVIDIA GPU, by its device files."""
-    return any(True for pattern in DEVICE_FILES for _ in _DEVICES.glob(pattern))
+    return any(True for pattern in DEVICE_FILES for _ in DEVICES.glob(pattern))
 
 
 def gpus() -> list[Gpu]:
@@ -70,7 +70,7 @@ def processes() -> list[Process]:
 def driver_version() -> str | None:
     """Return the version of the kernel driver, such as `580.95.05`, or None if it is not known."""
     try:
-        found = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", _DRIVER.read_text(encoding="utf-8", errors="replace"))
+        found = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", DRIVER.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return None
     return found and found[1]
@@ -103,7 +103,7 @@ def major(version: str) -> int:
 
 
 def _query(what: str, fields: str) -> list[list[str]]:
-    program = shutil.which("nvidia-smi") or (_WINDOWS_PROGRAM if os.access(_WINDOWS_PROGRAM, os.X_OK) else None)
+    program = shutil.which("nvidia-smi") or (WINDOWS_PROGRAM if os.access(WINDOWS_PROGRAM, os.X_OK) else None)
     if program is None:
         return []
     command = [program, f"--query-{what}={fields}", "--format=csv,noheader,nounits"]

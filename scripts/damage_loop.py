@@ -335,11 +335,11 @@ class Worker:
 
     def _command(self, *arguments: object) -> tuple[int, str]:
         """Run a gpt2-flax command in this process; return its exit code and its output."""
-        from gpt2_flax.__main__ import _exit_code
+        from gpt2_flax.__main__ import exit_code
 
         sys.stdout.flush()
         begin = self.log.stat().st_size
-        code = _exit_code([str(argument) for argument in arguments])
+        code = exit_code([str(argument) for argument in arguments])
         sys.stdout.flush()
         with open(self.log, encoding="utf-8", errors="replace") as file:
             file.seek(begin)

@@ -128,7 +128,7 @@ def interpreted(monkeypatch):
 
     from gpt2_flax.model import attention
 
-    monkeypatch.setattr(attention, "_INTERPRET", True)
+    monkeypatch.setattr(attention, "INTERPRET", True)
     jax.clear_caches()
     yield
     jax.clear_caches()

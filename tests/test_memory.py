@@ -16,7 +16,7 @@ from gpt2_flax import __main__ as cli
 from gpt2_flax import memory
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.memory import out_of_memory
-from gpt2_flax.processes.watchdog import _exit_code
+from gpt2_flax.processes.watchdog import exit_code_of
 from gpt2_flax.training import loop
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +70,7 @@ def test_what_was_asked_and_what_there_is(monkeypatch, error, what):
     monkeypatch.setattr(memory, "host_bytes", lambda: 3 * GIB)
     failure = out_of_memory(error, "here", "less")
     assert (failure.exit_code, failure.what, str(failure)) == (71, what, f"{what}: here; less")
-    assert _exit_code(error) == 71  # the code that the processes of a run exchange
+    assert exit_code_of(error) == 71  # the code that the processes of a run exchange
 
 
 def test_the_memory_of_an_accelerator_is_its_own(monkeypatch):
@@ -86,7 +86,7 @@ def test_the_memory_of_an_accelerator_is_its_own(monkeypatch):
 )
 def test_other_errors_are_none_of_memory(error):
     assert out_of_memory(error, "", "") is None
-    assert _exit_code(error) == ExitCode.BUG
+    assert exit_code_of(error) == ExitCode.BUG
 
 
 def test_the_memory_of_the_machine_is_at_most_what_the_system_has():
@@ -122,9 +122,9 @@ def test_training_names_the_cheapest_changes_first(config, monkeypatch, changes,
 def greedy_program(arguments, body):
     """Return the exit code and stderr of the program when one of its functions allocates too much."""
     code = (
-        "import gpt2_flax.__main__ as program; run = program._exit_code\n"
+        "import gpt2_flax.__main__ as program; run = program.exit_code\n"
         f"def prepared(arguments):\n    {body}\n    return run(arguments)\n"
-        "program._exit_code = prepared; program.main()"
+        "program.exit_code = prepared; program.main()"
     )
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
@@ -147,7 +147,7 @@ def test_every_command_ends_with_71_and_one_line(capsys, monkeypatch, corpus, tm
     monkeypatch.setattr(function, lambda *arguments, **options: np.zeros(2**46))
     monkeypatch.setattr(memory, "host_bytes", lambda: 3 * GIB)
     arguments = command.format(corpus=corpus, new=tmp_path / "new").split()
-    assert cli._exit_code(arguments) == 71
+    assert cli.exit_code(arguments) == 71
     expected = f"error: out of memory (512 TiB asked, this machine has 3 GiB): gpt2-flax {arguments[0]}; {fix}\n"
     assert capsys.readouterr().err == expected
     assert not list(tmp_path.iterdir())

@@ -32,7 +32,7 @@ from gpt2_flax.progress import progress_bar
 if TYPE_CHECKING:
     from gpt2_flax.tokenizers.tokenizer import Tokenizer
 
-_STRIDE = 32  # if all document starts of a split are too many for memory, one of so many is kept there
+STRIDE = 32  # if all document starts of a split are too many for memory, one of so many is kept there
 
 
 class ShardFiles(NamedTuple):
@@ -125,7 +125,7 @@ class TokenSplit:
         # Marks: each `_stride`-th document start in the stream. Until a shard is used, all its marks are its own start,
         # which keeps them in order.
         self._counts = np.array([*(files.shard.documents for files in self._filled), 0])
-        self._stride = 1 if self.n_documents * OFFSET.itemsize <= KEPT_BYTES else _STRIDE
+        self._stride = 1 if self.n_documents * OFFSET.itemsize <= KEPT_BYTES else STRIDE
         n_marks = -(-self._counts // self._stride)
         self._first_marks = np.cumsum(n_marks) - n_marks  # the number of marks before each shard
         self._marks = np.append(np.repeat(self._bounds[:-1], n_marks), self.n_tokens)

@@ -17,7 +17,7 @@ from gpt2_flax.errors import ExitCode, UserError, io_error
 
 KEPT_BYTES = 2**27  # largest array that is kept in memory because reading it again and again would be slower
 
-_CHUNK = 2**20  # numbers read at once
+CHUNK = 2**20  # numbers read at once
 
 Advance = Callable[[int], None]
 """Called with the number of bytes that were just read."""
@@ -110,8 +110,8 @@ class OpenFile:
             UserError: As `gather`; DATA at the end if the checksum is known and differs.
         """
         found, count = hashlib.sha256(), self.file.count
-        for start in range(0, count, _CHUNK):
-            numbers_N = self.read(start, min(start + _CHUNK, count))
+        for start in range(0, count, CHUNK):
+            numbers_N = self.read(start, min(start + CHUNK, count))
             if self.file.sha256:
                 found.update(numbers_N.data)
             advance(numbers_N.nbytes)

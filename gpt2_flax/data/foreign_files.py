@@ -44,7 +44,7 @@ _LLM_C = {(20240520, 1): "u2", (20240801, 7): "u4"}
 _LLM_C_EVALUATION = 20240522
 _LLM_C_HEADER = 1024  # bytes
 
-_CHUNK = 2**20  # numbers read at once
+CHUNK = 2**20  # numbers read at once
 _SAMPLE = 2**16  # numbers that are looked at to detect 32-bit ids
 
 
@@ -96,8 +96,8 @@ class TokenFile:
         The token at `start` starts a document in any case.
         """
         starts_before = True  # a document starts at the first token of the next piece
-        for position in range(start, stop, _CHUNK):
-            ids_T = self.ids.read(position, min(position + _CHUNK, stop))
+        for position in range(start, stop, CHUNK):
+            ids_T = self.ids.read(position, min(position + CHUNK, stop))
             if self.index is not None:
                 starts_B = self.index.starts(position, position + len(ids_T)) - position
             else:
@@ -235,11 +235,11 @@ class MegatronIndex:
 
     def _check_sequences(self, bin_path: Path, bin_size: int) -> None:
         end = 0
-        for first in range(0, self._lengths_S.count, _CHUNK):
-            lengths_S = self._lengths_S.read(first, first + _CHUNK).astype(np.int64)
+        for first in range(0, self._lengths_S.count, CHUNK):
+            lengths_S = self._lengths_S.read(first, first + CHUNK).astype(np.int64)
             ends_S = end + np.cumsum(lengths_S) * self.dtype.itemsize
             starts_S = ends_S - lengths_S * self.dtype.itemsize
-            wrong_S = (lengths_S < 0) | (starts_S != self._pointers_S.read(first, first + _CHUNK))
+            wrong_S = (lengths_S < 0) | (starts_S != self._pointers_S.read(first, first + CHUNK))
             if wrong_S.any():
                 raise self._damage(f"sequence {first + int(wrong_S.argmax())} does not follow the one before it")
             end = int(ends_S[-1])
@@ -249,7 +249,7 @@ class MegatronIndex:
 
     def _check_documents(self) -> None:
         numbers_B = self._documents_B
-        chunks = (numbers_B.read(first, first + _CHUNK + 1) for first in range(0, numbers_B.count, _CHUNK))
+        chunks = (numbers_B.read(first, first + CHUNK + 1) for first in range(0, numbers_B.count, CHUNK))
         ascend = all((np.diff(chunk_B) >= 0).all() for chunk_B in chunks)
         if not ascend or numbers_B.at(0) != 0 or numbers_B.at(numbers_B.count - 1) != self._lengths_S.count:
             raise self._damage("documents do not ascend from the first sequence to the last")

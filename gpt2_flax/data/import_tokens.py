@@ -22,7 +22,7 @@ from gpt2_flax.progress import progress_bar
 from gpt2_flax.tokenizers.ragged_ids import token_dtype
 from gpt2_flax.tokenizers.tokenizer import Tokenizer
 
-_DECODED = 2**18  # tokens that are decoded at once to count characters
+DECODED = 2**18  # tokens that are decoded at once to count characters
 
 
 class Slice(NamedTuple):
@@ -187,8 +187,8 @@ def _with_characters(folder: Path, info: DatasetInfo, tokenizer: Tokenizer) -> l
             characters = shard.unknown
             for document in range(done, done + shard.documents):
                 start, stop = split.bounds(document)
-                for first in range(start, stop, _DECODED):
-                    ids_T = split.read(first, min(stop, first + _DECODED))
+                for first in range(start, stop, DECODED):
+                    ids_T = split.read(first, min(stop, first + DECODED))
                     known_T = ids_T if tokenizer.unk_id is None else ids_T[ids_T != tokenizer.unk_id]
                     characters += len(tokenizer.decode(known_T.tolist()))
                 advance(stop - start)

@@ -31,8 +31,8 @@ from gpt2_flax.interruption import cleaned_up
 from gpt2_flax.progress import progress_bar
 
 _VERSION = 1  # increase it if the same documents would be placed in other rows, which changes resumed runs
-_PORTION = 2**22  # segments that rows are made of at once: bounds memory
-_PIECE = 2**20  # segments that are computed at once
+PORTION = 2**22  # segments that rows are made of at once: bounds memory
+PIECE = 2**20  # segments that are computed at once
 _SEGMENT = np.dtype([("start", "<u8"), ("tokens", "<u4")])
 _FIRST = np.dtype("<u8")
 
@@ -172,8 +172,8 @@ def _segments(split: TokenSplit, seq_length: int, overlap: int) -> Iterator[np.n
         before += int(lengths_D.sum())
         counts_D = -(-(lengths_D - overlap) // step)
         ends_D = np.cumsum(counts_D)
-        for first in range(0, int(counts_D.sum()), _PIECE):
-            numbers_N = np.arange(first, min(first + _PIECE, ends_D[-1]))
+        for first in range(0, int(counts_D.sum()), PIECE):
+            numbers_N = np.arange(first, min(first + PIECE, ends_D[-1]))
             documents_N = np.searchsorted(ends_D, numbers_N, "right")
             skipped_N = (numbers_N - (ends_D - counts_D)[documents_N]) * step
             segments_N = np.empty(len(numbers_N), _SEGMENT)
@@ -183,12 +183,12 @@ def _segments(split: TokenSplit, seq_length: int, overlap: int) -> Iterator[np.n
 
 
 def _portions(pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Concatenate arrays of segments until there are `_PORTION` segments."""
+    """Concatenate arrays of segments until there are `PORTION` segments."""
     waiting, count = [], 0
     for segments_N in pieces:
         waiting.append(segments_N)
         count += len(segments_N)
-        if count >= _PORTION:
+        if count >= PORTION:
             yield np.concatenate(waiting)
             waiting, count = [], 0
     if waiting:

@@ -20,7 +20,7 @@ _PACKAGES = (
     *("torch", "transformers"),
 )
 _SETTINGS = ("JAX_", "XLA_", "NCCL_", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "LIBTPU_INIT_ARGS", "TF_GPU_ALLOCATOR")
-_PCI = Path("/sys/bus/pci/devices")
+PCI = Path("/sys/bus/pci/devices")
 _TPUS = {  # Google's PCI device ids, as in JAX
     **{"0x0027": "TPU v3", "0x005e": "TPU v4", "0x0062": "TPU v5p"},
     **{"0x0063": "TPU v5e", "0x006f": "TPU v6e", "0x0076": "TPU7x"},
@@ -75,7 +75,7 @@ def packages() -> dict[str, str]:
 def tpus() -> dict[str, int]:
     """Return the number of TPU chips on the PCI bus, by kind."""
     counts: dict[str, int] = {}
-    for folder in _PCI.glob("*"):
+    for folder in PCI.glob("*"):
         try:
             vendor, device = ((folder / name).read_text(encoding="utf-8").strip() for name in ("vendor", "device"))
         except OSError:

@@ -27,7 +27,7 @@ def rates(report: Report) -> None:
     kind, dtype = jax.local_devices()[0].device_kind, compute_dtype()
     for name, unit, measured, promised in (
         (f"{dtype} product", "FLOP", product_rate(), peak_flops(kind, dtype)),
-        ("memory", "B", _memory_rate(), bandwidth(kind)),
+        ("memory", "B", memory_rate(), bandwidth(kind)),
     ):
         text = f"{si(measured, unit)}/s"
         if promised:
@@ -65,7 +65,7 @@ def seconds_of(function: Callable, *arguments: jax.Array, times: int = 10) -> fl
     return min(rounds)
 
 
-def _memory_rate() -> float:
+def memory_rate() -> float:
     available = memory_bytes(jax.local_devices()[0])
     size = 2**26 if platform() == "cpu" else int(min(2**30, (available or 2**33) / 8))
     x_M = jnp.ones(size // 4, jnp.float32)
@@ -81,8 +81,8 @@ def collectives(report: Report) -> None:
         return
     mesh = Mesh(np.array(devices), ("devices",))
     large = 2**18 if platform() == "cpu" else 2**25  # numbers on each device
-    for name in report.affordable((name, name) for name in _EXCHANGES):
-        exchange, layout = _EXCHANGES[name]
+    for name in report.affordable((name, name) for name in EXCHANGES):
+        exchange, layout = EXCHANGES[name]
         run = jax.jit(jax.shard_map(exchange, mesh=mesh, in_specs=P("devices"), out_specs=layout, check_vma=False))
         x_EM = _distinct(n, 4 * n)
         out = run(jax.device_put(x_EM, NamedSharding(mesh, P("devices"))))
@@ -99,7 +99,7 @@ def collectives(report: Report) -> None:
         report.line(name, f"right between {n} devices, {si(rate, 'B')}/s sent by each", right=True, bytes_a_second=rate)
 
 
-_EXCHANGES = {  # the collective of a device's row, and the layout of its results
+EXCHANGES = {  # the collective of a device's row, and the layout of its results
     "all-reduce": (lambda row_1M: jax.lax.psum(row_1M, "devices"), P()),
     "all-gather": (lambda row_1M: jax.lax.all_gather(row_1M, "devices", tiled=True), P()),
     "reduce-scatter": (

@@ -43,7 +43,7 @@ def determinism(report: Report) -> None:
     forced = config.model_copy(update={"training": config.training.model_copy(update={"deterministic": True})})
     cases = [("as configured", config), ("training.deterministic", forced)]
     for case in report.affordable(cases[:1] if on_cpu else cases):
-        differ, count, loss, skipped = _differences(case)
+        differ, count, loss, skipped = differences(case)
         text = "the same bits" if differ == 0 else f"{differ:,} of {count:,} parameters differ"
         name = f"{_STEPS} steps twice" + ("" if case is config else ", training.deterministic")
         report.line(name, f"{text}, loss {loss:.4f}", differ=differ, parameters=count, loss=loss)
@@ -55,10 +55,10 @@ def determinism(report: Report) -> None:
             report.wrong("with training.deterministic the same steps end in other bits: report this")
 
 
-def _differences(config: ResolvedConfig) -> tuple[int, int, float, int]:
+def differences(config: ResolvedConfig) -> tuple[int, int, float, int]:
     """Run the same steps twice; return how many parameters differ, their number, the loss, and the skipped steps."""
     with jax.set_mesh(_mesh(config)):
-        step, state, batch = _prepared(config)
+        step, state, batch = prepared(config)
         start = jax.tree.map(np.asarray, state)
         shardings = jax.tree.map(lambda array: array.sharding, state)
         ends = []
@@ -89,7 +89,7 @@ def speed(report: Report) -> None:
             config = _config(rows, (_tiny() if on_cpu else {}) | {"remat": remat})
             name = f"{rows} x {length}" + ("" if remat == "none" else f", remat {remat}")
             try:
-                seconds, compiling = _seconds(config)
+                seconds, compiling = step_seconds(config)
             except Exception as error:
                 if (failure := out_of_memory(error, "", "")) is None:
                     raise
@@ -136,11 +136,11 @@ def suggestion(measured: dict[int, tuple[str, float, float | None]], available: 
     return f"{text}; for larger batches raise training.accumulation_steps"
 
 
-def _seconds(config: ResolvedConfig) -> tuple[float, float]:
+def step_seconds(config: ResolvedConfig) -> tuple[float, float]:
     """Return the seconds of a step, in the fastest of three rounds, and the seconds until the first step was done."""
     start = time.perf_counter()
     with jax.set_mesh(_mesh(config)):
-        step, state, batch = _prepared(config)
+        step, state, batch = prepared(config)
 
         def run():
             nonlocal state
@@ -156,7 +156,7 @@ def _mesh(config: ResolvedConfig) -> Mesh:
     return make_mesh(devices=jax.local_devices()[:1])
 
 
-def _prepared(config: ResolvedConfig) -> tuple[Step, TrainState, Batch]:
+def prepared(config: ResolvedConfig) -> tuple[Step, TrainState, Batch]:
     mesh = _mesh(config)
     layout = state_layout(config, mesh)
     rows = config.data.global_batch_size

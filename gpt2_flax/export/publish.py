@@ -52,8 +52,8 @@ def publish(
     extra = None if card_extra is None else _read_text(card_extra)
     tokenizer = source.tokenizer()
     datasets = _datasets(source.config)
-    samples = _sample_texts(datasets, tokenizer)
-    run = _run_facts(source, source.config, datasets) if source.config else {}
+    samples = sample_texts(datasets, tokenizer)
+    run = run_facts(source, source.config, datasets) if source.config else {}
     prompts = (card.pop("prompt", None), *(source.config.training.prompts if source.config else ()))
     facts = CardFacts(
         model=source.model,
@@ -99,7 +99,7 @@ def _datasets(config: Config | None) -> Mapping[str, TokenDataset]:
         return {}
 
 
-def _sample_texts(datasets: Mapping[str, TokenDataset], tokenizer: Tokenizer) -> list[str]:
+def sample_texts(datasets: Mapping[str, TokenDataset], tokenizer: Tokenizer) -> list[str]:
     """Return texts of validation documents, or of training documents where there are none."""
     texts = []
     for dataset in datasets.values():
@@ -114,7 +114,7 @@ def _sample_texts(datasets: Mapping[str, TokenDataset], tokenizer: Tokenizer) ->
     return [text for text in texts if text]
 
 
-def _run_facts(source: Source, config: Config, datasets: Mapping[str, TokenDataset]) -> dict[str, Any]:
+def run_facts(source: Source, config: Config, datasets: Mapping[str, TokenDataset]) -> dict[str, Any]:
     optimizer, steps = config.optimizer, source.step or None
     facts = {
         "hardware": source.hardware,

@@ -66,7 +66,7 @@ def export_folder(
         hf_config = to_hf_config(config, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
         hf_config |= {"dtype": dtype, "torch_dtype": dtype}  # `torch_dtype` is the name before transformers 4.56
         _write_json(folder / CONFIG, hf_config | _task_defaults(config))
-        _write_json(folder / "generation_config.json", _generation_config(config, tokenizer))
+        _write_json(folder / "generation_config.json", generation_config(config, tokenizer))
         tokenizer.save(folder, model_max_length=config.n_positions)
         state_dict = weight_files.rounded(to_state_dict(weights), dtype, output)
         weight_files.write_safetensors(folder, state_dict, max_shard_size)
@@ -93,7 +93,7 @@ def takes_pipeline_default(config: ModelConfig) -> bool:
     return config.n_positions >= 2 * 256
 
 
-def _generation_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+def generation_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
     # No max_new_tokens: it would win over `max_length` in a call, with a warning.
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad_id}

@@ -92,15 +92,15 @@ def verify_folder(
         import transformers
     except ImportError:
         return None
-    ours = _compute(weights, config, tokenizer, dtype, samples)
+    ours = our_results(weights, config, tokenizer, dtype, samples)
     files = tuple(name for name in (WEIGHTS, INDEX, TORCH_WEIGHTS) if (folder / name).is_file())
     found = []
     with _quiet():
         for name in files:
             _free_memory()
-            found.append(_compare_model(_load(folder, name), ours, folder / name))
+            found.append(compare_model(load_model(folder, name), ours, folder / name))
         auto = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        ties = _compare_tokenizers(tokenizer, auto, samples, folder)
+        ties = compare_tokenizers(tokenizer, auto, samples, folder)
     return Verification(
         max_logit_difference=max(difference for difference, _ in found),
         max_logit=float(np.abs(ours.logits_BTV).max()),
@@ -115,7 +115,7 @@ def verify_folder(
     )
 
 
-def _compute(
+def our_results(
     weights: Mapping[str, np.ndarray], config: ModelConfig, tokenizer: Tokenizer, dtype: Dtype, samples: Sequence[str]
 ) -> _Ours:
     import jax
@@ -146,11 +146,11 @@ def _compute(
         starts = samples[:_ROWS] or ODD_TEXTS[:_ROWS]
         stop = min(_PROMPT_TOKENS, shape[1] - new)  # inside the text: after its end a model has nothing to add
         prompts = [[tokenizer.bos_id, *ids.tolist()][:stop] for ids in tokenizer.encode_batch(starts)]
-        continuations, leads = _continue(logits_of, prompts, shape[1], new, tokenizer.eos_id)
+        continuations, leads = continue_greedily(logits_of, prompts, shape[1], new, tokenizer.eos_id)
     return _Ours(tokens_BT, logits_BTV, prompts, continuations, leads, rounding)
 
 
-def _continue(
+def continue_greedily(
     logits_of: Callable[[np.ndarray], np.ndarray], prompts: list[list[int]], length: int, new: int, eos_id: int
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Return the most likely next tokens of each prompt, until `eos_id`, and their leads over the next best token."""
@@ -171,7 +171,7 @@ def _continue(
     return [ids[:end] for ids, end in zip(continuations, ends, strict=True)], np.stack(leads, axis=1).tolist()
 
 
-def _load(folder: Path, name: str) -> Any:
+def load_model(folder: Path, name: str) -> Any:
     import torch
     import transformers
 
@@ -190,7 +190,7 @@ def _load(folder: Path, name: str) -> Any:
     return model
 
 
-def _compare_model(model: Any, ours: _Ours, where: Path) -> tuple[float, int]:
+def compare_model(model: Any, ours: _Ours, where: Path) -> tuple[float, int]:
     """Return the largest difference between two logits, and the number of generated tokens that are the same."""
     import torch
 
@@ -219,7 +219,7 @@ def _compare_model(model: Any, ours: _Ours, where: Path) -> tuple[float, int]:
     return difference, same
 
 
-def _compare_tokenizers(ours: Tokenizer, theirs: Any, samples: Sequence[str], folder: Path) -> int:
+def compare_tokenizers(ours: Tokenizer, theirs: Any, samples: Sequence[str], folder: Path) -> int:
     """Return the number of samples in which ties were broken differently."""
 
     def encode(texts: Sequence[str]) -> list[list[int]]:

@@ -22,7 +22,7 @@ from gpt2_flax.model.decoding import Cache, Decoder
 _PLAIN = Sampling()
 
 
-def _drafts(n_rows: int) -> tuple[int, float]:
+def drafts(n_rows: int) -> tuple[int, float]:
     """Return how many drafted tokens a step checks, and the least share of accepted drafts for which that pays off."""
     # Up to 32 tokens a step: on a CPU it takes 1.5 to 1.8 times as long as a step of one token a row. With many
     # rows, products take as long to compute as to read weights, and two tokens a row take 1.2 times as long as one.
@@ -117,15 +117,15 @@ class _Task(NamedTuple):
         for row, prompt in enumerate(prompts):
             length_B[row] = len(prompt)
             tokens_BT[row, : len(prompt)] = prompt
-        n_columns = _size(max(tokens_BT.shape[1], int(self.stop_B.max())), 16) + _drafts(n_rows)[0]
-        return _read_prompts(self.decoder, tokens_BT, length_B, n_columns)
+        n_columns = _size(max(tokens_BT.shape[1], int(self.stop_B.max())), 16) + drafts(n_rows)[0]
+        return read_prompts(self.decoder, tokens_BT, length_B, n_columns)
 
     def advance(self, state: State, until_B: np.ndarray) -> State:
         """Run steps until each row has ended or has `until_B` tokens; accepted drafts may add more."""
-        n_drafts, least_accepted = _drafts(len(self.stop_B))
+        n_drafts, least_accepted = drafts(len(self.stop_B))
         running, drafting = True, False
         while running:
-            state, running, drafting = _advance(self, until_B, least_accepted, state, n_drafts if drafting else 0)
+            state, running, drafting = run_steps(self, until_B, least_accepted, state, n_drafts if drafting else 0)
         return state
 
     def live_B(self, state: State) -> jax.Array:
@@ -141,7 +141,7 @@ def _size(needed: int, least: int) -> int:
 
 
 @partial(jax.jit, static_argnames="n_columns")
-def _read_prompts(decoder: Decoder, tokens_BT, length_B, n_columns: int) -> State:
+def read_prompts(decoder: Decoder, tokens_BT, length_B, n_columns: int) -> State:
     """Return the state after prompts that are padded on the right."""
     n_rows, length = tokens_BT.shape
     rows_B1 = jnp.arange(n_rows)[:, None]
@@ -154,7 +154,7 @@ def _read_prompts(decoder: Decoder, tokens_BT, length_B, n_columns: int) -> Stat
 
 
 @partial(jax.jit, donate_argnames="state", static_argnames="n_drafts")
-def _advance(task: _Task, until_B, least_accepted, state: State, n_drafts: int) -> tuple[State, jax.Array, jax.Array]:
+def run_steps(task: _Task, until_B, least_accepted, state: State, n_drafts: int) -> tuple[State, jax.Array, jax.Array]:
     """Run steps while checking `n_drafts` drafted tokens in each step pays off.
 
     Returns:

@@ -12,7 +12,7 @@ from gpt2_flax.inference.sampling import Sampling
 from gpt2_flax.model.decoding import Decoder, decoder_of
 from gpt2_flax.tokenizers.tokenizer import Tokenizer
 
-_MOST_ROWS = 32  # of a batch
+MOST_ROWS = 32  # of a batch
 
 
 class Generator:
@@ -42,7 +42,7 @@ class Generator:
         """Yield the result of `texts`, a batch at a time; raise its errors before the first text."""
         _check_lengths(prompts, prompt_ids(self.tokenizer, prompts), self.decoder.cfg.n_positions)
         repeated = [prompt for prompt in prompts for _ in range(samples)]
-        batches = ((row, repeated[row : row + _MOST_ROWS]) for row in range(0, len(repeated), _MOST_ROWS))
+        batches = ((row, repeated[row : row + MOST_ROWS]) for row in range(0, len(repeated), MOST_ROWS))
         return itertools.chain.from_iterable(
             continue_texts(self.decoder, self.tokenizer, batch, max_new_tokens, sampling, seed, row)
             for row, batch in batches

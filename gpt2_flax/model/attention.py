@@ -22,7 +22,7 @@ from gpt2_flax.parallel.mesh import BATCH_AXES, current_mesh
 
 Kernel = Literal["xla", "flash", "cudnn", "splash"]
 
-_INTERPRET = False  # for tests: run Pallas kernels without their device
+INTERPRET = False  # for tests: run Pallas kernels without their device
 
 
 def causal_attention(
@@ -74,7 +74,7 @@ _named = jax.checkpoint_policies.save_only_these_names("attention")
 def _flash(rate: float, qkv_BT3HK, segments_BT, seeds_BH2) -> jax.Array:
     from gpt2_flax.model.flash import flash_attention  # Pallas is slow to import, and only GPUs need it
 
-    return flash_attention(qkv_BT3HK, segments_BT, rate, seeds_BH2, interpret=_INTERPRET)
+    return flash_attention(qkv_BT3HK, segments_BT, rate, seeds_BH2, interpret=INTERPRET)
 
 
 def _cudnn(_rate: float, qkv_BT3HK, segments_BT, _seeds_BH2) -> jax.Array:
@@ -93,7 +93,7 @@ def _splash(_rate: float, qkv_BT3HK, segments_BT, _seeds_BH2) -> jax.Array:
         mask=splash.MultiHeadMask([splash.CausalMask((length, length))] * heads),
         block_sizes=splash.BlockSizes(block, block, block, block, block, block, block, block),
         residual_checkpoint_name="attention",
-        interpret=_INTERPRET,
+        interpret=INTERPRET,
     )
     q_BHTK, k_BHTK, v_BHTK = (array.swapaxes(1, 2) for array in jnp.unstack(qkv_BT3HK, axis=2))
     segments = None if segments_BT is None else splash.SegmentIds(segments_BT, segments_BT)

@@ -11,7 +11,7 @@ from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.model.attention import Kernel
 
-_TRITON = "jax.experimental.pallas.triton"  # deprecated since JAX 0.11, still present in 0.12
+TRITON = "jax.experimental.pallas.triton"  # deprecated since JAX 0.11, still present in 0.12
 _WIDEST_FLASH_HEAD = 128  # the accumulators of wider heads do not fit into registers
 _NAMES = {
     "xla": "plain attention",
@@ -68,7 +68,7 @@ def _obstacles(
     kernel: Kernel, cfg: ModelConfig, rate: float, platform: str, length: int, documents: bool
 ) -> Iterator[_Obstacle]:
     name, on_gpu = _NAMES[kernel], kernel in ("flash", "cudnn")
-    capability = _compute_capability() if on_gpu and platform == "gpu" else None
+    capability = compute_capability() if on_gpu and platform == "gpu" else None
     if on_gpu and (platform != "gpu" or capability == ()):
         yield _Obstacle(f"the device is a {platform}", f"{name} needs an NVIDIA GPU", "model.attention = auto")
     if capability and capability < (8, 0):
@@ -81,7 +81,7 @@ def _obstacles(
         yield _Obstacle(f"model.attn_pdrop is {rate}", f"{name} has no dropout{more}", "model.attn_pdrop = 0")
     if on_gpu and cfg.dtype != "bfloat16":
         yield _Obstacle(f"model.dtype is {cfg.dtype}", f"{name} needs bfloat16", "model.dtype = bfloat16")
-    if kernel == "flash" and importlib.util.find_spec(_TRITON) is None:
+    if kernel == "flash" and importlib.util.find_spec(TRITON) is None:
         fact = f"JAX {jax.__version__} has no Triton backend for Pallas"
         yield _Obstacle(fact, f"{name} needs one", "model.attention = auto")
     widest = _WIDEST_FLASH_HEAD if kernel == "flash" else 256 if (capability or ()) >= (9, 0) else 128
@@ -96,7 +96,7 @@ def _obstacles(
         yield _Obstacle(f"rows have {length} tokens", need, "data.seq_length to a multiple of 128")
 
 
-def _compute_capability() -> tuple[int, ...] | None:
+def compute_capability() -> tuple[int, ...] | None:
     """Return the first GPU's compute capability: () for a GPU not made by NVIDIA, None without a GPU."""
     try:
         capability = jax.local_devices(backend="gpu")[0].compute_capability

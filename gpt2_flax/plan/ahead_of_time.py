@@ -101,7 +101,7 @@ def compile_step(config: ResolvedConfig, devices: Sequence[Device], optimize: bo
     try:
         executable = lowered.compile(None if optimize else _QUICK)  # pyright: ignore[reportArgumentType] - XLA takes ints
     except jax.errors.JaxRuntimeError as error:
-        rejected = _bytes_refused(str(error), arguments)
+        rejected = bytes_refused(str(error), arguments)
     seconds, chosen = time.perf_counter() - start, choices(config, mesh)
     result = Compiled(sizes, why, chosen, seconds, arguments, rejected, memory_bytes(devices[0]), None)
     stats, hlo = (executable.memory_analysis(), executable.as_text()) if executable else (None, None)
@@ -131,7 +131,7 @@ def smallest_change(config: ResolvedConfig, devices: Sequence[Device], optimize:
     """
     available = memory_bytes(devices[0])
     for keys, candidate in _candidates(config, devices):
-        if available is not None and _state_and_gradients(candidate, devices) > available:
+        if available is not None and state_and_gradients(candidate, devices) > available:
             continue
         with note(f"trying {' '.join(keys)}"):
             compiled = compile_step(candidate, devices, optimize)
@@ -185,12 +185,12 @@ def _changed(
     return candidate
 
 
-def _state_and_gradients(config: ResolvedConfig, devices: Sequence[Device]) -> int:
+def state_and_gradients(config: ResolvedConfig, devices: Sequence[Device]) -> int:
     layout = state_layout(config, make_mesh(choose_mesh(config, devices)[0], devices))
     return bytes_on_a_device(layout) + bytes_on_a_device(layout.model)
 
 
-def _bytes_refused(message: str, arguments: int) -> int:
+def bytes_refused(message: str, arguments: int) -> int:
     """Parse the temporary-buffer size, in bytes, from XLA's out-of-memory message.
 
     Raises:

@@ -46,7 +46,7 @@ class Gpu(NamedTuple):
 
 
 _MIB = 2**20
-_GPUS = {
+GPUS = {
     "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 40960 * _MIB, 108, 64, 164 * 1024, 40 * _MIB, 1.41),
     "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 81920 * _MIB, 108, 64, 164 * 1024, 40 * _MIB, 1.41),
     "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 81559 * _MIB, 132, 128, 228 * 1024, 50 * _MIB, 1.98),
@@ -76,7 +76,7 @@ def devices_for(name: str | None) -> Sequence[Device]:
     sizes: tuple[int, ...] = (
         tuple(map(int, shape.split("x"))) if re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})*", shape) else ()
     )
-    n_sides = {"cpu": (1,), **_SIDES, **dict.fromkeys(_GPUS, (1, 2))}.get(kind, ())
+    n_sides = {"cpu": (1,), **_SIDES, **dict.fromkeys(GPUS, (1, 2))}.get(kind, ())
     if len(sizes) not in n_sides:
         raise UserError(ExitCode.USAGE, "unknown topology", quote(name), f"take one such as {KNOWN}")
     most = _MOST_CPU_DEVICES if kind == "cpu" else _MOST_DEVICES
@@ -86,7 +86,7 @@ def devices_for(name: str | None) -> Sequence[Device]:
     if kind == "cpu":
         return _cpu_devices(math.prod(sizes))
     jax.config.update("jax_platforms", "cpu")
-    return _gpu_devices(_GPUS[kind], sizes) if kind in _GPUS else _tpu_devices(kind, sizes)
+    return _gpu_devices(GPUS[kind], sizes) if kind in GPUS else _tpu_devices(kind, sizes)
 
 
 def _cpu_devices(count: int) -> Sequence[Device]:

@@ -34,7 +34,7 @@ from gpt2_flax.processes.place import Place
 START = 300.0  # seconds in which all processes must come
 LINGER = 20.0  # seconds in which late processes still hear of the failure of another process
 HELLO = 15.0  # seconds that a stranger has to say hello
-_MOST_STRANGERS = 256  # connected at once
+MOST_STRANGERS = 256  # connected at once
 _LINES, _EVERY = 5, 60.0  # at most this many lines about strangers in this many seconds
 
 
@@ -110,7 +110,7 @@ class Meeting:
         for peer in strangers:
             if time.monotonic() - peer.heard > HELLO:
                 self._drop(peer)
-        for peer in strangers[:-_MOST_STRANGERS]:
+        for peer in strangers[:-MOST_STRANGERS]:
             self._drop(peer)
 
     def _greet(self, peer: Peer) -> None:

@@ -45,7 +45,7 @@ _LARGEST = 2**63
 _HTTP2_SETTINGS = 4  # type of the first HTTP/2 frame of a gRPC server, such as JAX's coordinator
 
 # The fields of each kind of message: a type, or the default of an optional field.
-_FIELDS: Mapping[str, Mapping[str, Any]] = {
+FIELDS: Mapping[str, Mapping[str, Any]] = {
     "greeting": {"id": str, "nonce": str, "secret": bool, "attempt": str, "name": str},
     "hello": {
         **{"number": int, "n_processes": int, "host": str, "pid": int, "facts": {}},
@@ -107,7 +107,7 @@ def receive(connection: socket.socket, rest: bytearray) -> list[dict[str, Any]]:
 def _message(line: bytes) -> dict[str, Any]:
     try:
         message = json.loads(line)
-        fields = _FIELDS[message["kind"]]
+        fields = FIELDS[message["kind"]]
         message |= {name: message.get(name, kind) for name, kind in fields.items()}
         good = all(_is(message[name], kind if isinstance(kind, type) else type(kind)) for name, kind in fields.items())
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 from gpt2_flax.accelerators import has_tpu
 from gpt2_flax.errors import ExitCode, UserError, quote
 
-_PRODUCT = Path("/sys/class/dmi/id/product_name")
-_TIMEOUT = 2.0  # seconds; the server is on the same machine
+PRODUCT = Path("/sys/class/dmi/id/product_name")
+TIMEOUT = 2.0  # seconds; the server is on the same machine
 _TRIES = 3
 _LARGEST = 2**20  # bytes; a slice has hundreds of hosts
 
@@ -63,7 +63,7 @@ def _attribute(name: str) -> str | None:
     tries = _TRIES if _is_google() else 1
     for attempt in range(1, tries + 1):
         try:
-            with contextlib.closing(http.client.HTTPConnection(server(), timeout=_TIMEOUT)) as connection:
+            with contextlib.closing(http.client.HTTPConnection(server(), timeout=TIMEOUT)) as connection:
                 path = f"/computeMetadata/v1/instance/attributes/{name}"
                 connection.request("GET", path, headers={"Metadata-Flavor": "Google"})
                 answer = connection.getresponse()
@@ -77,7 +77,7 @@ def _attribute(name: str) -> str | None:
         except (OSError, http.client.HTTPException) as error:
             if attempt == tries:
                 raise OSError(str(error)) from error
-            time.sleep(_TIMEOUT / 4)
+            time.sleep(TIMEOUT / 4)
     return None
 
 
@@ -87,6 +87,6 @@ def _is_google() -> bool:
 
 def _product() -> str:
     try:
-        return _PRODUCT.read_text(encoding="utf-8", errors="replace")
+        return PRODUCT.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""

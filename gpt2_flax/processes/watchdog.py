@@ -89,7 +89,7 @@ class Watchdog(AbstractContextManager):
             self._connection.close()
         elif self._failure:
             # Registered last, so it runs before JAX's own exit handler, which would wait for the other processes.
-            atexit.register(_leave, _exit_code(self._failure))
+            atexit.register(_leave, exit_code_of(self._failure))
         return None
 
     def agree(self, facts: Mapping[str, str], patience: float = math.inf) -> None:
@@ -138,7 +138,7 @@ class Watchdog(AbstractContextManager):
             try:
                 yield
             except BaseException as error:
-                is_bug = isinstance(error, Exception) and _exit_code(error) == ExitCode.BUG
+                is_bug = isinstance(error, Exception) and exit_code_of(error) == ExitCode.BUG
                 failure = self._log.bug(error) if self._log and is_bug else error
                 self.announce(failure)
                 if failure is error:
@@ -150,7 +150,7 @@ class Watchdog(AbstractContextManager):
     def announce(self, error: BaseException) -> None:
         """Tell the hub that this process ends with `error`."""
         self._failure = error
-        self._send("failed", code=_exit_code(error), sentence=_sentence(error)[:2000])
+        self._send("failed", code=exit_code_of(error), sentence=_sentence(error)[:2000])
 
     def _watch(self) -> None:
         """End this process, the only process of its run, when it hangs. Runs in a thread."""
@@ -206,19 +206,19 @@ class Watchdog(AbstractContextManager):
         """
         error: BaseException = verdict
         # A process that has stopped as agreed, and saved, reports that, whatever happens to the others afterwards.
-        if self._failure and (number == self.number or _exit_code(self._failure) == ExitCode.TRY_AGAIN):
+        if self._failure and (number == self.number or exit_code_of(self._failure) == ExitCode.TRY_AGAIN):
             error = self._failure
         else:
             error = self._logged(verdict, stacks)
             if not self._asking:
-                _leave(_exit_code(error), _sentence(error))
+                _leave(exit_code_of(error), _sentence(error))
         self._failure, self._together = error, False
         self._over.set()
         self._answered.set()
         time.sleep(UNWINDING)
         if not isinstance(error, UserError):
             traceback.print_exception(error)
-        _leave(_exit_code(error), _sentence(error))
+        _leave(exit_code_of(error), _sentence(error))
 
     def _logged(self, error: UserError, stacks: bool) -> UserError:
         """Add the stacks to the crash log, or remove a crash log that only followed from another process's end."""
@@ -245,11 +245,11 @@ def announced(place: "Place | None") -> Iterator[None]:
         if place:
             from gpt2_flax.processes.joining import say_goodbye
 
-            say_goodbye(place, _exit_code(error), _sentence(error))
+            say_goodbye(place, exit_code_of(error), _sentence(error))
         raise
 
 
-def _exit_code(error: BaseException) -> int:
+def exit_code_of(error: BaseException) -> int:
     if failure := out_of_memory(error, "", ""):
         return failure.exit_code
     if isinstance(error, OSError):

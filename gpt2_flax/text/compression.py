@@ -99,12 +99,12 @@ class _GzipMember:
 def _decompressor(suffix: str) -> Callable[[], Any]:
     """Return a class with the interface of `bz2.BZ2Decompressor`."""
     if suffix == ".zst":
-        return _zstd().ZstdDecompressor
+        return zstd_module().ZstdDecompressor
     xz = functools.partial(lzma.LZMADecompressor, lzma.FORMAT_XZ)
     return {".gz": _GzipMember, ".bz2": bz2.BZ2Decompressor, ".xz": xz}[suffix]
 
 
-def _zstd() -> Any:
+def zstd_module() -> Any:
     try:
         if sys.version_info >= (3, 14):
             from compression import zstd

@@ -15,7 +15,7 @@ from gpt2_flax.text.compression import DamagedStream, Decompressed
 from gpt2_flax.text.encodings import BLOCK_BYTES
 from gpt2_flax.text.files import File, open_file
 
-_PIECES, _PIECE_BYTES = 16, 2**16  # sampled from a file, unless the file is shorter
+PIECES, PIECE_BYTES = 16, 2**16  # sampled from a file, unless the file is shorter
 _DETECTED_BYTES = 2**18  # given to the detector, which takes milliseconds for them
 _SURE_FROM = 100  # non-ASCII characters; with fewer, the detector confuses Japanese, Korean and Chinese
 # The detector is wrong for one short text in 500. A fifth or more of the characters of correctly decoded text are among
@@ -108,15 +108,15 @@ def read_sample(file: File, packed: str) -> FileSample:
     """
     with open_file(file.path) as stream:
         if packed:
-            content = _start(Decompressed(stream, packed).read, _PIECES * _PIECE_BYTES)
-            whole = len(content) < _PIECES * _PIECE_BYTES
+            content = _start(Decompressed(stream, packed).read, PIECES * PIECE_BYTES)
+            whole = len(content) < PIECES * PIECE_BYTES
             return FileSample([content if whole else _whole_lines(content)], whole)
-        if file.size <= _PIECES * _PIECE_BYTES:
-            return FileSample([_start(stream.read, _PIECES * _PIECE_BYTES)], True)
-        pieces = [_whole_lines(_start(stream.read, _PIECE_BYTES))]
-        for number in range(1, _PIECES):
-            stream.seek(number * (file.size - _PIECE_BYTES) // (_PIECES - 1))
-            pieces.append(_whole_lines(_start(stream.read, _PIECE_BYTES).partition(b"\n")[2]))
+        if file.size <= PIECES * PIECE_BYTES:
+            return FileSample([_start(stream.read, PIECES * PIECE_BYTES)], True)
+        pieces = [_whole_lines(_start(stream.read, PIECE_BYTES))]
+        for number in range(1, PIECES):
+            stream.seek(number * (file.size - PIECE_BYTES) // (PIECES - 1))
+            pieces.append(_whole_lines(_start(stream.read, PIECE_BYTES).partition(b"\n")[2]))
         return FileSample(pieces, False)
 
 

@@ -14,7 +14,7 @@ from gpt2_flax.text.encodings import Bad
 LONGEST_RECORD = 2**26  # bytes of UTF-8
 
 # A number is never the text, and `int` refuses numbers of thousands of digits.
-_DECODER = json.JSONDecoder(parse_int=float)
+DECODER = json.JSONDecoder(parse_int=float)
 _BLANKS = re.compile(r"[ \t\n\r]*+")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _TOO_DEEP = "not JSON (nested too deeply)"
@@ -111,7 +111,7 @@ class _LineReader:
         if not record or record.isspace():
             return None
         try:
-            value = _DECODER.decode(record)
+            value = DECODER.decode(record)
         except json.JSONDecodeError as error:
             reason = f"not JSON ({error.msg} at character {error.pos + 1})"
         except RecursionError:
@@ -187,7 +187,7 @@ class _ValueReader:
         try:
             if no_comma:
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-            value, stop = _DECODER.raw_decode(text, at)
+            value, stop = DECODER.raw_decode(text, at)
             if stop - at <= LONGEST_RECORD // 4 or len(text[at:stop].encode()) <= LONGEST_RECORD:
                 return (value, stop) if last or stop < len(text) else None  # a number may have more digits
             self.leave_out_rest(self._line, _too_long())
@@ -207,7 +207,7 @@ def _too_long() -> str:
 
 def _is_json(text: str) -> bool:
     try:
-        _DECODER.decode(text)
+        DECODER.decode(text)
     except (ValueError, RecursionError):
         return False
     return True

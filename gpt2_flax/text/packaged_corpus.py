@@ -36,7 +36,7 @@ class PackagedUnit:
         return sum(file.size for file in self.files)
 
     def batches(self, report: Report) -> Iterator[Documents]:
-        read: Callable[[Iterable[str]], Iterable[str]] = _articles if self.articles else list
+        read: Callable[[Iterable[str]], Iterable[str]] = articles if self.articles else list
         try:
             contents = [Path(file.path).read_bytes().decode("utf-8") for file in self.files]
         except OSError as error:
@@ -71,7 +71,7 @@ def packaged_units(package: str) -> list[PackagedUnit]:
     ]
 
 
-def _articles(tagged_lines: Iterable[str]) -> Iterator[str]:
+def articles(tagged_lines: Iterable[str]) -> Iterator[str]:
     """Join paragraphs to articles. Nothing separates articles in the file, but each begins with headings."""
     article: list[str] = []
     after_heading = True

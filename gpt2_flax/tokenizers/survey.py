@@ -16,7 +16,7 @@ MOST_UNKNOWN = 0.2
 MUCH_UNKNOWN = 0.01
 """Share of unknown tokens above which there is a warning."""
 
-_UNITS, _CHARACTERS = 16, 2**17  # most in the sample: encoding it takes a fraction of a second
+_UNITS, CHARACTERS = 16, 2**17  # most in the sample: encoding it takes a fraction of a second
 _ASKED = 5000  # the most frequent characters of the sample, which are tested for being unknown
 _SHOWN, _SHOWN_CHARACTERS = 10, 20
 # With more files, more lines a file and shorter lines than these, lines look like paragraphs of documents.
@@ -61,7 +61,7 @@ def sample_corpus(units: Sequence[Unit]) -> CorpusSample:
     """Return documents from units spread over the corpus. The sample depends on the units alone."""
     step = -(-len(units) // _UNITS)
     chosen = units[::step]
-    limit, texts, n_read, n_bytes = _CHARACTERS // len(chosen), [], 0, 0
+    limit, texts, n_read, n_bytes = CHARACTERS // len(chosen), [], 0, 0
     for unit in chosen:
         room = limit
         try:

@@ -41,7 +41,7 @@ def compiler_options(config: ResolvedConfig, mesh: Mesh) -> dict[str, str | bool
     if config.training.deterministic:
         options["xla_gpu_exclude_nondeterministic_ops"] = True
     users = _flags_of_environment()
-    return {name: value for name, value in options.items() if name not in users and _is_known(name, value, mesh)}
+    return {name: value for name, value in options.items() if name not in users and is_known(name, value, mesh)}
 
 
 def _flags_of_environment() -> set[str]:
@@ -53,7 +53,7 @@ def _flags_of_environment() -> set[str]:
 
 
 @cache
-def _is_known(name: str, value: str | bool | int | float, mesh: Mesh) -> bool:
+def is_known(name: str, value: str | bool | int | float, mesh: Mesh) -> bool:
     """Return whether the compiler has an option; XLA drops options between versions, and then refuses to compile."""
     zero = jax.jit(lambda: jnp.zeros(()), out_shardings=NamedSharding(mesh, P()))
     try:

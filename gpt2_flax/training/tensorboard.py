@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-_FLUSH_SECONDS = 30.0
+FLUSH_SECONDS = 30.0
 
 
 class TensorBoard:
@@ -49,7 +49,7 @@ class TensorBoard:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._writer = EventsWriter(str(self._folder / "events"))
             self._writer.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=parts)))
-            if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
                 self._writer.flush()
                 self._flushed = time.monotonic()
 

@@ -6,6 +6,7 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -176,7 +177,7 @@ def test_what_is_wrong_with_the_machine_is_no_damage(folder, monkeypatch, error)
         raise error
 
     with CheckpointStore(folder, keep=3) as store:
-        monkeypatch.setattr(store._reader, "restore", fails)
+        monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", fails)
         with pytest.raises(type(error)):
             newest(store)
         assert store.steps() == [2, 3, 4]

@@ -5,12 +5,10 @@ import json
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.numpy import save_file
-from support.weight_folders import CONFIG, from_state_dict, random_weights, write_folder
+from support.weight_folders import CONFIG, configs, from_state_dict, random_weights, write_folder
 
 from gpt2_flax.checkpoint.huggingface import from_hf_config, read_folder, to_hf_config, to_state_dict
-from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.errors import UserError
 
 
@@ -19,15 +17,6 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
     for path, array in expected.items():
         assert found[path].dtype == np.float32
         assert np.array_equal(found[path], array), path
-
-
-@st.composite
-def configs(draw):
-    heads, size = draw(st.integers(1, 4)), draw(st.integers(1, 5))
-    sizes = {field: draw(st.integers(1, 9)) for field in ("vocab_size", "n_positions", "n_layer")}
-    rates = {field: draw(st.sampled_from([0.0, 0.1])) for field in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
-    rates["tie_word_embeddings"] = draw(st.booleans())
-    return ModelConfig(**sizes, **rates, n_head=heads, n_embd=heads * size, layer_norm_epsilon=draw(st.floats(1e-9, 1)))
 
 
 @settings(max_examples=40)

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import socket
+import tempfile
 import threading
 import typing
 import warnings
@@ -18,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli.test_cli import contents, fails
 from support.configs import changed
+from support.failures import fails
+from support.folders import contents
 from support.weight_folders import CONFIG, random_weights, write_folder
 
 from gpt2_flax import __main__ as cli
@@ -270,7 +272,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(good, capsys, kind, comma
     make(kind, good["odd"])
     names = sorted(good["tmp"].rglob("*"))
     capsys.readouterr()
-    code = cli._exit_code([part.format(**good) for part in command.split(" ")])
+    code = cli.exit_code([part.format(**good) for part in command.split(" ")])
     err = capsys.readouterr().err
     assert code in (64, 65, 66, 74), err
     assert err.startswith("error: "), err
@@ -399,7 +401,9 @@ def sentencepiece(change):
 
     from gpt2_flax.tokenizers.train import train_sentencepiece
 
-    proto = protobuf.ModelProto.FromString(train_sentencepiece(["天地玄黄宇宙洪荒"] * 9, 300, "char", 1.0)._model)
+    with tempfile.TemporaryDirectory() as folder:
+        train_sentencepiece(["天地玄黄宇宙洪荒"] * 9, 300, "char", 1.0).save(Path(folder))
+        proto = protobuf.ModelProto.FromString((Path(folder) / "spiece.model").read_bytes())
     change(proto)
     return proto.SerializeToString()
 
@@ -437,7 +441,7 @@ def test_offsets_that_make_no_sense_are_named_by_every_reader(good, config, caps
     commands = ["inspect {tmp}/d", "inspect {tmp}/d --verify"]
     for command in commands + ["train {config}"] * (split == "train"):
         capsys.readouterr()
-        assert cli._exit_code([part.format(**good) for part in command.split(" ")]) == 65
+        assert cli.exit_code([part.format(**good) for part in command.split(" ")]) == 65
         err = capsys.readouterr().err
         assert err.startswith("error: ")
         assert err.count("\n") == 1

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import typer
+from support.failures import fails
+from support.folders import contents
 
 from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint.step_meta import sealed
@@ -213,23 +215,6 @@ def inputs(made, tmp_path):
     return made | {"tmp": tmp_path}
 
 
-def fails(capsys, exit_code: int, arguments: list[str], *words: str) -> None:
-    """Asserts the exit code and exactly one line on stderr, `error: ...`, with all of `words` in it."""
-    capsys.readouterr()
-    found = cli._exit_code([str(argument) for argument in arguments])
-    err = capsys.readouterr().err
-    assert found == exit_code, err
-    assert err.startswith("error: "), err
-    assert err.count("\n") == 1, err
-    assert "Traceback" not in err
-    for word in words:
-        assert word in err
-
-
-def contents(folder: Path) -> dict[Path, bytes | None]:
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
 TOKENIZER = "tokenizer {corpus} --output {tmp}/new"
 PREPARE = "prepare {corpus} --tokenizer {tokenizer} --output {tmp}/new"
 TRAIN = "train {config} output={tmp}/new"
@@ -413,7 +398,7 @@ def test_a_dataset_of_another_tokenizer_is_refused(inputs, capsys, monkeypatch):
     lines[-2], lines[-3] = lines[-3], lines[-2]
     (folder / "vocab.txt").write_text("\n".join(lines), encoding="utf-8")
     arguments = ["prepare", inputs["corpus"], "--tokenizer", folder / "vocab.txt", "--output", folder / "other"]
-    assert cli._exit_code([*map(str, arguments), "--validation-fraction", "0.1"]) == 0
+    assert cli.exit_code([*map(str, arguments), "--validation-fraction", "0.1"]) == 0
     fails(capsys, 78, ["evaluate", inputs["run"], "--data", folder / "other"], "another tokenizer", "other")
     fails(capsys, 78, ["train", inputs["config"], f"data.dataset={folder / 'other'}"], "another tokenizer", "other")
 
@@ -421,7 +406,7 @@ def test_a_dataset_of_another_tokenizer_is_refused(inputs, capsys, monkeypatch):
     monkeypatch.setattr("gpt2_flax.training.loop.run_steps", lambda *arguments: None)
     arguments = [TRAIN.format(**inputs), f"data.dataset={folder / 'other'}", f"init_from={inputs['exported']}"]
     capsys.readouterr()
-    assert cli._exit_code(" ".join(arguments).split()) == 0
+    assert cli.exit_code(" ".join(arguments).split()) == 0
     assert "warning: " in capsys.readouterr().out
 
 
@@ -436,7 +421,7 @@ def test_a_change_that_was_allowed_is_made(inputs, capsys):
     shutil.copytree(inputs["run"], run)
     arguments = ["train", str(inputs["config"]), f"output={run}", "optimizer.learning_rate=1.0"]
     fails(capsys, 78, arguments, "optimizer.learning_rate")
-    assert cli._exit_code([*arguments, "--allow-change", "optimizer.learning_rate"]) == 0
+    assert cli.exit_code([*arguments, "--allow-change", "optimizer.learning_rate"]) == 0
     assert "learning_rate = 1.0" in (run / "config.toml").read_text()
 
 
@@ -447,19 +432,19 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(inputs, capsys):
     damage_step(run, 4)
     before = contents(run)
     evaluation = ["evaluate", str(run), "--batch-size", "8", "--batches", "1"]
-    assert cli._exit_code(evaluation) == 0
+    assert cli.exit_code(evaluation) == 0
     used, err = capsys.readouterr()
     assert err.startswith("warning: checkpoint 4 is damaged ")
     assert err.endswith("; using 2\n")
     assert err.count("\n") == 1
-    assert cli._exit_code([*evaluation, "--step", "2"]) == 0
+    assert cli.exit_code([*evaluation, "--step", "2"]) == 0
     assert capsys.readouterr().out == used
     capsys.readouterr()
-    assert cli._exit_code([*evaluation, "--step", "4"]) == 74
+    assert cli.exit_code([*evaluation, "--step", "4"]) == 74
     assert "error: checkpoint 4 is damaged" in capsys.readouterr().err
     assert contents(run) == before  # to look at a run changes nothing
 
-    assert cli._exit_code(["train", str(inputs["config"]), f"output={run}"]) == 0
+    assert cli.exit_code(["train", str(inputs["config"]), f"output={run}"]) == 0
     out = capsys.readouterr().out
     assert "warning: checkpoint 4 is damaged" in out
     assert "resumed from step 2" in out
@@ -512,7 +497,7 @@ def test_odd_lines_do_not_block_a_restart(inputs, capsys, name):
     (run / name).write_bytes(b"".join(ODD))
     arguments = ["train", str(inputs["config"]), f"output={run}"]
     more = ["training.total_steps=5", "--allow-change", "training.total_steps"]
-    assert cli._exit_code([*arguments, *more]) == 0
+    assert cli.exit_code([*arguments, *more]) == 0
     assert "resumed from step 4" in capsys.readouterr().out
 
 
@@ -526,8 +511,8 @@ def test_a_lost_config_is_that_of_the_checkpoint(inputs, capsys, content):
     arguments = ["train", str(inputs["config"]), f"output={run}"]
     fails(capsys, 78, [*arguments, "optimizer.learning_rate=1.0"], "optimizer.learning_rate is 1.0 but the run has")
     evaluation = ["evaluate", str(run), "--batch-size", "8", "--batches", "1"]
-    assert cli._exit_code(evaluation) == 0
-    assert cli._exit_code(arguments) == 0
+    assert cli.exit_code(evaluation) == 0
+    assert cli.exit_code(arguments) == 0
     assert (run / "config.toml").read_text() == config.decode().replace(str(inputs["run"]), str(run))
 
 
@@ -540,7 +525,7 @@ def test_a_damaged_tokenizer_of_a_run_is_found_and_copied_again(inputs, capsys):
     lines[-1], lines[-2] = lines[-2], lines[-1]
     path.write_bytes(b"\n".join(lines) + b"\n")
     fails(capsys, 65, ["generate", run, "--prompt", "这"], "tokenizer is damaged", str(run / "tokenizer"))
-    assert cli._exit_code(["train", str(inputs["config"]), f"output={run}"]) == 0
+    assert cli.exit_code(["train", str(inputs["config"]), f"output={run}"]) == 0
     assert f"moved to {run / 'damaged/tokenizer-0'}; copied again" in capsys.readouterr().out
     assert path.read_bytes() == before
 
@@ -550,13 +535,13 @@ def test_checkpoints_are_listed_and_verified(inputs, capsys):
     run = inputs["tmp"] / "run"
     shutil.copytree(inputs["run"], run)
     before = contents(run)
-    assert cli._exit_code(["checkpoints", str(run)]) == 0
+    assert cli.exit_code(["checkpoints", str(run)]) == 0
     out, err = capsys.readouterr()
     assert not err
     header, *lines = out.splitlines()
     assert header.split() == ["step", "saved", "loss", "validation", "size", "state"]
     assert [(line.split()[0], line.split()[-1]) for line in lines] == [("2", "committed"), ("4", "committed")]
-    assert cli._exit_code(["checkpoints", str(run), "--verify", "--json"]) == 0
+    assert cli.exit_code(["checkpoints", str(run), "--verify", "--json"]) == 0
     two, four = json.loads(capsys.readouterr().out)
     logged = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
@@ -572,7 +557,7 @@ def test_checkpoints_are_listed_and_verified(inputs, capsys):
     damage_step(run, 2)
     (run / "damaged").mkdir()
     (run / "checkpoints/4").rename(run / "damaged/4-0")
-    assert cli._exit_code(["checkpoints", str(run), "--verify", "--json"]) == 74
+    assert cli.exit_code(["checkpoints", str(run), "--verify", "--json"]) == 74
     out, err = capsys.readouterr()
     assert err == f"error: damaged checkpoints: 2: {run}; train passes them over; export or evaluate another step\n"
     two, four = json.loads(out)
@@ -595,13 +580,13 @@ def test_the_best_checkpoint_is_read_wherever_a_model_is(inputs, capsys):
     for command in ("evaluate {} --batch-size 8 --batches 1", "generate {} --prompt 这 --max-new-tokens 3"):
         printed = []
         for options in (["--step", "2"], ["--best"], []):
-            assert cli._exit_code([*command.format(run).split(), *options]) == 0
+            assert cli.exit_code([*command.format(run).split(), *options]) == 0
             printed.append(capsys.readouterr().out)
         assert printed[0] == printed[1]
         assert printed[0] != printed[2] or command.startswith("generate")
     for command in ("export {} {}", "convert {} {}"):
         output = inputs["tmp"] / command.split()[0]
-        assert cli._exit_code([*command.format(run, output).split(), "--best"]) == 0
+        assert cli.exit_code([*command.format(run, output).split(), "--best"]) == 0
         assert "1.5" in (output / "README.md").read_text() or command.startswith("convert")
     fails(capsys, 64, ["evaluate", run, "--best", "--step", "2"], "--step and --best")
     fails(capsys, 64, ["evaluate", run / "checkpoints/2", "--best"], "--best is for a run folder")
@@ -616,7 +601,7 @@ def test_the_best_checkpoint_is_read_wherever_a_model_is(inputs, capsys):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_names_every_option(capsys, command):
     assert set(typer.main.get_command(app).commands) == set(COMMANDS)
-    assert cli._exit_code([command, "--help"]) == 0
+    assert cli.exit_code([command, "--help"]) == 0
     out, err = capsys.readouterr()
     assert not err
     parameters = typer.main.get_command(app).commands[command].params
@@ -628,7 +613,7 @@ def test_help_names_every_option(capsys, command):
 
 
 def test_keys_names_every_key(capsys):
-    assert cli._exit_code(["keys"]) == 0
+    assert cli.exit_code(["keys"]) == 0
     out = capsys.readouterr().out
     assert "optimizer.learning_rate            0.0001     highest learning rate" in out
     assert len(out.splitlines()) == len(set(out.splitlines())) > 35
@@ -637,7 +622,7 @@ def test_keys_names_every_key(capsys):
 @pytest.mark.multiprocess
 def test_help_needs_nothing_but_typer():
     code = (
-        "import sys; from gpt2_flax.__main__ import _exit_code; assert _exit_code(['train', '--help']) == 0;"
+        "import sys; from gpt2_flax.__main__ import exit_code; assert exit_code(['train', '--help']) == 0;"
         "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     )
     done = subprocess.run(
@@ -661,7 +646,7 @@ def test_a_bug_leaves_its_traceback_in_a_file(inputs, capsys, monkeypatch):
     assert "oh no" in log.read_text()
 
     monkeypatch.setenv(DEBUG, "1")
-    assert cli._exit_code(PREPARE.format(**inputs).split()) == 70
+    assert cli.exit_code(PREPARE.format(**inputs).split()) == 70
     assert "Traceback" in capsys.readouterr().err
 
 

@@ -66,7 +66,7 @@ def models_everywhere(monkeypatch):
 def test_an_address_is_no_path(capsys, monkeypatch, tmp_path, command, parameter):
     monkeypatch.chdir(tmp_path)
     for given, why in (("s3://bucket/x", "is an address"), ("~nobody-of-this-name/x", "is in a home folder")):
-        assert cli._exit_code(call(command, **{parameter: given})) == 64
+        assert cli.exit_code(call(command, **{parameter: given})) == 64
         out, err = capsys.readouterr()
         assert not out
         assert f"{given} {why}" in err
@@ -92,9 +92,9 @@ def test_the_places_that_take_addresses_expand_home_folders_too(
     monkeypatch.chdir(tmp_path)
     shutil.copy(corpus, tmp_path / "corpus.txt")
     options = ["--tokenizer", str(tokenizer_folder), "--validation-fraction", "0.1"]
-    assert cli._exit_code(["prepare", "~/corpus.txt", *options, "--output", "~/dataset"]) == 0
+    assert cli.exit_code(["prepare", "~/corpus.txt", *options, "--output", "~/dataset"]) == 0
     assert (
-        cli._exit_code(["prepare", f"file://{tmp_path}/corpus.txt", *options, "--output", f"file://{tmp_path}/r"]) == 0
+        cli.exit_code(["prepare", f"file://{tmp_path}/corpus.txt", *options, "--output", f"file://{tmp_path}/r"]) == 0
     )
     here, there = read_info(tmp_path / "dataset"), read_info(tmp_path / "r")
     assert here.shards == there.shards
@@ -113,36 +113,36 @@ def test_a_run_is_evaluated_exported_and_resumed_from_any_folder(config, dataset
     shutil.copytree(dataset_folder, home / "data")
     relative = {"output": "run", "data__dataset": "data", "training__total_steps": 2, "training__save_every": 2}
     Path("c.toml").write_text(dump_config(changed(config, **relative)), encoding="utf-8")
-    assert cli._exit_code(["train", "c.toml"]) == 0
+    assert cli.exit_code(["train", "c.toml"]) == 0
     written = load_config(home / "run/config.toml")
     assert (written.output, written.data.dataset) == (str(home / "run"), str(home / "data"))
     capsys.readouterr()
-    assert cli._exit_code(["evaluate", "run"]) == 0
+    assert cli.exit_code(["evaluate", "run"]) == 0
     figures = capsys.readouterr().out
     both = ["train", "c.toml", "output=two", "init_from=run", 'data.dataset={"data" = 1, "../home/./data/." = 2}']
-    assert cli._exit_code(both) == 78
+    assert cli.exit_code(both) == 78
     assert "name each folder once" in capsys.readouterr().err
-    assert cli._exit_code([*both[:-1], 'data.dataset={"data" = 1}']) == 0
+    assert cli.exit_code([*both[:-1], 'data.dataset={"data" = 1}']) == 0
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     capsys.readouterr()
-    assert cli._exit_code(["evaluate", "../home/run"]) == 0
+    assert cli.exit_code(["evaluate", "../home/run"]) == 0
     assert capsys.readouterr().out == figures
-    assert cli._exit_code(["export", "../home/two", "exported"]) == 0
+    assert cli.exit_code(["export", "../home/two", "exported"]) == 0
     card = Path("exported/README.md").read_text(encoding="utf-8")
     tokens = sum(shard.tokens for shard in read_info(dataset_folder).shards["train"])
     assert f"{tokens:,}" in card
     assert load_config(home / "two/config.toml").init_from == str(home / "run")
     # The config of a run names the run, wherever it is read.
-    assert cli._exit_code(["train", "../home/run/config.toml"]) == 0
+    assert cli.exit_code(["train", "../home/run/config.toml"]) == 0
     assert "has all its 2 steps" in capsys.readouterr().out
     assert [path.name for path in elsewhere.iterdir()] == ["exported"]
 
     monkeypatch.chdir(home)
     resume = ["train", "c.toml", "training.total_steps=4", "--allow-change", "training.total_steps"]
-    assert cli._exit_code(resume) == 0
+    assert cli.exit_code(resume) == 0
     assert "resumed from step 2 of run" in capsys.readouterr().out
 
 
@@ -176,12 +176,12 @@ def given(corpus, tokenizer_folder, dataset_folder, tmp_path_factory):
     )
     made = {"corpus": corpus, "tokenizer": tokenizer_folder, "dataset": dataset_folder, "model": model}
     made |= {"config": folder / "run.toml", "run": folder / "run"}
-    assert cli._exit_code(MAKERS["import"].format(**made, output=made["run"]).split()) == 0
+    assert cli.exit_code(MAKERS["import"].format(**made, output=made["run"]).split()) == 0
     return made
 
 
 def make(command, given, output, *more):
-    return cli._exit_code([*MAKERS[command].format(**given, output=output).split(), *more])
+    return cli.exit_code([*MAKERS[command].format(**given, output=output).split(), *more])
 
 
 @pytest.mark.slow
@@ -246,7 +246,7 @@ def test_a_file_that_is_a_link_is_written_through(given, tmp_path):
         "--per-document",
         str(tmp_path / "lines"),
     ]
-    assert cli._exit_code(evaluate) == 0
+    assert cli.exit_code(evaluate) == 0
     assert str((tmp_path / "lines").readlink()) == "elsewhere/lines.jsonl"
     assert len((tmp_path / "elsewhere/lines.jsonl").read_text(encoding="utf-8").splitlines()) == 400
 
@@ -262,11 +262,11 @@ def test_a_mount_point_is_refused_before_the_work_and_a_folder_inside_is_not(giv
         with monkeypatch.context() as patch:
             patch.setattr("gpt2_flax.tokenizers.train.sample_documents", None)
             command = ["tokenizer", str(given["corpus"]), "--vocab-size", "100", "--output"]
-            assert cli._exit_code([*command, str(volume)]) == 73
+            assert cli.exit_code([*command, str(volume)]) == 73
             err = capsys.readouterr().err
             assert f"mount point, which cannot be replaced: {volume}; give a folder inside it" in err
-        assert cli._exit_code([*command, str(volume / "new")]) == 0
-        assert cli._exit_code(["train", str(given["config"]), f"output={volume / 'run'}"]) == 0
+        assert cli.exit_code([*command, str(volume / "new")]) == 0
+        assert cli.exit_code(["train", str(given["config"]), f"output={volume / 'run'}"]) == 0
     finally:
         subprocess.run(["umount", volume], check=True)
 
@@ -348,7 +348,7 @@ def test_names_that_are_not_utf8_are_read_and_never_made(given, tmp_path, capsys
     shutil.copy(given["corpus"], odd)
     assert make("prepare", given | {"corpus": odd}, tmp_path / "data") == 0
     lines = tmp_path / "lines.jsonl"
-    assert cli._exit_code(["evaluate", str(given["run"]), "--data", str(odd), "--per-document", str(lines)]) == 0
+    assert cli.exit_code(["evaluate", str(given["run"]), "--data", str(odd), "--per-document", str(lines)]) == 0
     name = json.loads(lines.read_text(encoding="utf-8").splitlines()[0])["data"]
     assert [name] == read_info(tmp_path / "data").sources == [f"{tmp_path}/\\xd3\\xef\\xc1\\xcf.txt"]
     capsys.readouterr()

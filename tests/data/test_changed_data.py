@@ -385,7 +385,7 @@ def test_an_evaluation_of_data_that_is_damaged_or_changes_gives_no_figures(tiny,
 
     def refused(*arguments: str) -> str:
         capsys.readouterr()
-        found = cli._exit_code(["evaluate", config.output, "--batch-size", "8", *arguments])
+        found = cli.exit_code(["evaluate", config.output, "--batch-size", "8", *arguments])
         out, err = capsys.readouterr()
         assert (found, out) == (ExitCode.DATA, ""), err
         assert not lines.exists()
@@ -408,7 +408,7 @@ def test_an_evaluation_of_data_that_is_damaged_or_changes_gives_no_figures(tiny,
     damage(path, "a bit at the end")
     assert "sha256 differs" in refused("--data", str(dataset))
     path.write_bytes(whole)
-    assert cli._exit_code(["evaluate", config.output]) == 0
+    assert cli.exit_code(["evaluate", config.output]) == 0
 
 
 def test_what_is_shown_of_a_dataset_that_changes_ends_with_a_sentence(dataset, tiny):

@@ -50,7 +50,7 @@ def test_any_part_of_the_stream_is_read_as_it_was_written(tmp_path_factory, corp
     assert (split.n_documents, split.n_tokens, split.n_characters) == (len(documents), len(stream), 2 * len(documents))
     assert split.n_unknown == stream.count(UNKNOWN)
     assert [ids.tolist() for ids in split.documents()] == documents
-    with mock.patch.object(flat_files, "_CHUNK", chunk):
+    with mock.patch.object(flat_files, "CHUNK", chunk):
         assert [length for lengths_B in split.document_lengths() for length in lengths_B] == list(map(len, documents))
         dataset.verify()
     bounds = list(itertools.pairwise([*starts, len(stream)]))
@@ -69,7 +69,7 @@ def test_parts_of_the_stream_are_gathered_with_the_places_where_documents_start(
 ):
     vocab_size, shards = corpus
     kept = KEPT_BYTES if stride == 1 else 0
-    with mock.patch.multiple(dataset_module, KEPT_BYTES=kept, _STRIDE=stride):
+    with mock.patch.multiple(dataset_module, KEPT_BYTES=kept, STRIDE=stride):
         split = write_dataset(tmp_path_factory.mktemp("dataset"), vocab_size, shards).train
     documents = list(itertools.chain.from_iterable(shards))
     stream = [*itertools.chain.from_iterable(documents), *[0] * 40]
@@ -308,7 +308,7 @@ def test_document_starts_are_in_order_or_refused_whatever_their_file_holds(
     with (
         mock.patch("os.fsync"),
         mock.patch.object(dataset_module, "KEPT_BYTES", kept),
-        mock.patch.object(flat_files, "_CHUNK", chunk),
+        mock.patch.object(flat_files, "CHUNK", chunk),
     ):
         split = publish(folder, {"train": [flat_shard(tokens, offsets)], "validation": []}, 100).train
         windows = np.array([start, 0]), stop - start

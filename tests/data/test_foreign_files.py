@@ -61,7 +61,7 @@ def test_a_damaged_index_is_refused(tmp_path, change, message):
     assert len(whole) == 94
     index.write_bytes(change(whole))
     for chunk in (1, 2, 2**20):
-        with mock.patch.object(foreign_files, "_CHUNK", chunk):
+        with mock.patch.object(foreign_files, "CHUNK", chunk):
             assert message in str(refused(tmp_path, [name], validation_fraction=0.5))
     index.write_bytes(whole)
     assert contents(imported(tmp_path, [name], [], validation_fraction=0.5).validation) == [[8, 9]]

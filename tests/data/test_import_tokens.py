@@ -44,7 +44,7 @@ def test_documents_of_megatron_are_those_of_its_index(tmp_path_factory, document
     stem = write_megatron(folder / "text_document", documents, dtype)
     held = write_megatron(folder / "held", [[[5, 6], [2]]], "uint16")
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    with mock.patch.object(foreign_files, "_CHUNK", chunk):
+    with mock.patch.object(foreign_files, "CHUNK", chunk):
         dataset = imported(folder, [stem], [f"{held}.idx"])
     assert contents(dataset.train) == [flatten(document) for document in documents if flatten(document)]
     assert contents(dataset.validation) == [[5, 6, 2]]
@@ -67,7 +67,7 @@ def test_documents_of_plain_files_are_told_by_their_special_token(tmp_path_facto
     framed = [before + ids + after for ids in [[9], *documents]]
     write = write_ids if kind == "nanogpt" else write_llm_c
     train, held = (write(folder / name, flatten(framed)) for name in ("train.bin", "val.bin"))
-    with mock.patch.object(foreign_files, "_CHUNK", chunk):
+    with mock.patch.object(foreign_files, "CHUNK", chunk):
         dataset = imported(folder, [train], [held], tokenizer)
     assert contents(dataset.train) == contents(dataset.validation) == framed
     assert dataset.info.bos_id == (None if style == "after" else tokenizer.bos_id)
@@ -99,7 +99,7 @@ def test_without_validation_files_the_end_of_the_others_is_for_it(tmp_path_facto
     position = total - max(2, math.ceil(total * fraction))
     kept = [number for number, start in enumerate(starts) if start >= position]
     tokenizer = Letters(100, bos_id=EOS)
-    with mock.patch.object(foreign_files, "_CHUNK", chunk):
+    with mock.patch.object(foreign_files, "CHUNK", chunk):
         if position < 2:
             assert "too few" in str(refused(folder, names, (), tokenizer, validation_fraction=fraction))
             return
@@ -187,7 +187,7 @@ def test_a_file_that_becomes_shorter_while_it_is_copied_is_named(tmp_path):
 
 def test_characters_of_validation_are_counted_by_decoding(tmp_path):
     name = write_ids(tmp_path / "train.bin", [5, UNKNOWN, EOS, 7, 8, EOS])
-    with mock.patch("gpt2_flax.data.import_tokens._DECODED", 2):
+    with mock.patch("gpt2_flax.data.import_tokens.DECODED", 2):
         dataset = imported(tmp_path, [name], [write_ids(tmp_path / "val.bin", [5, UNKNOWN, 6, EOS, 7, EOS])])
     assert [shard.characters for shard in dataset.info.shards["validation"]] == [4]
     assert dataset.train.n_characters is None

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 import tomli_w
-from cli.test_cli import fails
 from support.configs import CHARACTERS, changed
+from support.failures import fails
 
 from gpt2_flax import __main__ as cli
 from gpt2_flax.data.inspect import batch_lines
@@ -137,7 +137,7 @@ def test_the_command(files, dataset_folder, capsys, exit_code, arguments, words)
     call = ["inspect", *arguments.format(files, dataset_folder).split()]
     if exit_code:
         return fails(capsys, exit_code, call, *words)
-    assert cli._exit_code(call) == 0
+    assert cli.exit_code(call) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in words)
     return None

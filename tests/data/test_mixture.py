@@ -23,7 +23,7 @@ from gpt2_flax.data.packing import RowLayout
 from gpt2_flax.data.prepare import prepare
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export.model_card import CardFacts, model_card
-from gpt2_flax.export.publish import _run_facts
+from gpt2_flax.export.publish import run_facts
 from gpt2_flax.inference.evaluate import evaluate_source
 from gpt2_flax.inference.evaluation import Evaluation
 from gpt2_flax.parallel.device_batches import device_batch
@@ -215,7 +215,7 @@ def test_a_run_on_two_datasets_learns_and_goes_on_with_the_same_bits(config, wei
     found = evaluate_source(source, None, None, n_rows=16, n_batches=1, options=DEFAULT_OPTIONS)
     assert found.loss == pytest.approx(whole[6]["validation/loss"], rel=1e-6)
     datasets = Mixture(weights).datasets
-    facts = _run_facts(source, source.config, datasets)
+    facts = run_facts(source, source.config, datasets)
     assert facts["tokens"] == sum(dataset.train.n_tokens for dataset in datasets.values())
     card = model_card(CardFacts("a model", source.model, wordpiece=True, prompt="这", **facts))
     assert "75.0% `dataset`, 25.0% `dataset`" in card

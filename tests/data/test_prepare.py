@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text.test_detect_encoding import SIMPLIFIED, marked
+from support.encoded_texts import SIMPLIFIED, marked
+from support.fake_units import Unit, die
+from support.folders import files_of
 
 from gpt2_flax.data import flat_files, shard_job
 from gpt2_flax.data import prepare as module
@@ -50,10 +52,6 @@ def corpus(tmp_path) -> Path:
     return path
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def stream(folder: Path, split: str) -> list[list[int]]:
     return [ids.tolist() for ids in getattr(TokenDataset(folder), split).documents()]
 
@@ -63,24 +61,6 @@ HALF = st.sampled_from([0, 1, 2**63, 2**64 - 1])  # values of one half of a hash
 
 def split_of(text: str, fraction: float) -> str:
     return SPLITS[int(in_validation([text], fraction)[0])]
-
-
-class Unit:
-    """A fake unit of a corpus that calls `happens` as soon as it is read."""
-
-    name, size, files = "a unit", 1, ()
-
-    def __init__(self, happens):
-        self.happens = happens
-
-    def batches(self, report):
-        self.happens()
-        yield documents.Documents(["天地"], 1)
-
-
-def die(home: int = 0) -> None:
-    if os.getpid() != home:  # the main process reads the corpus before the work begins
-        os._exit(1)  # as when the system kills a process for memory
 
 
 def test_every_document_stands_framed_in_the_split_of_its_hash(corpus, tokenizer, tmp_path):
@@ -238,7 +218,7 @@ def test_of_documents_in_one_split_the_last_tokens_are_for_validation(
     tokenizer, tmp_path, monkeypatch, capsys, fraction, side, count
 ):
     """The cut does not depend on the number of workers or on the ends of units and reading blocks."""
-    monkeypatch.setattr(flat_files, "_CHUNK", 700)
+    monkeypatch.setattr(flat_files, "CHUNK", 700)
     texts = [text for text in (ONE[number * 20 :] for number in range(10**3)) if split_of(text, fraction) == side]
     texts = texts[:count]
     (tmp_path / "corpus.txt").write_text("\n".join(texts), encoding="utf-8")
@@ -274,7 +254,7 @@ def test_a_call_that_was_killed_while_it_cut_the_end_off_gives_the_same_bytes(to
     for output in ("whole", "killed"):
         with monkeypatch.context() as patch:
             if output == "killed":
-                patch.setattr(module, "_finish", lambda *parts: interrupted())
+                patch.setattr(module, "write_info", lambda *parts: interrupted())
                 with pytest.raises(ZeroDivisionError):
                     prepare([str(tmp_path / "corpus.txt")], tokenizer, tmp_path / output)
         prepare([str(tmp_path / "corpus.txt")], tokenizer, tmp_path / output)
@@ -329,7 +309,7 @@ def test_a_vocabulary_that_does_not_fit_stops_before_the_work_begins(corpus, tmp
     texts = DOCUMENTS * 5
     corpus.write_text("\n".join(texts), encoding="utf-8")
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_records", lambda *parts: pytest.fail("it began"))
+        patch.setattr(module, "ShardJob", lambda *parts: pytest.fail("it began"))
         error = refused(corpus, other, tmp_path / "dataset")
     assert error.exit_code == ExitCode.DATA
     assert "--allow-unknown" in error.fix
@@ -353,7 +333,7 @@ def test_a_vocabulary_that_does_not_fit_stops_before_the_work_begins(corpus, tmp
 
 @pytest.mark.slow
 def test_what_the_sample_does_not_show_stops_at_the_end_and_is_kept(tokenizer, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(survey, "_CHARACTERS", 100)
+    monkeypatch.setattr(survey, "CHARACTERS", 100)
     texts = ["一二三四五六七八九十" if index % 45 else "天地玄黄宇宙洪荒日月" for index in range(450)]
     (tmp_path / "corpus.txt").write_text("\n".join(texts), encoding="utf-8")
     error = refused(tmp_path / "corpus.txt", tokenizer, tmp_path / "dataset")

@@ -6,7 +6,8 @@ import random
 import sys
 
 import pytest
-from data.test_prepare import Unit, die, files_of
+from support.fake_units import Unit, die
+from support.folders import files_of
 
 from gpt2_flax.data import prepare as module
 from gpt2_flax.data.prepare import prepare

@@ -81,7 +81,7 @@ def test_gpus_and_processes_are_read(nvidia_smi):
 @pytest.mark.multiprocess
 def test_no_program_is_no_gpu_and_a_failing_one_says_why(nvidia_smi, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(nvidia, "_WINDOWS_PROGRAM", str(tmp_path / "none"))
+    monkeypatch.setattr(nvidia, "WINDOWS_PROGRAM", str(tmp_path / "none"))
     assert nvidia.gpus() == nvidia.processes() == []
     nvidia_smi("No devices were found\\n")
     assert nvidia.gpus() == []
@@ -99,12 +99,12 @@ def test_no_program_is_no_gpu_and_a_failing_one_says_why(nvidia_smi, monkeypatch
     ],
 )
 def test_the_driver_is_known_without_nvidia_smi(monkeypatch, write, text, version):
-    monkeypatch.setattr(nvidia, "_DRIVER", write(text.encode()))
+    monkeypatch.setattr(nvidia, "DRIVER", write(text.encode()))
     assert nvidia.driver_version() == version
 
 
 def test_device_files_are_a_gpu(monkeypatch, tmp_path):
-    monkeypatch.setattr(nvidia, "_DEVICES", tmp_path)
+    monkeypatch.setattr(nvidia, "DEVICES", tmp_path)
     (tmp_path / "nvidiactl").touch()  # a driver without a GPU
     assert not nvidia.is_here()
     (tmp_path / "nvidia3").touch()
@@ -206,8 +206,8 @@ def test_the_machine_is_described(found, nvidia_smi, monkeypatch, tmp_path):
         (tmp_path / f"pci/{index}").mkdir(parents=True)
         (tmp_path / f"pci/{index}/vendor").write_text(f"{vendor}\n", encoding="utf-8")
         (tmp_path / f"pci/{index}/device").write_text(f"{device}\n", encoding="utf-8")  # the last is a network card
-    monkeypatch.setattr(machine, "_PCI", tmp_path / "pci")
-    monkeypatch.setattr(nvidia, "_DRIVER", tmp_path / "none")
+    monkeypatch.setattr(machine, "PCI", tmp_path / "pci")
+    monkeypatch.setattr(nvidia, "DRIVER", tmp_path / "none")
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     report, records = found
@@ -226,7 +226,7 @@ def test_the_machine_is_described(found, nvidia_smi, monkeypatch, tmp_path):
 @pytest.mark.multiprocess
 def test_a_failing_driver_is_named_only_where_there_is_a_gpu(found, nvidia_smi, monkeypatch, tmp_path):
     nvidia_smi("NVIDIA-SMI has failed", code=9)
-    monkeypatch.setattr(nvidia, "_DEVICES", tmp_path / "dev")
+    monkeypatch.setattr(nvidia, "DEVICES", tmp_path / "dev")
     report, records = found
     machine.machine(report)
     assert not [record for record in records if "wrong" in record]
@@ -283,7 +283,8 @@ def test_the_reference_is_that_of_torch(documents, rate):
     torch = pytest.importorskip("torch")
     draw = np.random.default_rng(1)
     arrays = [draw.normal(size=(2, 256, 2, 64)) for _ in range(4)]
-    seen_BTS = attention.visible(attention._segments() if documents else None)
+    segments_BT = np.arange(256) // np.array([[61], [100]])
+    seen_BTS = attention.visible(segments_BT if documents else None)
     kept_BHTS = draw.random((2, 2, 256, 256)) >= rate if rate else None
     q, k, v, d_out = (torch.tensor(array, requires_grad=True) for array in arrays)
     scores = torch.einsum("bthk,bshk->bhts", q, k) / 8
@@ -374,12 +375,12 @@ def test_collectives_of_eight_devices(found):
 
 @pytest.mark.parametrize("name", ["all-reduce", "all-gather", "reduce-scatter"])
 def test_a_collective_that_is_wrong_on_a_device_is_found(found, monkeypatch, name):
-    exchange, layout = rates._EXCHANGES[name]
+    exchange, layout = rates.EXCHANGES[name]
 
     def broken(row_1M):
         return exchange(row_1M) + (jax.lax.axis_index("devices") == 3)
 
-    monkeypatch.setattr(rates, "_EXCHANGES", {name: (broken, layout)})
+    monkeypatch.setattr(rates, "EXCHANGES", {name: (broken, layout)})
     report, records = found
     rates.collectives(report)
     assert records[0]["text"] == "wrong on 1 of 8 devices"
@@ -388,7 +389,7 @@ def test_a_collective_that_is_wrong_on_a_device_is_found(found, monkeypatch, nam
 
 def test_a_slow_device_is_named(found, monkeypatch):
     monkeypatch.setattr(rates, "product_rate", lambda: 2.5e14)
-    monkeypatch.setattr(rates, "_memory_rate", lambda: 3e12)
+    monkeypatch.setattr(rates, "memory_rate", lambda: 3e12)
     monkeypatch.setattr(rates, "peak_flops", lambda kind, dtype: 989e12)
     monkeypatch.setattr(rates, "bandwidth", lambda kind: 3.35e12)
     report, records = found
@@ -401,7 +402,7 @@ def test_a_slow_device_is_named(found, monkeypatch):
 
 @pytest.mark.slow
 def test_steps_that_differ_are_counted(found, monkeypatch):
-    prepared, runs = training._prepared, []
+    prepared, runs = training.prepared, []
 
     def drifting(config):
         step, state, batch = prepared(config)
@@ -417,7 +418,7 @@ def test_steps_that_differ_are_counted(found, monkeypatch):
 
         return other, state, batch
 
-    monkeypatch.setattr(training, "_prepared", drifting)
+    monkeypatch.setattr(training, "prepared", drifting)
     report, records = found
     training.determinism(report)
     assert records[0]["differ"] == 5
@@ -428,7 +429,7 @@ def test_steps_that_differ_are_counted(found, monkeypatch):
 
 def test_on_a_gpu_the_deterministic_step_is_tried_too(found, monkeypatch):
     monkeypatch.setattr(training, "platform", lambda: "gpu")
-    monkeypatch.setattr(training, "_differences", lambda config: (7, 10, 6.2, 0))
+    monkeypatch.setattr(training, "differences", lambda config: (7, 10, 6.2, 0))
     report, records = found
     training.determinism(report)
     assert [record.get("name") for record in records] == [
@@ -464,7 +465,7 @@ def test_a_batch_that_does_not_fit_is_tried_with_remat_and_then_with_fewer_rows(
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9.00GiB")
         return 0.5, 3.0
 
-    monkeypatch.setattr(training, "_seconds", seconds)
+    monkeypatch.setattr(training, "step_seconds", seconds)
     monkeypatch.setattr(training, "platform", lambda: "gpu")
     monkeypatch.setattr(training, "product_rate", lambda: 1e15)
     report, records = found
@@ -605,7 +606,7 @@ def test_the_whole_command_on_a_cpu(tmp_path):
 def test_a_gpu_that_jax_does_not_see_is_exit_code_69(nvidia_smi, monkeypatch, capsys):
     nvidia_smi(H100, "", "0, 9.0\\n1, 9.0\\n")
     monkeypatch.setattr(examination, "CHECKS", examination.CHECKS[:2])
-    assert cli._exit_code(["doctor"]) == 69
+    assert cli.exit_code(["doctor"]) == 69
     out, err = capsys.readouterr()
     assert "GPU 0 has 11.3 GiB of 79.6 GiB free but JAX takes 59.7 GiB" in out
     assert "WRONG                     an NVIDIA GPU is here but JAX" in out
@@ -615,7 +616,7 @@ def test_a_gpu_that_jax_does_not_see_is_exit_code_69(nvidia_smi, monkeypatch, ca
 def test_a_file_that_exists_is_kept(tmp_path, capsys):
     output = tmp_path / "report.json"
     output.write_text("mine", encoding="utf-8")
-    assert cli._exit_code(["doctor", "--json", str(output)]) == 73
+    assert cli.exit_code(["doctor", "--json", str(output)]) == 73
     assert output.read_text(encoding="utf-8") == "mine"
     out, err = capsys.readouterr()
     assert not out

@@ -21,7 +21,7 @@ from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export import transformers_folder, verify
 from gpt2_flax.export.model_card import CardFacts, model_card
-from gpt2_flax.export.publish import _run_facts
+from gpt2_flax.export.publish import run_facts
 from gpt2_flax.export.transformers_folder import MARKER, export_folder
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 from gpt2_flax.tokenizers.train import train_sentencepiece, train_wordpiece
@@ -74,7 +74,7 @@ def exported_sentencepiece(tmp_path_factory, request):
 )
 def test_the_card_names_the_optimizer_of_the_run(config, optimizer, words):
     config = parse_config(config.model_dump(exclude_none=True) | {"optimizer": optimizer}, "test")
-    facts = _run_facts(SimpleNamespace(step=3, metrics={}, hardware=None), config, {})
+    facts = run_facts(SimpleNamespace(step=3, metrics={}, hardware=None), config, {})
     assert words in model_card(CardFacts("a model", ModelConfig(vocab_size=300), False, PROMPT, **facts))
 
 
@@ -258,12 +258,13 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
 import resource, signal, sys
 from pathlib import Path
 from gpt2_flax.errors import UserError
-from export.test_export import TEXTS, export_one, train_wordpiece
+from gpt2_flax.tokenizers.train import train_wordpiece
+from support.exports import TEXTS, export
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 tokenizer = train_wordpiece(TEXTS, 120)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 try:
-    export_one(Path(sys.argv[1]) / "out", tokenizer, verify=False)
+    export(Path(sys.argv[1]) / "out", tokenizer)
 except UserError as error:
     print(int(error.exit_code), error.what)
 """

@@ -15,6 +15,7 @@ from support.configs import changed
 from support.weight_folders import random_weights
 
 from gpt2_flax.checkpoint.source import Source
+from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export import publish as publish_module
 from gpt2_flax.export import transformers_folder, verify
@@ -102,13 +103,13 @@ def test_the_run_says_what_it_was_trained_on(source, tmp_path):
 
 def test_samples_are_spread_over_the_validation_documents(source, dataset_folder, tokenizer_folder, corpus, tmp_path):
     tokenizer = load_tokenizer(tokenizer_folder)
-    datasets = publish_module._datasets(source.config)
+    datasets = Mixture(source.config.data.datasets).datasets
     split = next(iter(datasets.values())).validation
-    texts = publish_module._sample_texts(datasets, tokenizer)
+    texts = publish_module.sample_texts(datasets, tokenizer)
     assert len(texts) == split.n_documents < 200
     assert set(texts) <= set(corpus.read_text(encoding="utf-8").splitlines())
     other = train_sentencepiece([PROMPT, *ODD_TEXTS], 345, "bpe")
-    assert publish_module._sample_texts(datasets, other) == [], "ids of another vocabulary"
+    assert publish_module.sample_texts(datasets, other) == [], "ids of another vocabulary"
 
 
 def test_a_dataset_that_was_damaged_since_does_not_keep_a_model_from_being_published(
@@ -117,8 +118,8 @@ def test_a_dataset_that_was_damaged_since_does_not_keep_a_model_from_being_publi
     shutil.copytree(dataset_folder, tmp_path / "dataset")
     (offsets,) = (tmp_path / "dataset" / "validation").glob("offsets-*.bin")
     offsets.write_bytes(b"\xff" * offsets.stat().st_size)
-    damaged = publish_module._datasets(changed(source.config, data__dataset=str(tmp_path / "dataset")))
-    assert publish_module._sample_texts(damaged, load_tokenizer(tokenizer_folder)) == []
+    damaged = Mixture({str(tmp_path / "dataset"): 1.0}).datasets
+    assert publish_module.sample_texts(damaged, load_tokenizer(tokenizer_folder)) == []
 
 
 @pytest.mark.slow
@@ -211,9 +212,9 @@ def refused(source, output) -> str:
 @pytest.mark.slow
 def test_a_folder_that_generates_other_tokens_is_not_published(source, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
-    faultless = transformers_folder._generation_config
+    faultless = transformers_folder.generation_config
     faulty = lambda *arguments: faultless(*arguments) | {"repetition_penalty": 3.0}  # noqa: E731
-    monkeypatch.setattr(transformers_folder, "_generation_config", faulty)
+    monkeypatch.setattr(transformers_folder, "generation_config", faulty)
     assert "greedy continuation" in refused(source, tmp_path / "out")
 
 
@@ -225,7 +226,7 @@ def test_a_tokenizer_that_differs_on_a_document_is_not_published(source, tmp_pat
     def faulty(self, texts):
         return [ids[:-1] if text == "山河" else ids for text, ids in zip(texts, encode_batch(self, texts), strict=True)]
 
-    monkeypatch.setattr(publish_module, "_sample_texts", lambda datasets, tokenizer: ["一", "山河"])
+    monkeypatch.setattr(publish_module, "sample_texts", lambda datasets, tokenizer: ["一", "山河"])
     monkeypatch.setattr(type(load_tokenizer(source.tokenizer_folder)), "encode_batch", faulty)
     assert "AutoTokenizer gives other ids for '\\u5c71\\u6cb3'" in refused(source, tmp_path / "out")
 
@@ -236,16 +237,16 @@ def test_where_two_tokens_are_as_likely_either_may_come_first(source, tmp_path):
     pytest.importorskip("transformers")
     publish(source, tmp_path / "out", name="A model")
     tokenizer = load_tokenizer(source.tokenizer_folder)
-    ours = verify._compute(source.weights, source.model, tokenizer, "float32", [PROMPT])
-    model = verify._load(tmp_path / "out", "model.safetensors")
-    _, same = verify._compare_model(model, ours, tmp_path)
+    ours = verify.our_results(source.weights, source.model, tokenizer, "float32", [PROMPT])
+    model = verify.load_model(tmp_path / "out", "model.safetensors")
+    _, same = verify.compare_model(model, ours, tmp_path)
     assert same == len(ours.continuations[0])
     other = [[*ours.continuations[0][:2], *((np.array(ours.continuations[0][2:]) + 1) % 5).tolist()]]
     tied = [[*ours.leads[0][:2], 1e-7, *ours.leads[0][3:]]]
     changed_ours = ours._replace(continuations=other, leads=tied)
-    assert verify._compare_model(model, changed_ours, tmp_path)[1] == 2
+    assert verify.compare_model(model, changed_ours, tmp_path)[1] == 2
     with pytest.raises(UserError, match="greedy continuation"):
-        verify._compare_model(model, changed_ours._replace(leads=ours.leads), tmp_path)
+        verify.compare_model(model, changed_ours._replace(leads=ours.leads), tmp_path)
 
 
 @pytest.mark.slow
@@ -253,7 +254,8 @@ def test_what_torch_computes_first_is_not_what_counts(source, tmp_path):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     publish(source, tmp_path / "out", name="A model")
-    ours = verify._compute(source.weights, source.model, load_tokenizer(source.tokenizer_folder), "float32", [PROMPT])
+    tokenizer = load_tokenizer(source.tokenizer_folder)
+    ours = verify.our_results(source.weights, source.model, tokenizer, "float32", [PROMPT])
     calls_that_are_off = 1
 
     def less_exact_at_first(model, inputs, output):
@@ -262,13 +264,13 @@ def test_what_torch_computes_first_is_not_what_counts(source, tmp_path):
         if calls_that_are_off >= 0:
             output.logits += 1e-3
 
-    model = verify._load(tmp_path / "out", "model.safetensors")
+    model = verify.load_model(tmp_path / "out", "model.safetensors")
     model.register_forward_hook(less_exact_at_first)
-    difference, _ = verify._compare_model(model, ours, tmp_path)
+    difference, _ = verify.compare_model(model, ours, tmp_path)
     assert difference < 1e-5
     calls_that_are_off = 2
     with pytest.raises(UserError, match="logits differ by 1"):
-        verify._compare_model(model, ours, tmp_path)
+        verify.compare_model(model, ours, tmp_path)
 
 
 def test_ties_of_sentencepiece_are_told_but_few_of_them_are_allowed(tmp_path):
@@ -286,11 +288,11 @@ def test_ties_of_sentencepiece_are_told_but_few_of_them_are_allowed(tmp_path):
 
     other = Other((tmp_path / "spiece.model").read_bytes(), tmp_path)
     texts = [PROMPT] * 100
-    assert verify._compare_tokenizers(tokenizer, theirs, texts, tmp_path) == 0
-    assert verify._compare_tokenizers(other, theirs, texts, tmp_path) == 1
+    assert verify.compare_tokenizers(tokenizer, theirs, texts, tmp_path) == 0
+    assert verify.compare_tokenizers(other, theirs, texts, tmp_path) == 1
     other.wrong = 3
     with pytest.raises(UserError, match="AutoTokenizer gives other ids"):
-        verify._compare_tokenizers(other, theirs, texts, tmp_path)
+        verify.compare_tokenizers(other, theirs, texts, tmp_path)
 
 
 def test_texts_that_hold_names_of_special_tokens_are_compared_as_text(tmp_path, tokenizer_folder):
@@ -298,10 +300,11 @@ def test_texts_that_hold_names_of_special_tokens_are_compared_as_text(tmp_path, 
     shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
     theirs = transformers.AutoTokenizer.from_pretrained(Path(tmp_path / "tokenizer"))
     texts = ["这是[SEP]之前的[CLS]"]
-    assert verify._compare_tokenizers(load_tokenizer(tokenizer_folder), theirs, texts, tmp_path) == 0
+    assert verify.compare_tokenizers(load_tokenizer(tokenizer_folder), theirs, texts, tmp_path) == 0
 
 
 def test_a_vocabulary_of_one_token_goes_on_with_it():
-    continuations, leads = verify._continue(lambda tokens_BT: np.zeros((*tokens_BT.shape, 1)), [[0], [0, 0]], 6, 3, 0)
+    logits_of = lambda tokens_BT: np.zeros((*tokens_BT.shape, 1))  # noqa: E731
+    continuations, leads = verify.continue_greedily(logits_of, [[0], [0, 0]], 6, 3, 0)
     assert continuations == [[0], [0]]
     assert leads == [[0.0] * 3] * 2

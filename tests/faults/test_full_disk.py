@@ -160,7 +160,7 @@ def test_lines_that_a_full_disk_refused_are_written_once_there_is_space(config, 
 @pytest.mark.slow
 @pytest.mark.parametrize("flush_seconds", [30.0, -1.0, 1e9], ids=["at first", "always", "at the end"])
 def test_a_run_goes_on_without_tensorboard_after_one_warning(config, capsys, monkeypatch, flush_seconds):
-    monkeypatch.setattr(tensorboard, "_FLUSH_SECONDS", flush_seconds)
+    monkeypatch.setattr(tensorboard, "FLUSH_SECONDS", flush_seconds)
     monkeypatch.setattr(record_writer, "open_file", lambda path: open(FULL, "wb"))  # noqa: SIM115
     loop.train(config)
     out = capsys.readouterr().out

@@ -225,9 +225,9 @@ def test_a_signal_while_c_code_computes_ends_the_process_and_removes_what_was_un
 @pytest.mark.multiprocess
 def test_what_is_being_removed_is_never_published(made, tmp_path):
     body = (
-        "import gpt2_flax.folders as f; removed = threading.Event(); remove = f._remove\n"
-        "def slowly(folder):\n    removed.set(); time.sleep(1); remove(folder)\n"
-        "f._remove = slowly\n"
+        "import shutil; removed = threading.Event(); remove = shutil.rmtree\n"
+        "def slowly(*given, **options):\n    removed.set(); time.sleep(1); remove(*given, **options)\n"
+        "shutil.rmtree = slowly\n"
         "with new_folder(Path('new'), 'x') as f:\n    (f / 'x').touch(); print('now', flush=True); removed.wait()"
     )
     process = in_prepare(made, tmp_path, body)
@@ -321,11 +321,11 @@ def test_outside_the_program_a_second_signal_does_what_it_did_before():
 def test_a_folder_that_is_finished_is_no_longer_cleaned_up(tmp_path):
     from gpt2_flax import interruption
 
-    before = list(interruption._clean_ups)
+    before = list(interruption.clean_ups)
     with new_folder(tmp_path / "new", "x") as folder:
-        assert len(interruption._clean_ups) == len(before) + 1
+        assert len(interruption.clean_ups) == len(before) + 1
         (folder / "x").touch()
-    assert interruption._clean_ups == before
+    assert interruption.clean_ups == before
 
 
 # Leaves a coroutine that nobody awaits, as tensorstore does when one of several reads fails.

@@ -13,9 +13,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from export.test_export_formats import LOWER, TEXTS, config_for, export
 from safetensors.numpy import load_file
 from sentencepiece import SentencePieceTrainer
+from support.exports import LOWER, TEXTS, config_for, export
 from support.weight_folders import random_weights
 
 from gpt2_flax.errors import ExitCode, UserError
@@ -326,7 +326,8 @@ def test_gguf_and_safetensors_are_written_without_torch():
 import sys
 sys.modules["torch"] = sys.modules["transformers"] = None
 import tempfile, pathlib
-from export.test_export_formats import TEXTS, export, train_wordpiece
+from support.exports import TEXTS, export
+from gpt2_flax.tokenizers.train import train_wordpiece
 with tempfile.TemporaryDirectory() as folder:
     assert export(pathlib.Path(folder) / "out", train_wordpiece(TEXTS, 120), format="gguf", verify=True) is None
     assert (pathlib.Path(folder) / "out" / "model.gguf").stat().st_size > 10000

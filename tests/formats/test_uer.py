@@ -6,9 +6,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from checkpoint.test_huggingface import configs
 from hypothesis import given, settings
-from support.weight_folders import as_tensors, random_weights
+from support.weight_folders import as_tensors, configs, random_weights
 from support.weight_folders import write_folder as write_transformers_folder
 
 from gpt2_flax import __main__ as cli

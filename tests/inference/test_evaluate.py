@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from text.test_detect_encoding import SIMPLIFIED
+from support.encoded_texts import SIMPLIFIED
 
 from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint.source import Source, save_as_run

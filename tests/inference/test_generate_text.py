@@ -95,12 +95,12 @@ def test_samples_of_a_prompt_follow_each_other(generator):
 def decode_rows():
     from gpt2_flax.inference import generate
 
-    return generate._MOST_ROWS
+    return generate.MOST_ROWS
 
 
 def test_programs_serve_all_prompts_and_samplings_that_fit(generator):
     generator.texts(["好人"], 9, Sampling(temperature=0.0), seed=0)
-    before = decode._advance._cache_size(), decode._read_prompts._cache_size()
+    before = decode.run_steps._cache_size(), decode.read_prompts._cache_size()
     for prompt, sampling in (
         ("好", Sampling(0.3, 7, 0.8)),
         ("我们在北京", Sampling(min_p=0.1, repetition_penalty=1.2)),
@@ -108,7 +108,7 @@ def test_programs_serve_all_prompts_and_samplings_that_fit(generator):
     ):
         generator.texts([prompt], 8, sampling, seed=1)
         list(generator.stream(prompt, 8, sampling, seed=1))
-    assert (decode._advance._cache_size(), decode._read_prompts._cache_size()) == before
+    assert (decode.run_steps._cache_size(), decode.read_prompts._cache_size()) == before
 
 
 def test_tokens_without_text_are_never_chosen_unless_asked_for(tokenizer_folder):

@@ -78,9 +78,9 @@ def test_a_text_without_repetition_or_of_one_token_has_some_draft():
 def test_always_and_never_drafting_give_the_same_text(decoder, monkeypatch, sampling, n_rows):
     draw = np.random.default_rng(0)
     prompts = [(draw.integers(VOCABULARY, size=1 + row % 4).tolist() * 6)[: 3 + 4 * row] for row in range(n_rows)]
-    eos_id, found, drafts = 5, [], decode._drafts
+    eos_id, found, drafts = 5, [], decode.drafts
     for least_share in (2.0, -1.0):
-        monkeypatch.setattr(decode, "_drafts", lambda n, least=least_share: (drafts(n)[0], least))
+        monkeypatch.setattr(decode, "drafts", lambda n, least=least_share: (drafts(n)[0], least))
         found.append(decode.generate(decoder, prompts, eos_id, 40, sampling, seed=3))
         one = list(decode.generate_one(decoder, prompts[0], eos_id, 40, sampling, 3))
         assert one == found[-1][0]
@@ -94,7 +94,7 @@ def test_a_text_that_repeats_itself_comes_in_fewer_steps(monkeypatch):
     """Small random weights say the same token over and over."""
     decoder, steps = make(0.02), []
     whole = decode.generate(decoder, [[3, 8], [4]], NO_END, 50, GREEDY)
-    advance = decode._advance
+    advance = decode.run_steps
 
     def counted(*arguments):
         before = np.asarray(arguments[-2].history.length_B)
@@ -103,7 +103,7 @@ def test_a_text_that_repeats_itself_comes_in_fewer_steps(monkeypatch):
             steps.append((arguments[-1], n_new))
         return result
 
-    monkeypatch.setattr(decode, "_advance", counted)
+    monkeypatch.setattr(decode, "run_steps", counted)
     assert decode.generate(decoder, [[3, 8], [4]], NO_END, 50, GREEDY) == whole
     (narrow, few), (wide, many) = steps  # one token at a time until that is foreseen, then the rest
     assert (narrow, wide) == (0, 7)

@@ -17,7 +17,7 @@ auto = partial(choose_attention, length=1024, dropout=True, documents=True)
 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch):
-    monkeypatch.setattr(module, "_compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(module, "compute_capability", lambda: (9, 0))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_where_no_kernel_can_plain_products_do(platform, changes, arguments, why
     ],
 )
 def test_choice_by_the_kind_of_gpu(monkeypatch, capability, size, expected):
-    monkeypatch.setattr(module, "_compute_capability", lambda: capability)
+    monkeypatch.setattr(module, "compute_capability", lambda: capability)
     kernel, reason = auto(CFG.model_copy(update={"n_embd": 2 * size}), platform="gpu", documents=False)
     assert kernel == ("xla" if expected else "cudnn")
     assert expected is None or expected in reason
@@ -175,18 +175,18 @@ def test_choice_by_the_kind_of_gpu(monkeypatch, capability, size, expected):
     ],
 )
 def test_flash_by_the_kind_of_gpu(monkeypatch, capability, expected):
-    monkeypatch.setattr(module, "_compute_capability", lambda: capability)
+    monkeypatch.setattr(module, "compute_capability", lambda: capability)
     choice = auto(CFG.model_copy(update={"attn_pdrop": 0.1}), platform="gpu")
     assert choice == (("xla", expected) if expected else ("flash", "the fastest on a gpu"))
 
 
 def test_without_a_gpu_there_is_no_compute_capability(monkeypatch):
     monkeypatch.undo()
-    assert module._compute_capability() is None
+    assert module.compute_capability() is None
 
 
 def test_without_the_backend_of_the_flash_kernel_others_are_taken(monkeypatch):
-    monkeypatch.setattr(module, "_TRITON", "jax.experimental.pallas.none_such")
+    monkeypatch.setattr(module, "TRITON", "jax.experimental.pallas.none_such")
     assert auto(CFG, platform="gpu") == ("cudnn", "the fastest on a gpu")
     kernel, why = auto(CFG.model_copy(update={"attn_pdrop": 0.1}), platform="gpu")
     assert kernel == "xla"

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from gpt2_flax.model.layers import layer_norm
+
+torch = pytest.importorskip("torch")
 
 
 def draw(dtype, mean):

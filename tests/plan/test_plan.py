@@ -291,7 +291,7 @@ def test_microbatches_are_tried_when_remat_is_not_enough(monkeypatch, small, com
 def test_a_state_that_is_too_large_is_sharded_at_once(monkeypatch, small):
     large = changed(small, data__global_batch_size=2, data__seq_length=8, model__n_embd=128, mesh__fsdp=1)
     devices = devices_for("cpu:2")
-    whole = ahead_of_time._state_and_gradients(large, devices)
+    whole = ahead_of_time.state_and_gradients(large, devices)
     with_memory(monkeypatch, whole - 1)
     tried = []
 
@@ -313,11 +313,11 @@ def test_nothing_fits_into_nothing(monkeypatch, small):
 
 def test_the_compilers_out_of_memory_message_is_parsed():
     hbm = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (30.63G) exceeds available HBM (15.75G)."
-    assert ahead_of_time._bytes_refused(hbm, 10**9) == round(30.63 * 2**30)
+    assert ahead_of_time.bytes_refused(hbm, 10**9) == round(30.63 * 2**30)
     used = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm."
-    assert ahead_of_time._bytes_refused(used, 2**30) == round(16.5 * 2**30)
+    assert ahead_of_time.bytes_refused(used, 2**30) == round(16.5 * 2**30)
     with pytest.raises(RuntimeError, match="INTERNAL"):
-        ahead_of_time._bytes_refused("INTERNAL: no", 1)
+        ahead_of_time.bytes_refused("INTERNAL: no", 1)
 
 
 # Compiled for absent devices
@@ -389,7 +389,7 @@ def test_a_missing_cudnn_is_named_with_what_installs_it(small):
     refused(ExitCode.USAGE, text, compile_step, calls_it, devices_for("h200:1"))
 
 
-@pytest.mark.parametrize("gpu", topology._GPUS.values())
+@pytest.mark.parametrize("gpu", topology.GPUS.values())
 def test_every_gpu_is_in_the_table_of_devices(gpu):
     assert peak_flops(gpu.kind, "bfloat16")
 

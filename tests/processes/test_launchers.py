@@ -215,8 +215,8 @@ def test_missing_or_wrong_values_are_refused(environment, given, variables, what
 def metadata(monkeypatch, tmp_path):
     """Return a function that starts a metadata server, which returns the list of requested paths."""
     (tmp_path / "product_name").write_text("Google Compute Engine\n")
-    monkeypatch.setattr(tpu_metadata, "_PRODUCT", tmp_path / "product_name")
-    monkeypatch.setattr(tpu_metadata, "_TIMEOUT", 0.2)
+    monkeypatch.setattr(tpu_metadata, "PRODUCT", tmp_path / "product_name")
+    monkeypatch.setattr(tpu_metadata, "TIMEOUT", 0.2)
     monkeypatch.setattr(tpu_metadata, "has_tpu", lambda: True)
     servers = []
 
@@ -316,7 +316,7 @@ def test_other_machines_do_not_wait_for_a_metadata_server(
     environment, monkeypatch, tmp_path, product, tpu, variables, may_be
 ):
     environment(variables)
-    monkeypatch.setattr(tpu_metadata, "_PRODUCT", tmp_path / "product_name")
+    monkeypatch.setattr(tpu_metadata, "PRODUCT", tmp_path / "product_name")
     monkeypatch.setattr(tpu_metadata, "has_tpu", lambda: tpu)
     if product:
         (tmp_path / "product_name").write_text(f"{product}\n")
@@ -347,7 +347,7 @@ def test_a_metadata_server_that_does_not_answer_costs_seconds_and_a_line(metadat
             monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{port}")
         begun = time.monotonic()
         assert find_place() is None
-    assert time.monotonic() - begun < 10 * tpu_metadata._TIMEOUT
+    assert time.monotonic() - begun < 10 * tpu_metadata.TIMEOUT
     line = capsys.readouterr().err
     assert line.startswith("warning: this TPU VM trains alone: its metadata server 127.0.0.1:")
     assert line.endswith("; if there are others, give --coordinator, --num-processes and --process-id\n")

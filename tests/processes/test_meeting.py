@@ -15,8 +15,8 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from processes.test_watchdog import Stranger, join, left, quick, wait_until  # noqa: F401
 from support.two_processes import ended, free_ports, start
+from support.watchdogs import Stranger, wait_until
 
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.processes import joining, meeting, messages
@@ -33,7 +33,7 @@ HELLO = {"kind": "hello", "number": 1, "n_processes": 2, "host": "far", "pid": 7
 
 
 @pytest.fixture(autouse=True)
-def quicker(quick, left, monkeypatch):  # noqa: F811
+def quicker(quick, left, monkeypatch):
     monkeypatch.setattr(messages, "QUIET", 0.5)
     monkeypatch.setattr(meeting, "START", 3.0)
     monkeypatch.delenv("GPT2_FLAX_SECRET", raising=False)
@@ -128,7 +128,7 @@ class Relay:
             other.shutdown(socket.SHUT_WR)
 
 
-def test_a_process_with_the_secret_is_admitted_and_the_secret_is_never_sent(port, left, monkeypatch):  # noqa: F811
+def test_a_process_with_the_secret_is_admitted_and_the_secret_is_never_sent(port, left, monkeypatch):
     monkeypatch.setenv("GPT2_FLAX_SECRET", SECRET)
     relay = Relay(port)
     processes = [come(port, 0), come(relay.port, 1)]
@@ -152,13 +152,7 @@ def test_a_process_with_the_secret_is_admitted_and_the_secret_is_never_sent(port
     ],
 )
 def test_a_process_without_the_secret_is_dropped_and_named_and_the_run_waits(
-    port,
-    left,  # noqa: F811
-    monkeypatch,
-    capsys,
-    of_hub,
-    shown,
-    words,
+    port, left, monkeypatch, capsys, of_hub, shown, words
 ):
     monkeypatch.setenv("GPT2_FLAX_SECRET", of_hub)
     process_0 = come(port, 0)
@@ -178,7 +172,7 @@ def test_a_process_without_the_secret_is_dropped_and_named_and_the_run_waits(
     assert isinstance(result(*process_0), Watchdog)
 
 
-def test_a_proof_computed_independently_is_accepted(port, left, monkeypatch):  # noqa: F811
+def test_a_proof_computed_independently_is_accepted(port, left, monkeypatch):
     monkeypatch.setenv("GPT2_FLAX_SECRET", SECRET)
     process_0, visitor = come(port, 0), Visitor(port)
     hello = {**HELLO, "attempt": "", "code": 0, "sentence": ""}
@@ -258,7 +252,7 @@ BEAT = {"kind": "beat", "phase": "step 1", "marks": 1, "waited": 1.0, "limit": 9
         *(b"x" * 70_000, b'{"kind": "hello", "number": NaN}\n'),
     ],
 )
-def test_a_stranger_that_sends_no_message_is_dropped_and_named(port, left, capsys, said):  # noqa: F811
+def test_a_stranger_that_sends_no_message_is_dropped_and_named(port, left, capsys, said):
     process_0, visitor = come(port, 0), Visitor(port)
     with contextlib.suppress(OSError):  # the connection may be closed before everything is sent
         visitor.say(said)
@@ -273,7 +267,7 @@ def test_a_stranger_that_sends_no_message_is_dropped_and_named(port, left, capsy
 
 
 @pytest.mark.parametrize("number", [0, 2, -1, 2**62])
-def test_a_number_that_no_process_has_is_refused(port, left, capsys, number):  # noqa: F811
+def test_a_number_that_no_process_has_is_refused(port, left, capsys, number):
     process_0, visitor = come(port, 0), Visitor(port)
     visitor.say({**HELLO, "number": number})
     assert visitor.wait_for("verdict")["code"] == ExitCode.USAGE
@@ -285,8 +279,8 @@ def test_a_number_that_no_process_has_is_refused(port, left, capsys, number):  #
     assert capsys.readouterr().err == f"{line}\n"
 
 
-def test_a_port_scan_does_not_flood_the_log(port, left, capsys, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(meeting, "_MOST_STRANGERS", 20)
+def test_a_port_scan_does_not_flood_the_log(port, left, capsys, monkeypatch):
+    monkeypatch.setattr(meeting, "MOST_STRANGERS", 20)
     process_0 = come(port, 0)
     visitors = [Visitor(port) for _ in range(30)]  # more open connections than are allowed
     for number in range(100):
@@ -328,7 +322,7 @@ def test_a_silent_visitor_is_dropped(port, capsys, monkeypatch):
         *({"kind": "facts", "facts": {}, "patience": "long"}, {"kind": "facts"}, {"kind": "new"}, b"[]\n"),
     ],
 )
-def test_a_member_that_sends_nonsense_ends_the_run_but_no_thread_crashes(port, left, said):  # noqa: F811
+def test_a_member_that_sends_nonsense_ends_the_run_but_no_thread_crashes(port, left, said):
     process_0, visitor = come(port, 0), Visitor(port)
     visitor.say(HELLO)
     visitor.wait_for("started")
@@ -341,7 +335,7 @@ def test_a_member_that_sends_nonsense_ends_the_run_but_no_thread_crashes(port, l
 
 
 @pytest.mark.parametrize("said", [{"kind": "verdict", "number": 1, "code": 3, "what": "", "fix": ""}, b"[]\n", {}])
-def test_a_hub_that_sends_nonsense_counts_as_gone(port, left, said):  # noqa: F811
+def test_a_hub_that_sends_nonsense_counts_as_gone(port, left, said):
     started = {"kind": "started", "hub": "process 0 (host h)", "token": "t"}
     FakeHub(port, GREETING, started, said)
     FakeHub(port + 1, GREETING)
@@ -360,8 +354,8 @@ VALUES = st.recursive(
 
 @given(st.data())
 def test_a_received_message_has_all_fields_of_its_kind(data):
-    kind = data.draw(st.sampled_from(sorted(messages._FIELDS)))
-    said = {"kind": kind} | {name: data.draw(VALUES) for name in messages._FIELDS[kind] if data.draw(st.booleans())}
+    kind = data.draw(st.sampled_from(sorted(messages.FIELDS)))
+    said = {"kind": kind} | {name: data.draw(VALUES) for name in messages.FIELDS[kind] if data.draw(st.booleans())}
     said |= data.draw(st.dictionaries(st.text(max_size=5), VALUES, max_size=2))
     one, other = socket.socketpair()
     with one, other:
@@ -371,7 +365,7 @@ def test_a_received_message_has_all_fields_of_its_kind(data):
         except EOFError:
             return
     for message in received:
-        for name, wanted in messages._FIELDS[message["kind"]].items():
+        for name, wanted in messages.FIELDS[message["kind"]].items():
             assert type(message[name]) is (wanted if isinstance(wanted, type) else type(wanted)) or (
                 float in (wanted, type(wanted)) and type(message[name]) is int
             )
@@ -380,7 +374,7 @@ def test_a_received_message_has_all_fields_of_its_kind(data):
 # The two ports
 
 
-def test_the_second_port_is_free_for_jax_after_the_start(port, left):  # noqa: F811
+def test_the_second_port_is_free_for_jax_after_the_start(port, left):
     processes = [come(port, 0), come(port, 1)]
     assert all(isinstance(result(*process), Watchdog) for process in processes)
     socket.create_server(("", port + 1)).close()
@@ -539,7 +533,7 @@ def test_the_address_of_process_0_leads_to_another_process_0(port, monkeypatch):
 # Earlier starts
 
 
-def test_a_process_of_an_earlier_start_is_dropped_and_named(port, left, capsys):  # noqa: F811
+def test_a_process_of_an_earlier_start_is_dropped_and_named(port, left, capsys):
     processes = [come(port, 0, 3, "7.0.1"), come(port, 1, 3, "7.0.0"), come(port, 1, 3, "7.0.1")]
     said = []
     wait_until(lambda: said.append(capsys.readouterr().err) or "belongs to attempt" in "".join(said))
@@ -552,7 +546,7 @@ def test_a_process_of_an_earlier_start_is_dropped_and_named(port, left, capsys):
     assert stale.exit_code == ExitCode.TRY_AGAIN
 
 
-def test_a_process_waits_until_the_hub_of_an_earlier_start_is_gone(port, left):  # noqa: F811
+def test_a_process_waits_until_the_hub_of_an_earlier_start_is_gone(port, left):
     stale = FakeHub(port, GREETING | {"attempt": "1"})
     process_1 = come(port, 1, attempt="2")
     time.sleep(0.5)

@@ -6,121 +6,23 @@ import math
 import random
 import re
 import socket
-import tempfile
 import threading
 import time
 
 import pytest
 from support.two_processes import free_ports
+from support.watchdogs import Stranger, join, wait_until
 
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.processes import meeting, messages, peers, phases, watchdog
-from gpt2_flax.processes.place import Place
+from gpt2_flax.processes import meeting, messages, peers, phases
 from gpt2_flax.processes.watchdog import Watchdog
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # for crash logs of runs without a folder
-    monkeypatch.setattr(messages, "BEAT", 0.05)
-    monkeypatch.setattr(messages, "SILENCE", 1.0)
-    monkeypatch.setattr(peers, "GRACE", 0.5)
-    monkeypatch.setattr(peers, "CLOSING", 0.3)
-    monkeypatch.setattr(meeting, "START", 5.0)
-    monkeypatch.setattr(meeting, "LINGER", 0.3)
-    monkeypatch.setattr(watchdog, "UNWINDING", 0.2)
-    monkeypatch.setattr(phases, "LEAST_STEP", 1.0)
-    monkeypatch.setattr(phases, "TIMES", 1)
-    monkeypatch.setattr(watchdog, "_delay_abort", lambda: None)
-    monkeypatch.setattr(watchdog, "_libc_signal", lambda handler: None)
-    monkeypatch.setattr(watchdog.atexit, "register", lambda *arguments: None)
-
-
-class Ended(BaseException):
-    """Raised in a thread instead of ending the process."""
-
-
-@pytest.fixture
-def left(monkeypatch):
-    """Record the exit code and the sentence of each process that would have ended, by its number."""
-    said = {}
-
-    def leave(code, sentence=""):
-        said[numbers[threading.current_thread()]] = (code, sentence)
-        raise Ended
-
-    numbers = {}
-
-    def known(method):
-        def run(self):
-            numbers[threading.current_thread()] = self.number
-            with contextlib.suppress(Ended):
-                method(self)
-
-        return run
-
-    monkeypatch.setattr(watchdog, "_leave", leave)
-    monkeypatch.setattr(Watchdog, "_listen", known(Watchdog._listen))
-    monkeypatch.setattr(Watchdog, "_watch", known(Watchdog._watch))
-    return said
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
 
 
 @pytest.fixture
 def address():
     return f"localhost:{free_ports()}"
-
-
-def join(address, n_processes, *numbers, n=None, facts=None):
-    """Return the watchdogs of processes `numbers`, or their errors."""
-    results = {}
-
-    def come(number):
-        try:
-            place = Place(address, (n or {}).get(number, n_processes), number)
-            results[number] = Watchdog.join(place, (facts or {}).get(number, {}))
-        except UserError as error:
-            results[number] = error
-
-    threads = [threading.Thread(target=come, args=[number]) for number in numbers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    return [results[number] for number in numbers]
-
-
-class Stranger:
-    """Sends messages written by hand."""
-
-    def __init__(self, address):
-        host, port = address.split(":")
-        patience = time.monotonic() + 5
-        while True:
-            try:
-                self.socket = socket.create_connection((host, int(port)))
-                break
-            except OSError:
-                assert time.monotonic() < patience
-                time.sleep(0.01)
-        self.rest = bytearray()
-
-    def hello(self, number, n_processes):
-        messages.send(self.socket, "hello", number=number, n_processes=n_processes, host="far", pid=7)
-
-    def wait_for(self, kind):
-        while True:
-            for message in messages.receive(self.socket, self.rest):
-                if message["kind"] == kind:
-                    return message
-
-
-def wait_until(true):
-    patience = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < patience
-        time.sleep(0.01)
 
 
 def leave(dog, error=None):
@@ -173,11 +75,10 @@ def test_a_closed_connection_ends_all(address, left, closing):
     dogs = join(address, 3, 0, 1)
     connect.join()
     stranger.wait_for("started")
-    for dog in dogs:
-        dog._where = "runs/x"
-    stranger.socket.sendall({"whole": b"", "half a line": b'{"kind"', "nonsense": b"[1]\n"}[closing])
-    stranger.socket.close()
-    wait_until(lambda: len(left) == 2)
+    with dogs[0].running("runs/x"), dogs[1].running("runs/x"):
+        stranger.socket.sendall({"whole": b"", "half a line": b'{"kind"', "nonsense": b"[1]\n"}[closing])
+        stranger.socket.close()
+        wait_until(lambda: len(left) == 2)
     for code, sentence in left.values():
         assert code == ExitCode.TRY_AGAIN
         how = "said what no process of a run says: '[1]'" if closing == "nonsense" else "has ended"

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from gpt2_flax.text import compression, corpus, documents, encodings
-from gpt2_flax.text.compression import _zstd
+from gpt2_flax.text.compression import zstd_module
 from gpt2_flax.text.documents import CorpusOptions, Problem
 
 PACK = {
     ".gz": gzip.compress,
     ".xz": lzma.compress,
     ".bz2": bz2.compress,
-    ".zst": lambda data: _zstd().compress(data, options={_zstd().CompressionParameter.checksum_flag: 1}),
+    ".zst": lambda data: zstd_module().compress(data, options={zstd_module().CompressionParameter.checksum_flag: 1}),
 }
 
 

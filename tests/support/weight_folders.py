@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from gpt2_flax.checkpoint.huggingface import assemble, table, to_hf_config, to_state_dict
@@ -11,6 +12,15 @@ from gpt2_flax.checkpoint.tensor_files import Tensor
 from gpt2_flax.config.schema import ModelConfig
 
 CONFIG = ModelConfig(vocab_size=50, n_positions=12, n_layer=2, n_head=3, n_embd=12, dtype="float32")
+
+
+@st.composite
+def configs(draw):
+    heads, size = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    sizes = {field: draw(st.integers(1, 9)) for field in ("vocab_size", "n_positions", "n_layer")}
+    rates = {field: draw(st.sampled_from([0.0, 0.1])) for field in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
+    rates["tie_word_embeddings"] = draw(st.booleans())
+    return ModelConfig(**sizes, **rates, n_head=heads, n_embd=heads * size, layer_norm_epsilon=draw(st.floats(1e-9, 1)))
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:

@@ -277,7 +277,7 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch):
 def test_paragraphs_of_the_newspaper_become_articles():
     first = ["标题/n", "作者/n", "第一/m  段/q  。/w", "（/w  摄/v  ）/w", "第二/m  段/q  。/w"]
     second = ["又/d  一/m  题/n", "文/n  。/w"]
-    articles = list(packaged_corpus._articles(first + second))
+    articles = list(packaged_corpus.articles(first + second))
     assert articles == ["标题\n作者\n第一段。\n（摄）\n第二段。", "又一题\n文。"]
 
 

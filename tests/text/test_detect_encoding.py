@@ -7,41 +7,12 @@ from pathlib import Path
 
 import pytest
 from support.corpus_files import PACK, read, read_texts, sizes
+from support.encoded_texts import JAPANESE, KOREAN, SIMPLIFIED, TRADITIONAL, marked
 
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.text import detect_encoding
 from gpt2_flax.text.corpus import CorpusOptions, corpus_units, identity
 
-SIMPLIFIED = [
-    "今天天气非常好，我们决定到公园去散步，顺便买一些水果回家。",
-    "这家饭店的服务很好，房间也很干净，下次还会再来；只是早餐的时间有一点短。",
-    "昨天晚上看了一部电影，剧情非常精彩，演员的表演也令人印象深刻，推荐大家去看。",
-    "新华社北京一月一日电，国务院总理在讲话中说，经济的发展离不开人民的努力。",
-    "书的内容不错，可是印刷质量很差，有几页根本看不清楚，希望出版社能够改进。",
-    "他在学校里学习数学和物理，毕业以后想当一名老师，把知识教给更多的孩子。",
-    "小说的主人公是一个年轻的农民，为了生活来到了城市，经历了许多想不到的事情。",
-]
-TRADITIONAL = [
-    "今天的天氣非常好，我們決定到公園去散步，順便買一些水果回家。",
-    "這家飯店的服務很好，房間也很乾淨，下次還會再來；只是早餐的時間有一點短。",
-    "昨天晚上看了一部電影，劇情非常精彩，演員的表演也令人印象深刻，推薦大家去看。",
-    "書的內容不錯，可是印刷質量很差，有幾頁根本看不清楚，希望出版社能夠改進。",
-    "他在學校裡學習數學和物理，畢業以後想當一名老師，把知識教給更多的孩子。",
-    "小說的主人公是一個年輕的農民，為了生活來到了城市，經歷了許多想不到的事情。",
-]
-JAPANESE = [
-    "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。",
-    "何でも薄暗いじめじめした所でニャーニャー泣いていた事だけは記憶している。",
-    "吾輩はここで始めて人間というものを見た。しかもあとで聞くとそれは書生という人間中で一番獰悪な種族であったそうだ。",
-    "この書生というのは時々我々を捕えて煮て食うという話である。しかしその当時は何という考もなかったから別段恐しいとも思わなかった。",
-]
-KOREAN = [
-    "대한민국의 모든 권력은 국민으로부터 나온다.",
-    "오늘은 날씨가 좋아서 공원에서 산책을 하고 친구를 만나 이야기를 나누었다.",
-    "서울의 지하철은 빠르고 편리하며 많은 사람들이 매일 이용한다.",
-    "책을 읽는 것은 즐거운 일이고 새로운 지식을 얻을 수 있다.",
-    "어제 저녁에는 가족과 함께 영화를 보았는데 배우들의 연기가 아주 훌륭해서 오래 기억에 남을 것 같다.",
-]
 WIDE = ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
 DETECTED = [
     ("gb18030", SIMPLIFIED),
@@ -61,11 +32,6 @@ def encoding_of(path: Path, **options: str) -> str:
     [unit] = corpus_units([str(path)], CorpusOptions(**options))
     [file] = unit.files
     return file.encoding
-
-
-def marked(text: str, encoding: str) -> bytes:
-    """Encode with a byte order mark, which Python does not write for encodings that name the byte order."""
-    return ("\ufeff" + text).encode(encoding) if encoding[-2:] in ("le", "be") else text.encode(encoding)
 
 
 @pytest.mark.parametrize("suffix", ["", *PACK])
@@ -173,8 +139,8 @@ def test_json_is_read_in_any_of_them(write, encoding):
 
 
 def test_a_large_file_is_decided_from_a_sample_and_cut_as_ever(write, monkeypatch):
-    monkeypatch.setattr(detect_encoding, "_PIECES", 4)
-    monkeypatch.setattr(detect_encoding, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(detect_encoding, "PIECES", 4)
+    monkeypatch.setattr(detect_encoding, "PIECE_BYTES", 1000)
     lines = [f"{number} {text}" for number in range(40) for text in SIMPLIFIED]
     content = "\n".join(lines).encode("gb18030")
     path = write(content)

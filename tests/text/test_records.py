@@ -196,9 +196,9 @@ def test_a_value_that_is_too_long_ends_the_file(write, monkeypatch):
 def test_an_unended_value_does_not_fill_the_memory(write, monkeypatch):
     monkeypatch.setattr(json_documents, "LONGEST_RECORD", 2**16)
     tried = []
-    decode = json_documents._DECODER.raw_decode
+    decode = json_documents.DECODER.raw_decode
     stand_in = SimpleNamespace(raw_decode=lambda text, at: tried.append(len(text)) or decode(text, at))
-    monkeypatch.setattr(json_documents, "_DECODER", stand_in)
+    monkeypatch.setattr(json_documents, "DECODER", stand_in)
     with sizes(block=100):
         texts, problems = read(write('["' + "x" * 10**6, "a.json"), on_error="skip")
     assert (texts, len(problems)) == ([], 1)

@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import tempfile
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -64,7 +65,9 @@ def vocabulary(name: str) -> tuple[str, ...]:
 def backend_of(tokens: tuple[str, ...], lowercase: bool) -> Tokenizer:
     """Return the tokenizer that the `tokenizers` library makes from the vocabulary."""
     tokenizer = WordPieceTokenizer("\n".join(tokens).encode(), "vocab.txt", lowercase)
-    backend = Tokenizer.from_str(tokenizer._backend.to_str())
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder))
+        backend = Tokenizer.from_file(f"{folder}/tokenizer.json")
     backend.encode_special_tokens = True
     return backend
 
@@ -217,9 +220,7 @@ def test_a_run_may_become_more_tokens_than_it_has_units():
 @pytest.fixture
 def table():
     """A table that knows no runs."""
-    table = table_of(tuple(SMALL), True)
-    table._forget()
-    return table
+    return BertTable(backend_of(tuple(SMALL), True), len(SMALL))
 
 
 def test_line_feeds_empty_texts_and_no_texts():
@@ -255,25 +256,39 @@ def test_what_is_kept_of_runs_stays_bounded(table, monkeypatch):
         assert sum(map(len, table._numbers)) <= 20_000 + 2 * 5002
 
 
-def test_known_runs_are_not_asked_for_again(table, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        bert_table, "_ask", lambda backend, texts, ask=bert_table._ask: asked.extend(texts) or ask(backend, texts)
-    )
+class Watched:
+    """A backend that records the texts it encodes; an interrupted one raises KeyboardInterrupt."""
+
+    def __init__(self):
+        self.backend, self.asked, self.interrupted = backend_of(tuple(SMALL), True), [], False
+
+    def __getattr__(self, name):
+        return getattr(self.backend, name)
+
+    def encode_batch_fast(self, texts, **options):
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.asked.extend(texts)
+        return self.backend.encode_batch_fast(texts, **options)
+
+
+def test_known_runs_are_not_asked_for_again():
+    backend = Watched()
+    table = BertTable(backend, len(SMALL))
+    backend.asked.clear()
     table.encode(["hello then hello", "中文hello。"])
-    assert [sorted(text.split(table._mark)) for text in asked] == [["", "hello", "then"]]
+    assert [sorted(text.split(text[-1])) for text in backend.asked] == [["", "hello", "then"]]
     assert rows(table.encode(["then中hello"])) == expected_rows(tuple(SMALL), True, ["then中hello"])
-    assert len(asked) == 1
+    assert len(backend.asked) == 1
 
 
-def test_an_interruption_while_a_run_is_asked_for_leaves_no_wrong_id(table, monkeypatch):
-    def interrupted(backend, texts):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(bert_table, "_ask", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            table.encode(["hello then"])
+def test_an_interruption_while_a_run_is_asked_for_leaves_no_wrong_id():
+    backend = Watched()
+    table = BertTable(backend, len(SMALL))
+    backend.interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        table.encode(["hello then"])
+    backend.interrupted = False
     texts = ["the hello", "then the"]
     assert rows(table.encode(texts)) == expected_rows(tuple(SMALL), True, texts)
 

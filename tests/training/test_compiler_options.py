@@ -111,9 +111,9 @@ def test_options_that_the_compiler_dropped_are_left_out(h200s, monkeypatch):
     from gpt2_flax.training import compiler_options as module
 
     mesh = mesh_of(config_of(), h200s)
-    assert module._is_known(SUMS, 1000, mesh)
-    assert not module._is_known("xla_gpu_dropped_long_ago", True, mesh)
-    monkeypatch.setattr(module, "_is_known", lambda name, value, mesh: name != SCHEDULER)
+    assert module.is_known(SUMS, 1000, mesh)
+    assert not module.is_known("xla_gpu_dropped_long_ago", True, mesh)
+    monkeypatch.setattr(module, "is_known", lambda name, value, mesh: name != SCHEDULER)
     assert SCHEDULER not in compiler_options(config_of(), mesh)
 
 

@@ -267,11 +267,11 @@ def test_the_command_trains_the_stages_of_a_file(stages, tmp_path, capsys):
     del second["model"], second["optimizer"], second["init_from"]
     path = tmp_path / "stages.toml"
     path.write_text(tomli_w.dumps(common | {"stages": [first, second]}), encoding="utf-8")
-    assert cli._exit_code(["train", str(path), "training.total_steps=2", "stages.2.training.total_steps=1"]) == 0
+    assert cli.exit_code(["train", str(path), "training.total_steps=2", "stages.2.training.total_steps=1"]) == 0
     assert [sorted(losses(stage)) for stage in stages] == [[1, 2], [1]]
     assert load_config(RunFolder(stages[1].output).config).init_from == stages[0].output
     capsys.readouterr()
-    assert cli._exit_code(["train", str(path), "model.n_layr=3"]) == ExitCode.CONFIG
+    assert cli.exit_code(["train", str(path), "model.n_layr=3"]) == ExitCode.CONFIG
     assert "stage 1; did you mean model.n_layer" in capsys.readouterr().err
 
 
