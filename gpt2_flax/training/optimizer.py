@@ -4,6 +4,8 @@ Dimension key: L layers, D n_embd, Q query, key and value, H heads, K head size,
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from gpt2_flax.config.schema import Config, OptimizerConfig
-from gpt2_flax.parallel.rules import path_of
+from gpt2_flax.parallel.mesh import AXES, current_mesh
+from gpt2_flax.parallel.rules import path_of, spec_of
 
 _MATRIX_AXES = {
     "h/attn/c_attn/kernel": "LDQHK",
@@ -57,7 +60,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
     if optimizer.name == "muon":
         clip = _clip(optimizer.max_grad_norm)
-        direction = optax.partition({"muon": _muon(), "adam": _adam(optimizer)}, _label)
+        direction = optax.partition({"muon": _muon(config.model.dtype), "adam": _adam(optimizer)}, _label)
     else:
         clip, direction = optax.identity(), _adam(optimizer, optimizer.max_grad_norm)
     if optimizer.name == "adamw_uer":
@@ -110,24 +113,52 @@ def _adam(optimizer: OptimizerConfig, max_grad_norm: float = 0.0) -> optax.Gradi
     return optax.GradientTransformation(optax.scale_by_adam().init, update)
 
 
-def _muon() -> optax.GradientTransformation:
-    """Return Muon: Nesterov momentum, then approximately the nearest orthogonal matrix.
+def _muon(dtype: str) -> optax.GradientTransformation:
+    """Return Muon: Nesterov momentum, then approximately the nearest orthogonal matrix, computed in `dtype`.
 
     The result is scaled to the usual root mean square of an AdamW update (arXiv:2502.16982), so that one learning rate
     and one weight decay serve both.
     """
-    orthogonalise = optax.stateless(
-        lambda updates, params: jax.tree_util.tree_map_with_path(
-            lambda key_path, update: _orthogonal(update, _MATRIX_AXES[path_of(key_path)]), updates
-        )
-    )
-    return optax.chain(optax.trace(_MUON_MOMENTUM, nesterov=True), orthogonalise)
+
+    def orthogonalise(key_path, update):
+        path = path_of(key_path)
+        of_layers = partial(_orthogonal, axes=_MATRIX_AXES[path], dtype=dtype)
+        return _dealt_out(of_layers, update, path).astype(update.dtype)
+
+    stateless = optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(orthogonalise, updates))
+    return optax.chain(optax.trace(_MUON_MOMENTUM, nesterov=True), stateless)
 
 
-def _orthogonal(x: jax.Array, axes: str) -> jax.Array:
+def _dealt_out(function: Callable[[jax.Array], jax.Array], x: jax.Array, path: str) -> jax.Array:
+    """Apply `function` to the kernel at `path`, layer by layer, and let each device compute some of the layers.
+
+    Each device exchanges its slice of all layers for some whole layers, and back. Layers of zeros make the split even.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return function(x)
+    spec, n_layers = spec_of(path, x.shape, mesh), x.shape[0]
+    split = [(name, axis) for axis, name in enumerate(spec) if name is not None]
+    copied = tuple(name for name in AXES if name not in spec)
+
+    def of_device(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, -n_layers % mesh.size), *[(0, 0)] * (x.ndim - 1)])
+        n_of_copy = x.shape[0] // math.prod(mesh.shape[name] for name in copied)
+        x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(copied) * n_of_copy, n_of_copy)
+        for name, axis in split:
+            x = jax.lax.all_to_all(x, name, split_axis=0, concat_axis=axis, tiled=True)
+        x = function(x)
+        for name, axis in reversed(split):
+            x = jax.lax.all_to_all(x, name, split_axis=axis, concat_axis=0, tiled=True)
+        return jax.lax.all_gather(x, copied, tiled=True)[:n_layers]
+
+    return jax.shard_map(of_device, in_specs=spec, out_specs=spec, check_vma=False)(x)
+
+
+def _orthogonal(x: jax.Array, axes: str, dtype: str) -> jax.Array:
     """Return the matrices of `x` with all singular values near 1, scaled to a root mean square of 0.2.
 
-    Newton-Schulz iterations are polynomials in X Xᵀ. They need only (D, D) products, and reshape no sharded axis.
+    Newton-Schulz iterations are polynomials in X Xᵀ, so they need only (D, D) products.
     """
     stack, others = "".join(axis for axis in axes if axis in "LQ"), axes.replace("D", "E")
     of_matrix = tuple(index for index, axis in enumerate(axes) if axis not in stack)
@@ -138,7 +169,7 @@ def _orthogonal(x: jax.Array, axes: str) -> jax.Array:
         gram = jnp.einsum(f"{axes},{others}->{stack}DE", x, x)
         return a * x + jnp.einsum(f"{stack}DE,{others}->{axes}", b * gram + c * gram @ gram, x)
 
-    x = jax.lax.fori_loop(0, _NEWTON_SCHULZ_STEPS, iterate, x)
+    x = jax.lax.fori_loop(0, _NEWTON_SCHULZ_STEPS, iterate, x.astype(dtype))
     longer_side = math.prod(x.shape[index] for index in of_matrix) // x.shape[axes.index("D")]
     return x * (_MUON_RMS * longer_side**0.5)
 

@@ -3,9 +3,9 @@
 Bytes are those that each device sends when every collective goes around a ring.
 """
 
+import functools
 import math
 import re
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -45,23 +45,23 @@ def test_all_reduce_sends_all_but_one_slice_twice(axes, n):
 
 
 def test_all_gather_sends_all_but_one_slice():
-    found = sent_by(partial(jax.lax.all_gather, axis_name="fsdp", tiled=True), P("fsdp"), P(), (64, 64))
+    found = sent_by(functools.partial(jax.lax.all_gather, axis_name="fsdp", tiled=True), P("fsdp"), P(), (64, 64))
     assert found == {"all-gather": Collective(1, 3 * LOCAL)}
 
 
 def test_reduce_scatter_sends_all_but_one_slice():
-    found = sent_by(partial(jax.lax.psum_scatter, axis_name="fsdp", tiled=True), P(), P("fsdp"), (64, 64))
+    found = sent_by(functools.partial(jax.lax.psum_scatter, axis_name="fsdp", tiled=True), P(), P("fsdp"), (64, 64))
     assert found == {"reduce-scatter": Collective(1, 3 * LOCAL)}
 
 
 def test_all_to_all_sends_all_but_its_own_slice():
-    swap = partial(jax.lax.all_to_all, axis_name="fsdp", split_axis=1, concat_axis=0, tiled=True)
+    swap = functools.partial(jax.lax.all_to_all, axis_name="fsdp", split_axis=1, concat_axis=0, tiled=True)
     found = sent_by(swap, P("fsdp"), P(None, "fsdp"), (64, 64))
     assert found == {"all-to-all": Collective(1, 3 * LOCAL // 4)}
 
 
 def test_permute_sends_the_whole():
-    shift = partial(jax.lax.ppermute, axis_name="data", perm=[(0, 1), (1, 0)])
+    shift = functools.partial(jax.lax.ppermute, axis_name="data", perm=[(0, 1), (1, 0)])
     assert sent_by(shift, P("data"), P("data"), (32, 64)) == {"collective-permute": Collective(1, LOCAL)}
 
 
@@ -189,13 +189,14 @@ def step():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-def _compile(mesh, rows, **model):
+def _compile(mesh, rows, optimizer="adamw", **model):
     values = {
         "output": "run",
         "model": {"vocab_size": 21128, "dtype": "float32", "layers": "scanned"}
         | dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
         | model,
         "data": {"dataset": "dataset", "seq_length": LENGTH, "global_batch_size": rows},
+        "optimizer": {"name": optimizer},
         "training": {"total_steps": 100},
     }
     config = parse_config(values, "test").with_vocab_size(values["model"]["vocab_size"])
@@ -273,11 +274,12 @@ def test_work_of_a_device_does_not_grow_with_devices(step):
     assert eight == pytest.approx(alone, rel=0.05)
 
 
-def compiled_for_gpus(**sizes):
+@functools.cache
+def compiled_for_gpus(optimizer="adamw", **sizes):
     """Return the collectives of a bfloat16 step on eight GPUs, the text of the program, and the parameter sizes."""
     pytest.importorskip("jax_plugins.xla_cuda12")
     mesh = make_mesh(MeshSizes(**sizes), devices_for("h200:8"))
-    program, sizes = _compile(mesh, ROWS, dtype="bfloat16", attention="xla")
+    program, sizes = _compile(mesh, ROWS, optimizer, dtype="bfloat16", attention="xla")
     return sent(program), program.as_text(), sizes
 
 
@@ -299,3 +301,32 @@ def test_gpus_gather_kernels_in_bfloat16_and_scatter_sums_of_gradients_in_float3
     assert found["reduce-scatter"] == pytest.approx(7 / 8 * (kernels + embedding), rel=0.01)
     assert found["all-reduce"] == pytest.approx(2 * 7 / 8 * whole, rel=0.01)
     assert found.keys() == {"all-gather", "reduce-scatter", "all-reduce"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 8}], ids=str)
+def test_gpus_exchange_momenta_and_updates_of_muon_once(sizes):
+    adamw, _, parameters = compiled_for_gpus(**sizes)
+    muon, _, _ = compiled_for_gpus("muon", **sizes)
+    padded = 16 / LAYERS * sum(size for path, size in parameters.items() if path.endswith("kernel"))
+    # Momenta are sent in float32, and updates in bfloat16. Copies of a kernel share the work, then gather the updates.
+    data, fsdp = sizes.get("data", 1), sizes.get("fsdp", 1)
+    exchanged = (1 + 1 / 2) * (fsdp - 1) / fsdp * padded / 8
+    gathered = 1 / 2 * (data - 1) / data * padded / fsdp
+    assert muon.get("all-to-all", 0) == pytest.approx(exchanged, rel=0.01)
+    assert muon.get("all-gather", 0) - adamw.get("all-gather", 0) == pytest.approx(gathered, rel=0.01)
+    for kind in ("all-reduce", "reduce-scatter"):
+        assert muon.get(kind, 0) == pytest.approx(adamw.get(kind, 0), rel=0.01)
+    assert muon.keys() - {"all-to-all", "all-gather"} == adamw.keys() - {"all-gather"}
+
+
+@pytest.mark.slow
+def test_eight_devices_share_the_work_of_muon(step):
+    program, sizes = _compile(mesh_of((8, 1, 1)), ROWS, "muon")
+    found = program.cost_analysis()["flops"] - step((8, 1, 1))[0].cost_analysis()["flops"]
+    matrices = [(3, WIDTH), (1, WIDTH), (1, 4 * WIDTH), (1, 4 * WIDTH)]
+    of_layer = sum(n * (4 * WIDTH**2 * longer + 2 * WIDTH**3) for n, longer in matrices)
+    # Of 12 layers, each device has at most 2. The analysis counts one of the five iterations.
+    assert found == pytest.approx(2 * of_layer, rel=0.02)
+    # A run on eight GPUs has at least 131,072 tokens a step. A token costs 6 FLOPs for each parameter.
+    assert 5 * 2 * of_layer < 0.03 * 6 * sum(sizes.values()) / 4 * 131_072 / 8
