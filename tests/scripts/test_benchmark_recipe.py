@@ -87,7 +87,8 @@ def test_the_recipes_of_the_project_are_configs():
 @pytest.mark.multiprocess
 def test_a_comparison_is_resumed_and_repeats_no_run(corpus, tmp_path):
     (tmp_path / "recipes.toml").write_text(
-        'a = {optimizer = {learning_rate = [1e-3, 1e-2]}, budgets = [1]}\nb = {data = {packing = "document"}, budgets = [1]}\n'
+        "a = {optimizer = {learning_rate = [1e-3, 1e-2]}, budgets = [1]}\n"
+        'b = {data = {packing = "document"}, budgets = [1]}\n'
     )
     command = [sys.executable, SCRIPT, "--folder", tmp_path / "out", "--corpus", corpus, "--widths", "32"]
     command += ["--recipes", tmp_path / "recipes.toml", "--lengths", "16", "--seeds", "0", "1", "--layers", "1"]
