@@ -70,13 +70,14 @@ class PromptSeparator(NamedTuple):
 
     def _chosen(self, segments_BT: np.ndarray, samples_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return where each chosen segment begins and ends in all rows together, int64, and its key, uint64."""
-        begins_BT = np.ones(segments_BT.shape, bool)
-        begins_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
-        firsts_R = np.flatnonzero(begins_BT)
-        ends_R = np.append(firsts_R[1:], segments_BT.size)
+        segments_T, seq_length = segments_BT.reshape(-1), segments_BT.shape[1]
+        begins_T = np.empty(segments_T.shape, bool)
+        np.not_equal(segments_T[1:], segments_T[:-1], out=begins_T[1:])
+        begins_T[::seq_length] = True
+        firsts_R = np.flatnonzero(begins_T)
+        ends_R = np.append(firsts_R[1:], len(segments_T))
         keys_B = mix(mix(_DOMAIN + self.seed) + samples_B.astype(np.uint64))
-        numbers_R = segments_BT.reshape(-1)[firsts_R].astype(np.uint64)
-        keys_R = mix(keys_B[firsts_R // segments_BT.shape[1]] + numbers_R)
+        keys_R = mix(keys_B[firsts_R // seq_length] + segments_T[firsts_R].astype(np.uint64))
         chosen_R = (keys_R >> np.uint64(11)) * 2.0**-53 < self.share
         return firsts_R[chosen_R], ends_R[chosen_R], keys_R[chosen_R]
 

@@ -132,7 +132,9 @@ def test_with_a_share_of_1_every_segment_that_has_a_place_gets_one_end_token(tmp
         # The inserted token stands inside the text of one document, and nothing is taught to predict it.
         assert owner[new_t[p - 1]] == owner[new_y[p]]
         assert new_y[p - 1] == new_y[p] == new_t[p - 1] + 1
-        assert new_y.count(EOS) <= y.count(EOS)
+        if t[-1] == EOS:  # of a document that ends in the segment, no target of its text or its end is lost
+            assert new_y.count(EOS) == y.count(EOS)
+            assert set(new_y) | {IGNORE} == set(y) | {IGNORE}
 
 
 @settings(max_examples=60)
