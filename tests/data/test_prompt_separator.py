@@ -91,7 +91,7 @@ def equal(some, other):
         assert array.dtype == another.dtype == np.int32
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(TEXTS, TEXTS, st.booleans(), st.sampled_from(LAYOUTS), SEEDS, SHARES, st.sampled_from([ALL, (10**9, 10**9 + 9)]))
 def test_batches_equal_the_definition_in_plain_python(
     tmp_path_factory, texts, more_texts, with_bos, layout, seed, share, samples
@@ -112,7 +112,7 @@ def test_batches_equal_the_definition_in_plain_python(
     )
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(TEXTS, st.sampled_from(LAYOUTS), SEEDS)
 def test_with_a_share_of_1_every_segment_that_has_a_place_gets_one_end_token(tmp_path_factory, texts, layout, seed):
     documents = documents_of(texts)
@@ -137,7 +137,7 @@ def test_with_a_share_of_1_every_segment_that_has_a_place_gets_one_end_token(tmp
             assert set(new_y) | {IGNORE} == set(y) | {IGNORE}
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(TEXTS, st.sampled_from(LAYOUTS), SEEDS, SHARES)
 def test_no_target_is_of_another_document(tmp_path_factory, texts, layout, seed, share):
     documents = documents_of(texts)
@@ -154,7 +154,7 @@ def test_no_target_is_of_another_document(tmp_path_factory, texts, layout, seed,
                 assert target == last + 1
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     TEXTS,
     st.sampled_from(LAYOUTS),
