@@ -36,6 +36,7 @@ from gpt2_flax.data.dataset import TokenDataset, TokenSplit
 from gpt2_flax.data.dataset_info import DatasetInfo, shard_paths, write_info
 from gpt2_flax.data.dataset_writer import ShardWriter
 from gpt2_flax.data.packing import RowLayout
+from gpt2_flax.data.prompt_separator import PromptSeparator, SeparatedBatches
 from gpt2_flax.folders import file_sha256
 
 VOCAB_SIZE = 21128
@@ -75,8 +76,9 @@ def document_lengths(random: np.random.Generator, count: int) -> np.ndarray:
     return np.maximum(2, random.lognormal(np.log(MEDIAN), deviation, count)).astype(np.int64)
 
 
-def of_ours(split: TokenSplit, length: int, n_rows: int, packing: str) -> Iterator[object]:
-    batches = Batches([split], [Fraction(1)], RowLayout(length, packing), seed=0)
+def of_ours(split: TokenSplit, length: int, n_rows: int, packing: str, separated: float = 0) -> Iterator[object]:
+    given = [split], [Fraction(1)], RowLayout(length, packing), 0
+    batches = SeparatedBatches(*given, PromptSeparator(separated, 0, 101, 102)) if separated else Batches(*given)
     for step in itertools.count():
         yield batches.batch(step * n_rows, (step + 1) * n_rows)
 
@@ -120,6 +122,7 @@ def contenders(split: TokenSplit, length: int, n_rows: int) -> dict[str, Callabl
         packing: lambda packing=packing: of_ours(split, length, n_rows, packing)
         for packing in ("stream", "best_fit", "document")
     }
+    found["stream, prompt_separator 0.1"] = lambda: of_ours(split, length, n_rows, "stream", separated=0.1)
     found[BASE] = lambda: of_nanogpt(path, length, n_rows, again=True)
     found["crops, file mapped once"] = lambda: of_nanogpt(path, length, n_rows, again=False)
     if importlib.util.find_spec("grain"):
@@ -128,7 +131,7 @@ def contenders(split: TokenSplit, length: int, n_rows: int) -> dict[str, Callabl
 
 
 def compare(split: TokenSplit, length: int, n_rows: int, seconds: float, turns: int) -> None:
-    print(f"\nrows of {length}, {n_rows} a batch{'':6}M tokens/s{'':22}to nanoGPT   starts   padding")
+    print(f"\nrows of {length}, {n_rows} a batch{'':10}M tokens/s{'':22}to nanoGPT   starts   padding")
     running, starts = {}, {}
     for name, make in contenders(split, length, n_rows).items():
         begin = time.perf_counter()
@@ -143,7 +146,7 @@ def compare(split: TokenSplit, length: int, n_rows: int, seconds: float, turns: 
     for name, found in rates.items():
         median = statistics.median(found)
         print(
-            f"  {name:26}{median:10.1f}  {f'({min(found):.1f} to {max(found):.1f})':22}{median / base:7.2f}x"
+            f"  {name:30}{median:10.1f}  {f'({min(found):.1f} to {max(found):.1f})':22}{median / base:7.2f}x"
             f"{starts[name]:8.3f} s{padding(next(running[name])):9.2%}",
             flush=True,
         )

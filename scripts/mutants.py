@@ -99,8 +99,8 @@ MUTANTS = (
     Mutant(
         "the same order in every epoch",
         "data/batches.py",
-        "key = _mix(_mix(np.uint64(seed)) + np.uint64(epoch))",
-        "key = _mix(_mix(np.uint64(seed)))",
+        "key = mix(mix(np.uint64(seed)) + np.uint64(epoch))",
+        "key = mix(mix(np.uint64(seed)))",
         "data/test_batches.py::test_epochs_and_seeds_give_different_orders",
     ),
     Mutant(
@@ -109,6 +109,13 @@ MUTANTS = (
         "[start : start + last - first]",
         "[: last - first]",
         "data/test_batches.py::test_hosts_that_take_parts_of_a_batch_see_the_whole_batch",
+    ),
+    Mutant(
+        "end tokens inserted by the place in a batch",
+        "data/prompt_separator.py",
+        "np.arange(first, last))",
+        "np.arange(last - first))",
+        "data/test_prompt_separator.py::test_hosts_that_take_parts_of_a_batch_see_the_whole_batch",
     ),
     Mutant(
         "other training data taken",

@@ -35,6 +35,7 @@ KEYS = [
     "data.dataset",
     "data.seq_length",
     "data.packing",
+    "data.prompt_separator",
     "data.global_batch_size",
     "data.verify",
     "optimizer.preset",

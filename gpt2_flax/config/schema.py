@@ -118,6 +118,9 @@ class DataConfig(Section, frozen=True):
         default="stream",
         description="stream: cut every seq_length tokens; best_fit: combine documents; document: one a row",
     )
+    prompt_separator: float = Field(
+        default=0.0, ge=0, le=1, description="share of training segments with an end token inserted at a random place"
+    )
     global_batch_size: Rows = Field(default=64, description="rows an optimizer step, over all devices")
     verify: Verify = Field(
         default="first-use", description="sha256 of shards: check each at its first use, all at the start, or none"

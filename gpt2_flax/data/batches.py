@@ -137,21 +137,21 @@ def permutation(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarr
     """
     half_bits = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half_bits)) - 1)
-    key = _mix(_mix(np.uint64(seed)) + np.uint64(epoch))
-    round_keys = [_mix(key + np.uint64(number)) for number in range(_ROUNDS)]
+    key = mix(mix(np.uint64(seed)) + np.uint64(epoch))
+    round_keys = [mix(key + np.uint64(number)) for number in range(_ROUNDS)]
     values = np.asarray(index, np.uint64).reshape(-1).copy()
     todo = np.ones(values.shape, bool)
     while todo.any():  # the network permutes [0, 4 ** half_bits); walk on from what falls outside [0, size)
         left, right = values[todo] >> half_bits, values[todo] & mask
         for round_key in round_keys:
-            left, right = right, left ^ (_mix(right + round_key) & mask)
+            left, right = right, left ^ (mix(right + round_key) & mask)
         values[todo] = left << half_bits | right
         todo = values >= size
     return values.astype(np.int64).reshape(np.shape(index))
 
 
-def _mix(x: Any) -> Any:
-    """The finalizer of SplitMix64 (Steele et al., 2014), modulo 2**64 on purpose."""
+def mix(x: Any) -> Any:
+    """Return the finalizer of SplitMix64 (Steele et al., 2014) of each integer, uint64; modulo 2**64 on purpose."""
     with np.errstate(over="ignore"):
         x = np.asarray(x, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -15,7 +15,7 @@ from gpt2_flax.data.batches import deal
 from gpt2_flax.data.dataset import TokenDataset, TokenSplit
 from gpt2_flax.data.dataset_info import DatasetInfo
 from gpt2_flax.data.mixture import Mixture
-from gpt2_flax.data.packing import IGNORE, RowLayout
+from gpt2_flax.data.packing import IGNORE, Batch, RowLayout, row_layout
 from gpt2_flax.errors import ExitCode, UserError, printable
 from gpt2_flax.tokenizers.survey import MUCH_UNKNOWN, encoding_lines
 from gpt2_flax.tokenizers.tokenizer import Tokenizer
@@ -122,7 +122,8 @@ def batch_lines(config: Config, mixture: Mixture, step: int, samples: int) -> It
     if not 1 <= step <= total:
         raise UserError(ExitCode.USAGE, f"there is no step {step}", config.output, f"its steps are 1 to {total}")
     tokenizer = mixture.tokenizer()
-    batches = mixture.batches(RowLayout(data.seq_length, data.packing), config.training.seed)
+    batches = mixture.batches(row_layout(config), config.training.seed, data.prompt_separator)
+    rows_of_documents = mixture.batches(RowLayout(data.seq_length, data.packing), config.training.seed).rows
     first, last = (step - 1) * data.global_batch_size, step * data.global_batch_size
     yield (
         f"step {step:,} of {total:,}: samples {first:,} to {last - 1:,}, "
@@ -135,15 +136,21 @@ def batch_lines(config: Config, mixture: Mixture, step: int, samples: int) -> It
     _, numbers_B = deal(np.arange(first, last), mixture.shares)
     places = zip(shown, datasets_B.tolist(), rows_B.tolist(), numbers_B.tolist(), strict=False)
     for sample, dataset, row, number in places:
-        rows, folder = batches.rows[dataset], list(mixture.datasets)[dataset]
-        tokens_T, targets_T, segments_T, _ = (rows_BT[0] for rows_BT in batches.batch(sample, sample + 1))
+        rows, folder = rows_of_documents[dataset], list(mixture.datasets)[dataset]
+        tokens_T, targets_T, segments_T, _ = seen = Batch(*(x_BT[0] for x_BT in batches.batch(sample, sample + 1)))
+        documents_T, inserted_T = _documents(seen, Batch(*(x_BT[0] for x_BT in rows.batch(np.array([row])))))
         trained_T = targets_T != IGNORE
         yield ""
         place = f"{folder} row {row:,} of {rows.n_rows:,} in epoch {number // rows.n_rows + 1:,}"
         yield f"sample {sample:,}: {place}, {trained_T.sum():,} targets, {(segments_T == 0).sum():,} padding"
-        for segment, start in enumerate(rows.starts(row).tolist(), 1):
-            inside_T = segments_T == segment
-            yield f"  {_place(rows.split, start, int(inside_T.sum()))}, {trained_T[inside_T].sum():,} targets"
+        for document, start in enumerate(rows.starts(row).tolist(), 1):
+            inside_T = documents_T == document
+            if not inside_T.any():  # its only token made room for an inserted one
+                continue
+            n_inserted = int(inserted_T[inside_T].sum())
+            place = _place(rows.split, start, int(inside_T.sum()) - n_inserted)
+            note = f", {END} inserted" if n_inserted else ""
+            yield f"  {place}, {trained_T[inside_T].sum():,} targets{note}"
             yield f"    {_with_ends(tokens_T[inside_T], tokenizer)}"
     mixture.check_unchanged()
 
@@ -232,6 +239,23 @@ def _cells(name: str, figures: SplitFigures) -> Iterator[tuple[str, str]]:
         yield f"in rows of {row.length:,}", f"{row.packed_rows:,} rows"
         yield "  a document in each", f"{row.padded_rows:,} rows, {row.padding:.1%} empty"
         yield "  ... and cut there", f"{row.kept:.1%} of tokens kept"
+
+
+def _documents(seen: Batch[np.ndarray], plain: Batch[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each position of a row the number of its document, int32, and whether its token was inserted.
+
+    Args:
+        seen: a row as the model sees it; arrays of shape (T,).
+        plain: the same row in segments of one document, without inserted tokens.
+    """
+    documents_T, inserted_T = plain.segments_BT.copy(), np.zeros(plain.tokens_BT.shape, bool)
+    changed = np.flatnonzero(seen.tokens_BT != plain.tokens_BT)
+    segments, firsts = np.unique(seen.segments_BT[changed], return_index=True)
+    for segment, place in zip(segments, changed[firsts], strict=True):  # the token there is never an eos without it
+        inserted_T[place] = True
+        end = np.flatnonzero(seen.segments_BT == segment)[-1] + 1
+        documents_T[place + 1 : end] = plain.segments_BT[place : end - 1]
+    return documents_T, inserted_T
 
 
 def _place(split: TokenSplit, start: int, length: int) -> str:

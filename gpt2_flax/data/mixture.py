@@ -75,9 +75,28 @@ class Mixture:
         """Return the tokenizer of the datasets; raise as `TokenDataset.tokenizer`."""
         return next(iter(self.datasets.values())).tokenizer()
 
-    def batches(self, layout: RowLayout, seed: int) -> Batches:
-        """Return the batches of the training splits; raise as `Batches`."""
-        return Batches([dataset.train for dataset in self.datasets.values()], self.shares, layout, seed)
+    def batches(self, layout: RowLayout, seed: int, prompt_separator: float = 0.0) -> Batches:
+        """Return the batches of the training splits.
+
+        Args:
+            layout: how to cut the splits into rows.
+            seed: seed of the order and of the inserted tokens.
+            prompt_separator: share of the segments with an inserted end token, see `prompt_separator`.
+
+        Raises:
+            UserError: as `Batches`; as `tokenizer` when `prompt_separator` is above 0.
+        """
+        splits = [dataset.train for dataset in self.datasets.values()]
+        if not prompt_separator:
+            return Batches(splits, self.shares, layout, seed)
+        from gpt2_flax.data.prompt_separator import (
+            PromptSeparator,
+            SeparatedBatches,
+        )  # here, because most runs insert nothing
+
+        tokenizer = self.tokenizer()  # all datasets have its ids; an imported dataset may not record its bos
+        separator = PromptSeparator(prompt_separator, seed, tokenizer.bos_id, tokenizer.eos_id)
+        return SeparatedBatches(splits, self.shares, layout, seed, separator)
 
     def fingerprints(self) -> dict[str, str]:
         """Return sha256 sums of the tokenizer, and of the training and validation tokens with their order and shares.

@@ -135,7 +135,7 @@ def run_steps(
     """
     config, mixture, mesh, phases = stage.config, stage.mixture, stage.mesh, watchdog.phases
     training, n_rows, total = config.training, config.data.global_batch_size, config.training.total_steps
-    batches = mixture.batches(row_layout(config), training.seed)
+    batches = mixture.batches(row_layout(config), training.seed, config.data.prompt_separator)
     validation = Validation(config, mixture, mesh, phases)
     if validation.without:
         log.say(f"no validation split, so no validation loss: {', '.join(validation.without)}")

@@ -11,26 +11,28 @@ from support.failures import fails
 from gpt2_flax import __main__ as cli
 from gpt2_flax.data.inspect import batch_lines
 from gpt2_flax.data.mixture import Mixture
-from gpt2_flax.data.packing import IGNORE
+from gpt2_flax.data.packing import IGNORE, row_layout
 from gpt2_flax.data.prepare import prepare
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 from gpt2_flax.training import loop
 
 SAMPLE = re.compile(r"sample ([\d,]+): (\S+) row ([\d,]+) of ([\d,]+) in epoch (\d+), (\d+) targets, (\d+) padding")
-SEGMENT = re.compile(r"  document ([\d,]+) of ([\d,]+), tokens (\d+) to (\d+) of (\d+), (\d+) targets")
+SEGMENT = re.compile(
+    r"  document ([\d,]+) of ([\d,]+), tokens (\d+) to (\d+) of (\d+), (\d+) targets(, ⟨end⟩ inserted)?"
+)
 
 
 def parsed(lines):
-    """(sample, folder, targets, padding, [(document, first, last, of, targets, text)]) of each row shown."""
+    """(sample, folder, targets, padding, [(document, first, last, of, targets, inserted, text)]) of each row shown."""
     rows = []
     for line in filter(None, lines):
         if match := SAMPLE.fullmatch(line):
             sample, folder, *_, targets, padding = match.groups()
             rows.append((int(sample.replace(",", "")), folder, int(targets), int(padding), []))
         elif match := SEGMENT.fullmatch(line):
-            document, _, *figures = (int(group.replace(",", "")) for group in match.groups())
-            rows[-1][-1].append([document, *figures])
+            document, _, *figures = (int(group.replace(",", "")) for group in match.groups()[:-1])
+            rows[-1][-1].append([document, *figures, match.group(7) is not None])
         else:
             assert line.startswith("    "), line
             rows[-1][-1][-1].append(line[4:])
@@ -79,13 +81,39 @@ def test_what_is_shown_is_what_the_loop_feeds(mixed, monkeypatch, packing):
             assert padding == (segments_T == 0).sum()
             assert len(segments) == segments_T.max()
             split = mixture.datasets[folder].train
-            for number, (document, begin, end, size, trained, text) in enumerate(segments, 1):
+            for number, (document, begin, end, size, trained, inserted, text) in enumerate(segments, 1):
                 inside_T = segments_T == number
+                assert not inserted
                 assert text == text_of(tokens_T[inside_T], tokenizer)
                 assert trained == (targets_T[inside_T] != IGNORE).sum()
                 ids_T = split.read(*split.bounds(document))
                 assert len(ids_T) == size
                 np.testing.assert_array_equal(ids_T[begin : end + 1], tokens_T[inside_T])
+
+
+@pytest.mark.parametrize("packing", ["stream", "best_fit", "document"])
+@pytest.mark.parametrize("across", [False, True])
+def test_inserted_end_tokens_are_shown_in_the_document_that_has_them(mixed, packing, across):
+    keys = {"data__packing": packing, "data__prompt_separator": 0.5, "model__attend_across_documents": across}
+    config, mixture, n_inserted = changed(mixed, **keys), Mixture(mixed.data.datasets), 0
+    tokenizer = load_tokenizer(mixture.tokenizer_folder)
+    batch = mixture.batches(row_layout(config), config.training.seed, 0.5).batch(16, 32)
+    rows = parsed(list(batch_lines(config, mixture, 2, samples=99))[1 + across :])
+    assert len(rows) == 16
+    for row, (_, folder, targets, padding, documents) in enumerate(rows):
+        tokens_T, targets_T, segments_T, _ = (array_BT[row] for array_BT in batch)
+        assert targets == (targets_T != IGNORE).sum() == sum(document[4] for document in documents)
+        assert padding == (segments_T == 0).sum()
+        assert "".join(text for *_, text in documents) == text_of(tokens_T[segments_T > 0], tokenizer)
+        for document, begin, end, size, _, inserted, text in documents:
+            split = mixture.datasets[folder].train
+            ids_T = split.read(*split.bounds(document))
+            assert len(ids_T) == size
+            # An inserted token stands before the one that ends the document.
+            assert text_of(ids_T[begin : end + 1], tokenizer) == (text.replace("⟨end⟩", "", 1) if inserted else text)
+            n_inserted += inserted
+    n_segments = 16 if across else sum(len(documents) for *_, documents in rows)
+    assert n_segments / 5 < n_inserted < n_segments  # half of the segments that have a place
 
 
 def test_rows_are_limited_and_attention_across_documents_is_said(config):

@@ -148,8 +148,9 @@ def logged(config, name="train/loss"):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_goes_on_with_the_same_bits(config, tmp_path, monkeypatch):
-    config = changed(config, model__resid_pdrop=0.1)
+@pytest.mark.parametrize("prompt_separator", [0.0, 0.5])
+def test_a_run_that_was_stopped_goes_on_with_the_same_bits(config, tmp_path, monkeypatch, prompt_separator):
+    config = changed(config, model__resid_pdrop=0.1, data__prompt_separator=prompt_separator)
     loop.train(config)
     whole = logged(config)
     assert sorted(whole) == [1, 2, 3, 4, 5, 6]
