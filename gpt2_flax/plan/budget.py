@@ -20,15 +20,14 @@ from gpt2_flax.model.flops import flops_per_token
 
 _A, _B, _E = math.exp(6.255414), math.exp(7.3049974), math.exp(0.6254804)  # nats a token
 _EXPONENT = 0.3526596  # of parameters and of tokens
-REPEATED_TOKENS, EXCESS_PARAMETERS = 15.387756, 5.309743  # R*: after R repetitions, more is worth e^(-R / R*) of new
-PARAMETERS_PER_TOKEN = (_A / _B) ** (1 / _EXPONENT)  # at the optimum for new tokens: 0.051, one for each 20 tokens
+REPEATED_TOKENS, _EXCESS_PARAMETERS = 15.387756, 5.309743  # R*; after R repetitions, more is worth e^(-R / R*) of new
+_PARAMETERS_PER_TOKEN = (_A / _B) ** (1 / _EXPONENT)  # at the optimum for new tokens: 0.051, one for each 20 tokens
 
 LEAST_WORTH = 0.05
-"""The laws know no overfitting, so tokens and parameters that are worth less than this, relative to new ones, are left
-out."""
+"""Tokens and parameters that are worth a smaller share of new ones are left out, because the laws know no overfitting."""
 _MOST_REPETITIONS = -math.log(LEAST_WORTH)  # in units of R*: of the corpus 46, of parameters 16
 
-LARGEST_CORPUS = 1e15  # tokens
+_LARGEST_CORPUS = 1e15  # tokens
 _LEAST_FLOPS, _MOST_FLOPS = 1e12, 1e26
 _FEWEST_STEPS = 100  # so that whole batches use 99% of the budget
 
@@ -45,7 +44,7 @@ class Shape(NamedTuple):
     name: str = ""
 
 
-# Up to GPT-2 small, n_layer = n_head = n_embd / 64, as GPT-2 small has it; from 2.7 B, table 2.1 of arXiv:2005.14165.
+# Up to GPT-2 small, n_layer = n_head = n_embd / 64, as GPT-2 small has it; beyond GPT-2, as arXiv:2005.14165, table 2.1.
 SHAPES = (
     Shape(2, 2, 128),
     Shape(4, 4, 256),
@@ -114,8 +113,8 @@ def read_corpus(folder: Path) -> Corpus:
 def parse_tokens(text: str) -> float:
     """Return the tokens of a corpus, such as `14e9`; raise `UserError` (USAGE) for other text, or for too many or 0."""
     match = _AMOUNT.fullmatch(text)
-    if not match or match[2] or not 1 <= float(match[1]) <= LARGEST_CORPUS:
-        fix = f"give a number from 1 to {LARGEST_CORPUS:.0e}, such as 14e9"
+    if not match or match[2] or not 1 <= float(match[1]) <= _LARGEST_CORPUS:
+        fix = f"give a number from 1 to {_LARGEST_CORPUS:.0e}, such as 14e9"
         raise UserError(ExitCode.USAGE, "not a number of tokens", f"--corpus-tokens {quote(text)}", fix)
     return float(match[1])
 
@@ -130,7 +129,7 @@ def predicted_loss(parameters: float, tokens: float, corpus_tokens: float | None
     """
     if corpus_tokens is not None:
         unique = min(corpus_tokens, tokens)
-        parameters = _worth(parameters, PARAMETERS_PER_TOKEN * unique, EXCESS_PARAMETERS)
+        parameters = _worth(parameters, _PARAMETERS_PER_TOKEN * unique, _EXCESS_PARAMETERS)
         tokens = _worth(tokens, unique, REPEATED_TOKENS)
     return _E + _A / parameters**_EXPONENT + _B / tokens**_EXPONENT
 
@@ -161,8 +160,8 @@ def choices(flops: float, corpus: Corpus, seq_length: int) -> list[Choice]:
         loss = predicted_loss(model.parameters, tokens, corpus_tokens)
         found.append(Choice(shape, model, seq_length, tokens, loss))
         if corpus_tokens is not None:
-            useful = PARAMETERS_PER_TOKEN * min(corpus_tokens, tokens)
-            if model.parameters > useful * (1 + EXCESS_PARAMETERS * _MOST_REPETITIONS):
+            useful = _PARAMETERS_PER_TOKEN * min(corpus_tokens, tokens)
+            if model.parameters > useful * (1 + _EXCESS_PARAMETERS * _MOST_REPETITIONS):
                 break
     return found
 

@@ -2,6 +2,7 @@
 
 import math
 import tomllib
+import types
 
 import numpy as np
 import pytest
@@ -229,6 +230,14 @@ def test_time_on_devices_is_a_budget(run, tmp_path):
     assert run("--budget", "1.5d", "--topology", "h100:8", "--mfu", 0.5, "--corpus-tokens", "14000000000")[1] == (
         out.replace("36h:", "1.5d:")
     )
+
+
+def test_time_without_a_topology_is_spent_on_the_devices_of_this_machine(run, monkeypatch):
+    here = [types.SimpleNamespace(device_kind="NVIDIA L40S")] * 2
+    monkeypatch.setattr("gpt2_flax.plan.report.devices_for", lambda topology: here if topology is None else [])
+    code, out, _ = run("--budget", "90m")
+    assert code == ExitCode.OK
+    assert "90m: 1.56E FLOP on 2 x NVIDIA L40S" in out  # 5,400 s of 2 x 362 TFLOP/s at 40%
 
 
 def test_operations_are_a_budget_without_devices(run):
