@@ -24,7 +24,7 @@ REPEATED_TOKENS, _EXCESS_PARAMETERS = 15.387756, 5.309743  # R*; after R repetit
 _PARAMETERS_PER_TOKEN = (_A / _B) ** (1 / _EXPONENT)  # at the optimum for new tokens: 0.051, one for each 20 tokens
 
 LEAST_WORTH = 0.05
-"""Tokens and parameters that are worth a smaller share of new ones are left out, because the laws know no overfitting."""
+"""Tokens and parameters that are worth a smaller share of new ones are left out: the laws know no overfitting."""
 _MOST_REPETITIONS = -math.log(LEAST_WORTH)  # in units of R*: of the corpus 46, of parameters 16
 
 _LARGEST_CORPUS = 1e15  # tokens
@@ -44,7 +44,7 @@ class Shape(NamedTuple):
     name: str = ""
 
 
-# Up to GPT-2 small, n_layer = n_head = n_embd / 64, as GPT-2 small has it; beyond GPT-2, as arXiv:2005.14165, table 2.1.
+# Up to GPT-2 small, n_layer = n_head = n_embd / 64, as GPT-2 small has it; the largest are of arXiv:2005.14165, table 2.1.
 SHAPES = (
     Shape(2, 2, 128),
     Shape(4, 4, 256),
