@@ -44,7 +44,7 @@ class Shape(NamedTuple):
     name: str = ""
 
 
-# Up to GPT-2 small, n_layer = n_head = n_embd / 64, as GPT-2 small has it; the largest are of arXiv:2005.14165, table 2.1.
+# Below GPT-2 small, n_layer = n_head = n_embd / 64 as in GPT-2 small; the largest are of arXiv:2005.14165, table 2.1.
 SHAPES = (
     Shape(2, 2, 128),
     Shape(4, 4, 256),
