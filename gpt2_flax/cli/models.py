@@ -2,14 +2,27 @@
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 from typer import Argument, Option
 
-from gpt2_flax.cli.app import Best, Model, PathArgument, PathOption, Step, app, corpus_source, positive, utf8
+from gpt2_flax.cli.app import (
+    Best,
+    Model,
+    PathArgument,
+    PathOption,
+    Step,
+    TextOption,
+    app,
+    corpus_source,
+    positive,
+    utf8,
+)
 from gpt2_flax.cli.text import Between, Encoding, Format, OnBad, TextField
-from gpt2_flax.input_files import MOST_POSITIONS, MOST_ROWS, MOST_STEPS
+from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.input_files import MOST_POSITIONS, MOST_ROWS, MOST_STEPS, MOST_TOKENS
 from gpt2_flax.text.documents import CorpusOptions
 
 ConfigFile = Annotated[Path, PathArgument(help="TOML file, such as configs/quickstart.toml.")]
@@ -89,18 +102,49 @@ def train(
 
 @app.command(epilog="The keys: gpt2-flax keys")
 def plan(
-    config: ConfigFile,
+    config: Annotated[Path | None, PathArgument(help="TOML file, such as configs/quickstart.toml.")] = None,
     overrides: Overrides = None,
-    topology: Annotated[str | None, Option(help="Devices: v5e:2x4, v6e:16x16, h200:8, h200:32x8, ...")] = None,
+    topology: Annotated[str | None, TextOption(help="Devices: v5e:2x4, v6e:16x16, h200:8, h200:32x8, ...")] = None,
     stage: Annotated[int | None, Option(min=1, max=MOST_ROWS, help="Stage of the config. Default: all.")] = None,
     mfu: Annotated[float, Option(min=0.01, max=1.0, help="Expected share of the devices' peak FLOPs.")] = 0.4,
     optimize: Annotated[bool, Option("--optimize", help="Compile with all optimizations: slow, more exact.")] = False,
+    budget: Annotated[
+        str | None, TextOption(help="Propose a config for a time on the devices, 24h, 90m or 7d, or for FLOPs, 1e21.")
+    ] = None,
+    dataset: Annotated[Path | None, PathOption(help="With --budget: the dataset to train on.")] = None,
+    corpus_tokens: Annotated[
+        str | None, TextOption(help="With --budget: tokens of the corpus, such as 14e9. Default: without limit.")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, Option(min=1, max=MOST_TOKENS, help="With --budget: tokens of the vocabulary. Default: 50257.")
+    ] = None,
+    seq_length: Annotated[
+        int | None, Option(min=1, max=MOST_POSITIONS, help="With --budget: tokens in a row. Default: 1024.")
+    ] = None,
 ) -> None:
-    """Estimate a run before it starts: parameters, tokens, FLOPs, memory, days.
+    """Estimate a run before it starts: parameters, tokens, FLOPs, memory, days. Or propose a run for a --budget.
 
     --topology compiles the real training step for TPUs or GPUs that this machine need not have. It shows the memory
     that the compiler reports, or the smallest change that makes the run fit.
+
+    --budget prints a config: the model, batch and steps with the lowest predicted loss, and the reasons as comments. A
+    budget of time counts --mfu of the peak of --topology, or of this machine's devices.
     """
+    of_corpus = {"--corpus-tokens": corpus_tokens, "--vocab-size": vocab_size}
+    if budget is not None:
+        _refuse("does not go with --budget", {"CONFIG": config, "--stage": stage, "--optimize": optimize or None})
+        if dataset is not None:
+            _refuse("does not go with --dataset, which has its own", of_corpus)
+        from gpt2_flax.plan.budget import Corpus, parse_tokens, read_corpus
+        from gpt2_flax.plan.report import budget_lines
+
+        tokens = None if corpus_tokens is None else parse_tokens(corpus_tokens)
+        corpus = Corpus(tokens, vocab_size or 50257) if dataset is None else read_corpus(dataset)
+        print(*budget_lines(budget, topology, mfu, corpus, seq_length or 1024), sep="\n")
+        return
+    _refuse("goes only with --budget", {"--dataset": dataset, **of_corpus, "--seq-length": seq_length})
+    if config is None:
+        raise UserError(ExitCode.USAGE, "nothing to plan", "gpt2-flax plan", "give a config, or --budget")
     from gpt2_flax.config.file import load_config, load_stages
 
     stages = load_stages(config, overrides or ()) if stage is None else [load_config(config, overrides or (), stage)]
@@ -113,6 +157,12 @@ def plan(
             print(f"{'' if number == 1 else chr(10)}stage {number} of {len(stages)}: {planned.output}")
         for line in plan_lines(planned, devices, mfu, topology, optimize):
             print(line, flush=True)
+
+
+def _refuse(why: str, options: Mapping[str, object]) -> None:
+    """Raise `UserError` (USAGE) that names the first of the options with a value; None is none."""
+    for name in (name for name, value in options.items() if value is not None):
+        raise UserError(ExitCode.USAGE, f"{name} {why}", "gpt2-flax plan", "leave it out")
 
 
 @app.command()
@@ -130,7 +180,6 @@ def checkpoints(
 
     from gpt2_flax.checkpoint.listing import list_checkpoints
     from gpt2_flax.checkpoint.run_folder import RunFolder
-    from gpt2_flax.errors import ExitCode, UserError
     from gpt2_flax.progress import si
 
     found = list_checkpoints(RunFolder(run), verify)

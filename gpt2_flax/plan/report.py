@@ -1,22 +1,39 @@
-"""The report of `gpt2-flax plan`: what a run takes, before it costs anything."""
+"""The reports of `gpt2-flax plan`: what a run takes, before it costs anything, and what to train within a budget."""
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
+import tomli_w
 from rich.console import Console
 
-from gpt2_flax.config.schema import Config, ResolvedConfig
+from gpt2_flax.config.schema import Config, OptimizerConfig, ResolvedConfig
 from gpt2_flax.data.mixture import Mixture
+from gpt2_flax.errors import ExitCode, UserError, printable
 from gpt2_flax.parallel.auto_mesh import choose_mesh
 from gpt2_flax.parallel.devices import Device, memory_bytes, peak_flops
 from gpt2_flax.parallel.mesh import MeshSizes
 from gpt2_flax.plan.ahead_of_time import Compiled, compile_step, memory_fraction, smallest_change
+from gpt2_flax.plan.budget import (
+    LEAST_WORTH,
+    REPEATED_TOKENS,
+    SHAPES,
+    Choice,
+    Corpus,
+    best,
+    best_batch,
+    choices,
+    parse_budget,
+    run_values,
+)
 from gpt2_flax.plan.estimate import Figures, checkpoint_bytes, figures, memory, read_datasets
+from gpt2_flax.plan.topology import devices_for, kind_and_count
 from gpt2_flax.progress import duration, si
 
 _COLUMN = 24
+_NEIGHBOURS = 3  # of the recommended model in the table, on each side
 
 
 def plan_lines(
@@ -45,6 +62,115 @@ def plan_lines(
         yield _line("devices", f"{topology}, {_kind(devices)}")
         yield from _compiled_lines(config, devices, optimize)
     yield from _duration_lines(config, counts, devices, mfu)
+
+
+def budget_lines(budget: str, topology: str | None, mfu: float, corpus: Corpus, seq_length: int) -> Iterator[str]:
+    """Yield the lines of a TOML file that trains the best model for a budget; the report is its comments.
+
+    Args:
+        budget: text for `parse_budget`.
+        topology: name of the devices; None means the devices of this machine if the budget is a time, else none.
+        mfu: share of the devices' peak FLOP/s that training is assumed to reach.
+        corpus: tokens and vocabulary.
+        seq_length: tokens in a row.
+
+    Raises:
+        UserError: USAGE if the peak of the devices is not known, or like `parse_budget`, `choices` and `run_values`.
+    """
+    amount, is_time = parse_budget(budget)
+    hardware = _hardware(topology) if is_time or topology is not None else None
+    flops = amount * hardware.peak * mfu if hardware and is_time else amount
+    found = choices(flops, corpus, seq_length)
+    chosen = best(found)
+    values = run_values(chosen, hardware.n_devices if hardware else 1)
+    lines = [
+        _line("budget", f"{budget}: " * is_time + _flop(flops) + (f" on {hardware.name}" if hardware else "")),
+        *_corpus_lines(corpus),
+    ]
+    if hardware:
+        lines.append(_line("MFU", f"{mfu:.0%} of {_flop(hardware.peak)}/s, assumed: see --mfu"))
+    lines += ["", *_table_lines(found, chosen, corpus, hardware and hardware.peak * mfu), ""]
+    lines += _reason_lines(chosen, values, flops, corpus)
+    yield from (f"# {line}".rstrip() for line in lines)
+    if corpus.folder is not None:
+        values["data"] = {"dataset": corpus.folder, **values["data"]}
+    yield ""
+    yield from tomli_w.dumps(values).splitlines()
+
+
+class _Hardware(NamedTuple):
+    name: str
+    n_devices: int
+    peak: float
+    """FLOP/s of all devices together."""
+
+
+def _hardware(topology: str | None) -> _Hardware:
+    if topology is None:
+        devices = devices_for(None)
+        kind, count = devices[0].device_kind, len(devices)
+    else:
+        kind, count = kind_and_count(topology)
+    peak = peak_flops(kind, "bfloat16")
+    if peak is None:
+        fix = "name devices with --topology, such as h100:8, or give floating point operations, such as 1e21"
+        raise UserError(ExitCode.USAGE, f"the peak FLOP/s of {kind} are not known", "--budget", fix)
+    return _Hardware(f"{count} x {kind}", count, count * peak)
+
+
+def _corpus_lines(corpus: Corpus) -> Iterator[str]:
+    tokens = "without limit; set one with --dataset or --corpus-tokens"
+    if corpus.tokens is not None:
+        tokens = f"{corpus.tokens:,.0f} tokens" + ("" if corpus.folder is None else f" in {printable(corpus.folder)}")
+    yield _line("corpus", tokens)
+    whose = "see --vocab-size" if corpus.folder is None else "as the dataset has"
+    yield _line("vocabulary", f"{corpus.vocab_size:,} tokens, {whose}")
+
+
+def _table_lines(found: Sequence[Choice], chosen: Choice, corpus: Corpus, speed: float | None) -> Iterator[str]:
+    """Yield a table of the chosen model and its neighbours; `speed` is in FLOP/s."""
+    columns = ("n_layer", "n_head", "n_embd", "parameters", "tokens", "epochs", "loss", "time" if speed else "FLOPs")
+    yield _row(*columns)
+    index = found.index(chosen)
+    for choice in found[max(0, index - _NEIGHBOURS) : index + _NEIGHBOURS + 1]:
+        flops = choice.tokens * choice.flops_per_token
+        epochs = "-" if corpus.tokens is None else f"{choice.tokens / corpus.tokens:,.2f}"
+        cells = (si(choice.model.parameters), si(choice.tokens), epochs, f"{choice.loss - chosen.loss:+.3f}")
+        *sizes, name = choice.shape
+        row = _row(*map(str, sizes), *cells, duration(flops / speed) if speed else f"{flops:.3g}")
+        yield "  ".join(filter(None, (row, name, "<- recommended" if choice is chosen else "")))
+
+
+def _row(*cells: str) -> str:
+    return "".join(f"{cell:>{width}}" for cell, width in zip(cells, (7, 8, 8, 12, 9, 9, 9, 10), strict=True))
+
+
+def _reason_lines(chosen: Choice, values: Mapping[str, Any], flops: float, corpus: Corpus) -> Iterator[str]:
+    rows, steps, length = values["data"]["global_batch_size"], values["training"]["total_steps"], chosen.seq_length
+    yield _line("loss", "predicted, in nats a token above the lowest (arXiv:2203.15556, arXiv:2305.16264); fitted on")
+    yield _line("", "English web text with GPT-2's tokenizer, so only the differences count")
+    end = {SHAPES[0]: ", and the smallest that is tried", SHAPES[-1]: ", and the largest that is tried"}
+    yield _line("model", f"the lowest predicted loss of all shapes{end.get(chosen.shape, '')}")
+    used, ratio = chosen.tokens * chosen.flops_per_token / flops, chosen.tokens / chosen.model.parameters
+    spent = f"{used:.0%}" if used >= 0.01 else "less than 1%"
+    yield _line("tokens", f"{chosen.tokens:,.0f}, {ratio:.3g} for each parameter; {spent} of the budget at")
+    yield _line("", f"{_flop(chosen.flops_per_token)} for a token, including attention and the head")
+    if used < 0.99:
+        yield _line(
+            "", f"of this corpus, more epochs or parameters would be worth less than {LEAST_WORTH:.0%} of new ones"
+        )
+    if corpus.tokens is not None:
+        worth = f"after R repetitions a token is worth e^(-R/{REPEATED_TOKENS:.2f}) of a new one (arXiv:2305.16264)"
+        yield _line("epochs", f"{chosen.tokens / corpus.tokens:,.2f}; {worth}")
+    near = f"near 0.58 x tokens^0.571 = {best_batch(chosen.tokens):,.0f} (arXiv:2503.04715)"
+    yield _line("batch", f"{rows:,} rows of {length:,}, {rows * length:,} tokens; {near}")
+    yield _line("steps", f"{steps:,}, as many whole batches as the tokens fill")
+    default = OptimizerConfig().learning_rate
+    yield _line(
+        "learning rate", f"not proposed: optimizer.learning_rate keeps its default, {default}; try others in short runs"
+    )
+    missing = "output=RUN" + " data.dataset=DATASET" * (corpus.folder is None)
+    yield _line("next", f"gpt2-flax train FILE.toml {missing}; `plan` shows the memory")
 
 
 def _as_many_as_configured(config: ResolvedConfig, devices: Sequence[Device]) -> tuple[Sequence[Device], str]:

@@ -25,7 +25,18 @@ KNOWN = (
 )
 _MOST_DEVICES = 10_000  # the largest TPU pod has 9,216
 _MOST_CPU_DEVICES = 256
-_SIDES = {"v4": (3,), "v5e": (2,), "v5p": (3,), "v6e": (2,)}
+
+
+class Tpu(NamedTuple):
+    """A kind of TPU."""
+
+    kind: str
+    """The name in JAX."""
+    sides: int
+    """Dimensions of a topology."""
+
+
+_TPUS = {"v4": Tpu("TPU v4", 3), "v5e": Tpu("TPU v5 lite", 2), "v5p": Tpu("TPU v5", 3), "v6e": Tpu("TPU v6 lite", 2)}
 
 
 class Gpu(NamedTuple):
@@ -72,21 +83,38 @@ def devices_for(name: str | None) -> Sequence[Device]:
     """
     if name is None:
         return jax.devices()
+    kind, sizes = _parse(name)
+    if kind == "cpu":
+        return _cpu_devices(math.prod(sizes))
+    jax.config.update("jax_platforms", "cpu")
+    return _gpu_devices(GPUS[kind], sizes) if kind in GPUS else _tpu_devices(kind, sizes)
+
+
+def kind_and_count(name: str) -> tuple[str, int]:
+    """Return the kind of a topology's devices, as JAX names it, and their number; no compiler need be installed.
+
+    Raises:
+        UserError: USAGE, for an unknown name.
+    """
+    kind, sizes = _parse(name)
+    of_jax = (GPUS | _TPUS)[kind].kind if kind != "cpu" else kind
+    return of_jax, math.prod(sizes)
+
+
+def _parse(name: str) -> tuple[str, tuple[int, ...]]:
+    """Return the kind and the sides of a topology, such as `v5e` and (2, 4)."""
     kind, _, shape = name.partition(":")
     sizes: tuple[int, ...] = (
         tuple(map(int, shape.split("x"))) if re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})*", shape) else ()
     )
-    n_sides = {"cpu": (1,), **_SIDES, **dict.fromkeys(GPUS, (1, 2))}.get(kind, ())
-    if len(sizes) not in n_sides:
+    n_sides = {"cpu": (1,), **dict.fromkeys(GPUS, (1, 2)), **{kind: (tpu.sides,) for kind, tpu in _TPUS.items()}}
+    if len(sizes) not in n_sides.get(kind, ()):
         raise UserError(ExitCode.USAGE, "unknown topology", quote(name), f"take one such as {KNOWN}")
     most = _MOST_CPU_DEVICES if kind == "cpu" else _MOST_DEVICES
     if math.prod(sizes) > most:
         what = f"topology of {math.prod(sizes):,} devices"
         raise UserError(ExitCode.USAGE, what, quote(name), f"take at most {most:,}")
-    if kind == "cpu":
-        return _cpu_devices(math.prod(sizes))
-    jax.config.update("jax_platforms", "cpu")
-    return _gpu_devices(GPUS[kind], sizes) if kind in GPUS else _tpu_devices(kind, sizes)
+    return kind, sizes
 
 
 def _cpu_devices(count: int) -> Sequence[Device]:

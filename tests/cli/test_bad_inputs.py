@@ -117,6 +117,7 @@ OPTIONS = [
     ("inspect {dataset}", ("--samples", "--batch", "--stage")),
     ("train {config}", ("--profile", "--max-hours", "--num-processes", "--process-id")),
     ("plan {config}", ("--stage", "--mfu")),
+    ("plan --budget 1e18", ("--vocab-size", "--seq-length")),
     ("doctor", ("--seconds",)),
 ]
 
