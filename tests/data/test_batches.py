@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.rows import batches_of
+from support.split_mix import mix
 
 from gpt2_flax.data.batches import permutation
 from gpt2_flax.data.dataset import TokenDataset
@@ -34,13 +35,6 @@ def test_permutation_of_huge_sizes_stays_inside_and_is_injective(size, seed, dat
 def test_epochs_and_seeds_give_different_orders():
     orders = {tuple(permutation(np.arange(500), 500, seed, epoch).tolist()) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
-
-
-def mix(x):
-    x = (x + 0x9E3779B97F4A7C15) % 2**64
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
-    return x ^ (x >> 31)
 
 
 def permuted(value, size, seed, epoch):

@@ -7,11 +7,11 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from data.test_batches import mix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.configs import changed
 from support.rows import batches_of
+from support.split_mix import mix
 from support.token_datasets import write_dataset
 
 from gpt2_flax.checkpoint.run_folder import RunFolder

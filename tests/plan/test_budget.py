@@ -191,7 +191,7 @@ def test_a_batch_has_no_more_rows_than_a_config_may():
 @pytest.fixture
 def run(capsys):
     def call(*arguments):
-        code = cli._exit_code([str(argument) for argument in ("plan", *arguments)])
+        code = cli.exit_code([str(argument) for argument in ("plan", *arguments)])
         return code, *capsys.readouterr()
 
     return call

@@ -30,11 +30,12 @@ def kill(folder, *arguments):
     return done.returncode, done.stdout.splitlines()[-1]
 
 
-@pytest.mark.slow(90)
-def test_twenty_kills_give_the_bits_of_a_run_that_nobody_disturbed(folder):
-    code, said = kill(folder, "--kills", "20", "--seed", "1")
+@pytest.mark.slow(60)
+@pytest.mark.parametrize("kills", [12, pytest.param(40, marks=at_night)])
+def test_kills_give_the_bits_of_a_run_that_nobody_disturbed(folder, kills):
+    code, said = kill(folder, "--kills", str(kills), "--seed", "1")
     assert code == 0, said
-    assert said.startswith("passed: 20 kills (")
+    assert said.startswith(f"passed: {kills} kills (")
 
 
 @at_night
