@@ -38,6 +38,7 @@ class CardFacts:
     mixture: tuple[tuple[str, float], ...] = ()  # names of datasets and their weights
     parameters: int | None = None
     seq_length: int | None = None
+    prompt_separator: float = 0.0  # share of the training segments with an end token inside
     steps: int | None = None
     tokens_trained: int | None = None
     batch_rows: int | None = None  # rows of seq_length tokens an optimizer step
@@ -69,6 +70,8 @@ def model_card(facts: CardFacts) -> str:
         "made": "pre-trained with gpt2_flax in JAX" if facts.trained_here else "converted by gpt2_flax",
         "stored": "" if facts.dtype == "float32" else f", in {facts.dtype}",
         "positions": model.n_positions,
+        "ends_at_separator": facts.wordpiece and not facts.prompt_separator,
+        "continues_separator": facts.wordpiece and facts.prompt_separator > 0,
         "gguf_command": _gguf_command(facts),
         "gguf_limit": facts.gguf and not facts.wordpiece and model.n_positions % 256 != 0,
         "data": _data(facts),

@@ -119,6 +119,7 @@ def run_facts(source: Source, config: Config, datasets: Mapping[str, TokenDatase
     facts = {
         "hardware": source.hardware,
         "seq_length": config.data.seq_length,
+        "prompt_separator": config.data.prompt_separator,
         "steps": steps,
         "tokens_trained": steps and steps * config.data.global_batch_size * config.data.seq_length,
         "batch_rows": config.data.global_batch_size,

@@ -1,5 +1,6 @@
 """An exported folder works in transformers as it is, says so with a number, and appears whole or not at all."""
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -340,6 +341,18 @@ def test_a_card_leaves_out_what_is_not_known():
     assert "BertTokenizer" not in card
     assert "Training data" not in card
     assert "loss" not in card
+
+
+def test_a_card_says_what_a_model_does_behind_the_end_token():
+    facts = CardFacts("a model", ModelConfig(vocab_size=300), wordpiece=True, prompt=PROMPT)
+    card = model_card(facts)
+    assert "as if a new document began" in card
+    assert "data.prompt_separator" not in card
+    card = model_card(dataclasses.replace(facts, prompt_separator=0.1))
+    assert "as if a new document began" not in card
+    assert "10% of the training segments had a `[SEP]` inside" in card
+    card = model_card(dataclasses.replace(facts, prompt_separator=0.1, wordpiece=False))
+    assert "[SEP]" not in card
 
 
 def test_the_code_of_a_card_runs_in_its_folder(exported, tmp_path, monkeypatch, capsys):
