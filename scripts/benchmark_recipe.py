@@ -14,7 +14,8 @@ budgets around the goal, over log(compute), once for each seed. Nothing is extra
 budget is better than the goal already, and "-" where the largest budget of some seed does not reach the goal. Seconds
 are measured in the steps, without compilation and evaluation.
 
-Results go to FOLDER/results.jsonl, a line a run. The same command goes on where it was stopped, and adds new recipes.
+The results go to FOLDER/results.jsonl, with one line for each run. After a stop, run the same command again: it makes
+only the runs that this file lacks, and also the runs of recipes that you have added.
 
     python scripts/benchmark_recipe.py --folder runs/recipe                  # hours on two cores; --positions 100000
     python scripts/benchmark_recipe.py --folder runs/recipe --corpus corpus.txt --vocabulary vocab.txt

@@ -25,7 +25,8 @@ from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.input_files import MOST_POSITIONS, MOST_ROWS, MOST_STEPS, MOST_TOKENS
 from gpt2_flax.text.documents import CorpusOptions
 
-ConfigFile = Annotated[Path, PathArgument(help="TOML file, such as configs/quickstart.toml.")]
+_CONFIG_FILE = PathArgument(help="TOML file, such as configs/quickstart.toml.")
+ConfigFile = Annotated[Path, _CONFIG_FILE]
 Overrides = Annotated[
     list[str] | None,
     Argument(metavar="[SECTION.KEY=VALUE]...", callback=utf8, help="Values that override the config file."),
@@ -102,7 +103,7 @@ def train(
 
 @app.command(epilog="The keys: gpt2-flax keys")
 def plan(
-    config: Annotated[Path | None, PathArgument(help="TOML file, such as configs/quickstart.toml.")] = None,
+    config: Annotated[Path | None, _CONFIG_FILE] = None,
     overrides: Overrides = None,
     topology: Annotated[str | None, TextOption(help="Devices: v5e:2x4, v6e:16x16, h200:8, h200:32x8, ...")] = None,
     stage: Annotated[int | None, Option(min=1, max=MOST_ROWS, help="Stage of the config. Default: all.")] = None,

@@ -122,8 +122,9 @@ def batch_lines(config: Config, mixture: Mixture, step: int, samples: int) -> It
     if not 1 <= step <= total:
         raise UserError(ExitCode.USAGE, f"there is no step {step}", config.output, f"its steps are 1 to {total}")
     tokenizer = mixture.tokenizer()
-    batches = mixture.batches(row_layout(config), config.training.seed, data.prompt_separator)
-    rows_of_documents = mixture.batches(RowLayout(data.seq_length, data.packing), config.training.seed).rows
+    layout, of_documents = row_layout(config), RowLayout(data.seq_length, data.packing)
+    batches = mixture.batches(layout, config.training.seed, data.prompt_separator)
+    plain = batches if layout == of_documents else mixture.batches(of_documents, config.training.seed)
     first, last = (step - 1) * data.global_batch_size, step * data.global_batch_size
     yield (
         f"step {step:,} of {total:,}: samples {first:,} to {last - 1:,}, "
@@ -136,7 +137,7 @@ def batch_lines(config: Config, mixture: Mixture, step: int, samples: int) -> It
     _, numbers_B = deal(np.arange(first, last), mixture.shares)
     places = zip(shown, datasets_B.tolist(), rows_B.tolist(), numbers_B.tolist(), strict=False)
     for sample, dataset, row, number in places:
-        rows, folder = rows_of_documents[dataset], list(mixture.datasets)[dataset]
+        rows, folder = plain.rows[dataset], list(mixture.datasets)[dataset]
         tokens_T, targets_T, segments_T, _ = seen = Batch(*(x_BT[0] for x_BT in batches.batch(sample, sample + 1)))
         documents_T, inserted_T = _documents(seen, Batch(*(x_BT[0] for x_BT in rows.batch(np.array([row])))))
         trained_T = targets_T != IGNORE

@@ -89,10 +89,8 @@ class Mixture:
         splits = [dataset.train for dataset in self.datasets.values()]
         if not prompt_separator:
             return Batches(splits, self.shares, layout, seed)
-        from gpt2_flax.data.prompt_separator import (
-            PromptSeparator,
-            SeparatedBatches,
-        )  # here, because most runs insert nothing
+        # Imported here, because most runs insert nothing.
+        from gpt2_flax.data.prompt_separator import PromptSeparator, SeparatedBatches
 
         tokenizer = self.tokenizer()  # all datasets have its ids; an imported dataset may not record its bos
         separator = PromptSeparator(prompt_separator, seed, tokenizer.bos_id, tokenizer.eos_id)

@@ -24,7 +24,8 @@ from gpt2_flax.data.dataset import TokenSplit
 from gpt2_flax.data.flat_files import ranges
 from gpt2_flax.data.packing import IGNORE, Batch, RowLayout
 
-_DOMAIN = 1 << 63  # keeps the random numbers apart from those of the order, whose seeds are smaller
+# The order of rows is drawn from seeds below 2**63. This bit gives the end tokens random numbers of their own.
+_DOMAIN = 1 << 63
 
 
 class PromptSeparator(NamedTuple):

@@ -201,6 +201,10 @@ def run_values(choice: Choice, n_devices: int) -> dict[str, dict[str, Any]]:
 
 
 def _worth(amount: float, unique: float, r_star: float) -> float:
-    """Return the number of new tokens, or parameters, that are worth as much as `amount`, of which `unique` are new."""
+    """Return the effective number of tokens, or of parameters.
+
+    Of `amount`, only `unique` are new, and the others count less. The result is the number of new ones that would have
+    the same worth.
+    """
     unique = min(amount, unique)
     return unique * (1 - r_star * math.expm1((1 - amount / unique) / r_star))
