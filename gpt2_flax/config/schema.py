@@ -212,6 +212,24 @@ class OptimizerConfig(Section, frozen=True):
         return self
 
 
+class GrowthConfig(Section, frozen=True):
+    """A smaller model and shorter rows for the first steps; then the layers are stacked, see `training.growth`."""
+
+    until: int | float = Field(
+        default=0, ge=0, le=MOST_STEPS, description="the first steps, or a fraction of total_steps, train less; 0: none"
+    )
+    n_layer: int | None = Field(default=None, gt=0, le=512, description="layers in these steps, later copied upwards")
+    seq_length: Positions | None = Field(default=None, description="tokens a row in these steps; divides data's")
+
+    @model_validator(mode="after")
+    def _keys_fit(self) -> "GrowthConfig":
+        if isinstance(self.until, float) and self.until >= 1:
+            raise ValueError(f"growth.until {self.until} is neither a whole number of steps nor a share below 1.0")
+        if bool(self.until) != (self.n_layer is not None or self.seq_length is not None):
+            raise ValueError("growth.until needs growth.n_layer or growth.seq_length, and they need it")
+        return self
+
+
 class TrainingConfig(Section, frozen=True):
     """How long to train, how often to evaluate and save, and the seed."""
 
@@ -283,6 +301,7 @@ class Config(Section, frozen=True):
     model: ModelOptions = ModelOptions()
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
+    growth: GrowthConfig = GrowthConfig()
     training: TrainingConfig
     mesh: MeshConfig = MeshConfig()
 
@@ -312,6 +331,22 @@ class Config(Section, frozen=True):
             )
         return self
 
+    @model_validator(mode="after")
+    def _growth_fits(self) -> "Config":
+        growth, layers, length = self.growth, self.model.n_layer, self.data.seq_length
+        if growth.n_layer and growth.n_layer > layers:
+            raise ValueError(f"growth.n_layer {growth.n_layer} is above model.n_layer {layers}")
+        if growth.n_layer and self.init_from:
+            raise ValueError("growth.n_layer does not go with init_from, whose weights are of all layers")
+        if growth.seq_length and length % growth.seq_length:
+            raise ValueError(f"data.seq_length {length} is not a multiple of growth.seq_length {growth.seq_length}")
+        if growth.until and not 0 < self.growth_steps < self.training.total_steps:
+            raise ValueError(
+                f"growth.until is {self.growth_steps} steps, not between 0 and "
+                f"training.total_steps {self.training.total_steps}"
+            )
+        return self
+
     def with_vocab_size(self, vocab_size: int) -> "ResolvedConfig":
         """Return the config of a run whose vocabulary has `vocab_size` tokens."""
         model = self.model.with_vocab_size(vocab_size)
@@ -326,6 +361,11 @@ class Config(Section, frozen=True):
         """Steps of the decay of schedule `wsd`."""
         return max(1, self._steps(self.optimizer.decay))
 
+    @property
+    def growth_steps(self) -> int:
+        """Steps before the model grows; 0 if it does not."""
+        return self._steps(self.growth.until)
+
     def _steps(self, steps_or_share: int | float) -> int:
         return steps_or_share if isinstance(steps_or_share, int) else round(steps_or_share * self.training.total_steps)
 
@@ -334,3 +374,13 @@ class ResolvedConfig(Config, frozen=True):
     """A training run whose vocabulary is known."""
 
     model: ModelConfig  # pyright: ignore[reportGeneralTypeIssues] - `with_vocab_size` gives it
+
+    def before_growth(self) -> "ResolvedConfig":
+        """Return the config by which the steps before `growth_steps` train: fewer layers, more and shorter rows."""
+        data, length = self.data, self.growth.seq_length or self.data.seq_length
+        n_rows = data.global_batch_size * (data.seq_length // length)
+        changed = {
+            "model": self.model.model_copy(update={"n_layer": self.growth.n_layer or self.model.n_layer}),
+            "data": data.model_copy(update={"seq_length": length, "global_batch_size": n_rows}),
+        }
+        return self.model_copy(update=changed)

@@ -130,6 +130,8 @@ def batch_lines(config: Config, mixture: Mixture, step: int, samples: int) -> It
         f"step {step:,} of {total:,}: samples {first:,} to {last - 1:,}, "
         f"{data.global_batch_size:,} rows of {data.seq_length:,} tokens, packing {data.packing}"
     )
+    if step <= config.growth_steps and config.growth.seq_length:
+        yield f"before growth: the model sees each row as rows of {config.growth.seq_length:,} tokens"
     if config.model.attend_across_documents:
         yield "attention and positions run through whole rows, across documents"
     shown = range(first, min(last, first + samples))

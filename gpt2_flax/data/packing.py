@@ -13,7 +13,7 @@ Dimension key: B rows, T seq_length, R segments of all rows (the padding of a ro
 """
 
 from abc import ABC, abstractmethod
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -79,6 +79,18 @@ def across_documents(batch: Batch) -> Batch:
     """Return the batch with attention and positions that run through the whole row, and with the same targets."""
     positions_BT = np.broadcast_to(np.arange(batch.tokens_BT.shape[1], dtype=np.int32), batch.tokens_BT.shape)
     return batch._replace(segments_BT=(batch.segments_BT != 0).astype(np.int32), positions_BT=positions_BT)
+
+
+def cut_rows(batch: Batch[Any], seq_length: int) -> Batch[Any]:
+    """Return the rows of a batch, each cut into rows of `seq_length` positions.
+
+    A document that is cut goes on at position 0 of the next row. Works on arrays of numpy and of JAX.
+    """
+    cut = Batch(*(x_BT.reshape(-1, seq_length) for x_BT in batch))
+    # A position minus the first position in its row is the column while the first segment lasts, and less behind it.
+    first_B1 = cut.positions_BT[:, :1]
+    in_first_BT = cut.positions_BT - first_B1 == np.arange(seq_length, dtype=np.int32)
+    return cut._replace(positions_BT=cut.positions_BT - in_first_BT * first_B1)
 
 
 class StreamRows(Rows):

@@ -20,7 +20,7 @@ from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import row_layout
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.model.embedding import replicate
-from gpt2_flax.model.flops import flops_per_token
+from gpt2_flax.model.flops import flops_of_steps, flops_per_token
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.model.loss import LossSums, cross_entropy
 from gpt2_flax.parallel.device_batches import row_shards
@@ -41,16 +41,14 @@ class Figures:
     """For a forward and a backward pass."""
     tokens_per_step: int
     steps: int
+    flops: int
+    """Of the whole run."""
     epochs: Mapping[str, float] | None
     """By dataset folder; None if a dataset is missing."""
 
     @property
     def tokens(self) -> int:
         return self.steps * self.tokens_per_step
-
-    @property
-    def flops(self) -> int:
-        return self.tokens * self.flops_per_token
 
     def days(self, peak_flops: float, utilization: float) -> float:
         """Return the days of all steps.
@@ -109,6 +107,7 @@ def figures(config: ResolvedConfig, mixture: Mixture | None) -> Figures:
         flops_per_token=flops_per_token(model, config.data.seq_length),
         tokens_per_step=n_rows * config.data.seq_length,
         steps=steps,
+        flops=flops_of_steps(config, 0, steps),
         epochs=None if mixture is None else _epochs(config, mixture),
     )
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from gpt2_flax.config.schema import Config, OptimizerConfig, ResolvedConfig
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError, printable
+from gpt2_flax.model.flops import flops_per_token
 from gpt2_flax.parallel.auto_mesh import choose_mesh
 from gpt2_flax.parallel.devices import Device, memory_bytes, peak_flops
 from gpt2_flax.parallel.mesh import MeshSizes
@@ -194,6 +195,11 @@ def _figure_lines(config: ResolvedConfig, counts: Figures, mixture: Mixture | No
     yield _line("parameters", f"{counts.parameters:,}: {embeddings}, {blocks}")
     yield _line("a token", f"{_flop(counts.flops_per_token)}, forward and backward")
     yield _line("a step", f"{counts.tokens_per_step:,} tokens: {rows:,} rows of {length:,}")
+    if config.growth_steps:
+        smaller = config.before_growth()
+        flops, length = flops_per_token(smaller.model, smaller.data.seq_length), smaller.data.seq_length
+        layers = f"{smaller.model.n_layer} layers and rows of {length:,}"
+        yield _line("growth", f"{layers} in the first {config.growth_steps:,} steps, {_flop(flops)} a token")
     yield _line("the run", f"{counts.tokens:,} tokens in {counts.steps:,} steps, {_flop(counts.flops)}")
     if counts.epochs is None or mixture is None:
         yield _line("epochs", "not known: a dataset is not there, " + ", ".join(config.data.datasets))

@@ -27,7 +27,7 @@ from gpt2_flax.training.profiler import Profiler
 from gpt2_flax.training.saving import Saver
 from gpt2_flax.training.signals import SLOW_DISK, StopRequest
 from gpt2_flax.training.start import Progress, start_or_resume
-from gpt2_flax.training.step import TrainState, make_train_step, state_layout
+from gpt2_flax.training.step import TrainState, make_growth, make_train_step, state_layout
 from gpt2_flax.training.throughput import throughput
 from gpt2_flax.training.validation import Validation
 
@@ -139,7 +139,8 @@ def run_steps(
     validation = Validation(config, mixture, mesh, phases)
     if validation.without:
         log.say(f"no validation split, so no validation loss: {', '.join(validation.without)}")
-    train_step = make_train_step(config, state_layout(config, mesh), mesh)
+    layout = state_layout(config, mesh)
+    train_step = make_train_step(config, layout, mesh, progress.grown)
     report = StepReport(config, log, throughput(config, mesh, mixture, batches), progress.step)
     skips, saver = SkippedSteps(config, log), Saver(stage, store, log, phases, stop)
     finished = OneStepLate(skips.check, report.finished)
@@ -164,9 +165,19 @@ def run_steps(
     starts = range(first_sample, first_sample + (total - progress.step) * n_rows, n_rows)
     with contextlib.closing(prefetch(partial(device_batch, mesh, n_rows, batches.batch), starts)) as on_devices:
         for step in range(progress.step + 1, total + 1):
+            if not progress.grown and step > config.growth_steps:
+                finished.catch_up()
+                phases.start()  # a program is compiled
+                report.recompiling(step - 1)
+                size = f"{config.model.n_layer} layers, {config.data.seq_length:,} tokens a row"
+                log.say(f"step {step - 1:>7}  model grows to {size}")
+                state, train_step = make_growth(config, layout)(state), make_train_step(config, layout, mesh)
+                progress = progress._replace(grown=True)
             state, metrics = train_step(state, report.next_batch(on_devices))
             evaluation_due = step % training.evaluate_every == 0 or step == total
-            progress = Progress(step, progress.samples_seen + n_rows, progress.best, evaluated=not evaluation_due)
+            progress = progress._replace(
+                step=step, samples_seen=progress.samples_seen + n_rows, evaluated=not evaluation_due
+            )
             finished.dispatched(step, progress.samples_seen, metrics)
             profiler.after(step, metrics)
             phases.step(step)

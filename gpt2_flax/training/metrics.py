@@ -8,9 +8,10 @@ from typing import NamedTuple
 import jax
 
 from gpt2_flax.checkpoint.step_meta import VALIDATION_LOSS
-from gpt2_flax.config.schema import Config
+from gpt2_flax.config.schema import ResolvedConfig
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.inference.evaluation import Evaluation
+from gpt2_flax.model.flops import flops_of_steps
 from gpt2_flax.parallel.devices import peak_memory
 from gpt2_flax.progress import duration, si
 from gpt2_flax.training.metrics_log import MetricsLog
@@ -54,10 +55,10 @@ class OneStepLate:
 class StepReport:
     """Writes the numbers of steps and evaluations to the log."""
 
-    def __init__(self, config: Config, log: MetricsLog, throughput: Throughput, first_step: int):
+    def __init__(self, config: ResolvedConfig, log: MetricsLog, throughput: Throughput, first_step: int):
         self._config, self._log, self._throughput = config, log, throughput
         self._first_step, self._first_time = first_step, time.perf_counter()
-        self._busy_steps, self._busy_seconds = 0, 0.0  # in all intervals written
+        self._busy_flops, self._busy_seconds = 0, 0.0  # in all intervals written
         self.figures: dict[str, float] = {}
         """The loss of the last finished step, and the validation loss if the step was evaluated."""
         self._start_interval(first_step)
@@ -80,8 +81,12 @@ class StepReport:
         if step % self._config.training.log_every == 0 or step == self._config.training.total_steps:
             self._write(finished)
         if step == self._first_step + 1:  # its time says nothing about later steps
-            self._busy_steps, self._busy_seconds = 0, 0.0
+            self._busy_flops, self._busy_seconds = 0, 0.0
             self._start_interval(step)
+
+    def recompiling(self, step: int) -> None:
+        """Note that the step after `step` is compiled, so that its time counts for no figure."""
+        self._first_step, self._first_time = step, time.perf_counter()
 
     def evaluated(self, step: int, evaluations: Mapping[str, Evaluation], texts: Sequence[str] = ()) -> None:
         """Write the sum of the evaluations, the loss of each of several datasets, and generated texts.
@@ -113,10 +118,11 @@ class StepReport:
         step, samples_seen, metrics = finished
         total = self._config.training.total_steps
         steps, seconds = step - self._line_step, time.perf_counter() - self._line_time
-        self._busy_steps, self._busy_seconds = self._busy_steps + steps, self._busy_seconds + seconds
+        flops, peak = flops_of_steps(self._config, self._line_step, step), self._throughput.peak_flops
+        self._busy_flops, self._busy_seconds = self._busy_flops + flops, self._busy_seconds + seconds
         tokens_per_second = steps * self._throughput.positions / seconds
-        utilization = self._throughput.utilization(tokens_per_second)
-        remaining = (total - step) * self._busy_seconds / self._busy_steps
+        utilization = flops / seconds / peak if peak else None
+        remaining = flops_of_steps(self._config, step, total) * self._busy_seconds / self._busy_flops
         speeds = {
             "train/tokens_per_second": tokens_per_second,
             "train/real_tokens_per_second": tokens_per_second * self._real / steps,

@@ -35,6 +35,8 @@ class Progress(NamedTuple):
     best: Best = Best()
     evaluated: bool = True
     """False when the evaluation that is due at `step` must still run."""
+    grown: bool = True
+    """False before the growth of a model, see `training.growth`."""
 
 
 def start_or_resume(
@@ -73,10 +75,10 @@ def start_or_resume(
             fix = "bring the folder back, or choose another output to start anew"
             raise UserError(ExitCode.IO, f"the run has lost its checkpoints, the last was {lost}", store.folder, fix)
         _check_disk(config, layout, store)
-        return Progress(), _initial_state(stage, layout, say, watchdog)
+        return Progress(grown=not config.growth_steps), _initial_state(stage, layout, say, watchdog)
     step, (meta, restored) = found
     best = Best(**meta["best"]) if "best" in meta else Best()
-    progress = Progress(step, meta["samples_seen"], best, meta.get("evaluated", True))
+    progress = Progress(step, meta["samples_seen"], best, meta.get("evaluated", True), meta.get("grown", True))
     if step >= config.training.total_steps or best.ends(config.training.patience):
         return progress, None
     _check_disk(config, layout, store)

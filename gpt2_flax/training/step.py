@@ -3,6 +3,7 @@
 Dimension key: B rows, T sequence, A microbatches.
 """
 
+from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -15,11 +16,12 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_flax.checkpoint.weights import Weights, model_from_weights
 from gpt2_flax.config.schema import ResolvedConfig
-from gpt2_flax.data.packing import IGNORE, Batch
+from gpt2_flax.data.packing import IGNORE, Batch, cut_rows
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.model.loss import LossSums
 from gpt2_flax.parallel.rules import batch_sharding, tree_shardings
 from gpt2_flax.training.compiler_options import compiler_options
+from gpt2_flax.training.growth import first_layers, identity_above, stacked, with_first_layers
 from gpt2_flax.training.optimizer import learning_rate, make_optimizer
 
 
@@ -53,10 +55,12 @@ class StepMetrics(NamedTuple, Generic[Scalar]):
     """Steps of the whole run so far that changed nothing."""
 
 
+TrainStep = Callable[[TrainState, Batch[jax.Array]], tuple[TrainState, StepMetrics[jax.Array]]]
+
+
 def state_layout(config: ResolvedConfig, mesh: Mesh | AbstractMesh) -> TrainState:
     """Return the state with a ShapeDtypeStruct, sharding included, in place of each array."""
-    tx = make_optimizer(config)
-    shapes = jax.eval_shape(lambda: _fresh(GPT2(config.model, rngs=nnx.Rngs(0)), tx))
+    shapes = _abstract_state(config)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -67,12 +71,17 @@ def state_layout(config: ResolvedConfig, mesh: Mesh | AbstractMesh) -> TrainStat
 def initial_state(config: ResolvedConfig, layout: TrainState, weights: Weights | None = None) -> TrainState:
     """Return the state before the first step; every array is created on the devices that keep it.
 
-    The parameters are `weights`, or random numbers of the seed.
+    The parameters are `weights`, or random numbers of the seed. Layers that come with growth are the identity.
     """
     tx, shardings = make_optimizer(config), jax.tree.map(lambda leaf: leaf.sharding, layout)
     if weights is None:
         seed = jax.random.key(config.training.seed)
-        return jax.jit(lambda key: _fresh(GPT2(config.model, rngs=nnx.Rngs(key)), tx), out_shardings=shardings)(seed)
+        n_layers = config.growth.n_layer or config.model.n_layer
+        fresh = jax.jit(
+            lambda key: _fresh(identity_above(GPT2(config.model, rngs=nnx.Rngs(key)), n_layers), tx),
+            out_shardings=shardings,
+        )
+        return fresh(seed)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         host_model = jax.tree.map(np.asarray, model_from_weights(config.model, weights))
     model = jax.tree.map(
@@ -83,13 +92,45 @@ def initial_state(config: ResolvedConfig, layout: TrainState, weights: Weights |
     return jax.jit(lambda model: _fresh(model, tx), out_shardings=shardings)(model)
 
 
-def make_train_step(config: ResolvedConfig, layout: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
+def make_train_step(config: ResolvedConfig, layout: TrainState, mesh: Mesh, grown: bool = True) -> jax.stages.Wrapped:
     """Return the jitted function (state, batch) -> (state, `StepMetrics`); the state that it is given is donated.
+
+    If the model is not `grown`, the function trains its first layers, on the rows of `batch` cut into shorter rows.
 
     The loss is the mean over all targets of the global batch, at any number of devices and of microbatches. A step
     whose loss or gradient is not finite is skipped: the parameters, the optimizer and its schedule stay as they are,
     and only `step`, and so the data, advances. The devices decide that without the host.
     """
+    train_step = _train_step(config) if grown else _train_step_before_growth(config.before_growth())
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, NamedSharding(mesh, P())),
+        compiler_options=compiler_options(config, mesh),
+    )
+
+
+def make_growth(config: ResolvedConfig, layout: TrainState) -> jax.stages.Wrapped:
+    """Return the jitted function state -> state that `training.growth` describes; its state is donated."""
+    n_layers = config.growth.n_layer or config.model.n_layer
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
+    return jax.jit(lambda state: stacked(state, n_layers), donate_argnums=0, out_shardings=shardings)
+
+
+def _train_step_before_growth(config: ResolvedConfig) -> TrainStep:
+    """Return the function of `make_train_step` for a model that will grow; `config` is of the smaller model."""
+    smaller, train_step = _abstract_state(config), _train_step(config)
+
+    def train_step_before_growth(state: TrainState, batch: Batch[jax.Array]) -> tuple[TrainState, StepMetrics]:
+        part, metrics = train_step(first_layers(state, smaller), cut_rows(batch, config.data.seq_length))
+        return with_first_layers(state, part), metrics
+
+    return train_step_before_growth
+
+
+def _train_step(config: ResolvedConfig) -> TrainStep:
     tx, schedule, n_microbatches = make_optimizer(config), learning_rate(config), config.training.accumulation_steps
 
     def train_step(state: TrainState, batch: Batch[jax.Array]) -> tuple[TrainState, StepMetrics]:
@@ -128,20 +169,18 @@ def make_train_step(config: ResolvedConfig, layout: TrainState, mesh: Mesh) -> j
         )
         return TrainState(model, opt_state, state.step + 1, skipped), metrics
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
-    return jax.jit(
-        train_step,
-        donate_argnums=0,
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, NamedSharding(mesh, P())),
-        compiler_options=compiler_options(config, mesh),
-    )
+    return train_step
 
 
 @jax.jit
 def all_finite(state: TrainState) -> jax.Array:
     """Return whether every number of the state is finite, bool ()."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]).all()
+
+
+def _abstract_state(config: ResolvedConfig) -> TrainState:
+    tx = make_optimizer(config)
+    return jax.eval_shape(lambda: _fresh(GPT2(config.model, rngs=nnx.Rngs(0)), tx))
 
 
 def _fresh(model: Any, tx: optax.GradientTransformation) -> TrainState:

@@ -8,7 +8,6 @@ from jax.sharding import Mesh
 from gpt2_flax.config.schema import ResolvedConfig
 from gpt2_flax.data.batches import Batches
 from gpt2_flax.data.mixture import Mixture
-from gpt2_flax.model.flops import flops_per_token
 from gpt2_flax.parallel.devices import peak_flops
 
 
@@ -18,17 +17,12 @@ class Throughput:
 
     positions: int
     """Positions of a step: rows times seq_length."""
-    flops_per_position: int
     peak_flops: float | None
     """FLOP/s of all devices together; None for devices that are not in the table."""
     characters_per_target: float | None
     """Characters of training text a target; None when a dataset does not know."""
     samples_per_epoch: Mapping[str, float]
     """For each dataset: the samples of the run until the dataset has been read once."""
-
-    def utilization(self, positions_per_second: float) -> float | None:
-        """Return the model FLOP/s utilization (MFU); None when the peak is not known."""
-        return self.flops_per_position * positions_per_second / self.peak_flops if self.peak_flops else None
 
 
 def throughput(config: ResolvedConfig, mesh: Mesh, mixture: Mixture, batches: Batches) -> Throughput:
@@ -39,7 +33,6 @@ def throughput(config: ResolvedConfig, mesh: Mesh, mixture: Mixture, batches: Ba
     peak = peak_flops(mesh.devices.flat[0].device_kind, config.model.dtype)
     return Throughput(
         config.data.global_batch_size * config.data.seq_length,
-        flops_per_token(config.model, config.data.seq_length),
         peak and peak * mesh.size,
         _characters_per_target(mixture, weights),
         {folder: n_rows[folder] * total / weight for folder, weight in weights.items()},
