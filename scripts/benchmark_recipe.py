@@ -5,7 +5,7 @@ and the dropout. All recipes train the same model on the same text. A run of eac
 several seeds gives its curve. Each run is whole: its schedule ends where the budget ends.
 
     positions         rows x length x steps of the run; a position of padding costs as much as any other
-    FLOPs             of the training steps: products of the model (see `flops_per_token`), and of the optimizer
+    FLOPs             of the training steps: products of the model (see `flops_of_steps`), and of the optimizer
     bits/character    on held-out text after the run; rows come from the stream, attention stays inside a document
 
 For each recipe, the table shows how many times less compute it needs than the first recipe. The bits a character of
@@ -31,6 +31,7 @@ import itertools
 import json
 import math
 import shutil
+import statistics
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,17 +41,18 @@ from typing import Any, NamedTuple
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.source import load_source
 from gpt2_flax.config.parse import dump_config, parse_config
-from gpt2_flax.config.schema import Config, ModelConfig
+from gpt2_flax.config.schema import Config, ModelConfig, ResolvedConfig
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.prepare import prepare
 from gpt2_flax.errors import UserError
 from gpt2_flax.inference.evaluate import evaluate_source
-from gpt2_flax.model.flops import flops_per_token
+from gpt2_flax.model.flops import flops_of_steps
 from gpt2_flax.text.corpus import corpus_units
 from gpt2_flax.text.documents import CorpusOptions
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 from gpt2_flax.tokenizers.train import sample_documents, train_wordpiece
 from gpt2_flax.training.loop import train
+from gpt2_flax.training.optimizer import POLAR_EXPRESS
 
 VOCAB_SIZE = 5000
 VALIDATION_TOKENS = 40_000
@@ -130,7 +132,8 @@ def run_config(
         | {"dtype": "float32", **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)},
         "data": {"dataset": str(folder / "dataset"), "seq_length": length, "global_batch_size": batch // length},
         "optimizer": {},
-        "training": {"seed": seed, "log_every": 25, "evaluation_batches": 1},
+        "growth": {},
+        "training": {"seed": seed, "log_every": 10, "evaluation_batches": 1},
     }
     for section, keys in recipe.items():
         values[section] = values[section] | keys
@@ -140,16 +143,24 @@ def run_config(
 
 
 def optimizer_flops(model: ModelConfig, config: Config) -> float:
-    """Return the operations of an optimizer step: 15 a parameter for Adam, and the products of Muon's iterations."""
+    """Return the operations of an optimizer step: 15 a parameter for Adam, and the products of Muon's polynomials."""
     width, wider = model.n_embd, 4 * model.n_embd
     kernels = 12 * model.n_layer * width**2
     adam = 15.0 * (kernels + (model.vocab_size + model.n_positions) * width)
     if config.optimizer.name != "muon":
         return adam
-    # Five times X Xᵀ, its square, and a product with X: for each layer 4 matrices (D, D) and 2 of (D, 4 D).
-    return adam + model.n_layer * 5 * sum(
+    # Each polynomial: X Xᵀ, its square, and a product with X. Each layer: 4 matrices (D, D) and 2 matrices (D, 4 D).
+    return adam + model.n_layer * len(POLAR_EXPRESS) * sum(
         n * (4 * width**2 * longer + 2 * width**3) for n, longer in ((4, width), (2, wider))
     )
+
+
+def run_flops(config: ResolvedConfig) -> float:
+    """Return the operations of all steps of a run, of the model and of the optimizer."""
+    before, total = config.growth_steps, config.training.total_steps
+    of_optimizer = before * optimizer_flops(config.before_growth().model, config)
+    of_optimizer += (total - before) * optimizer_flops(config.model, config)
+    return flops_of_steps(config, 0, total) + of_optimizer
 
 
 def measure(config: Config, dataset: TokenDataset) -> tuple[int, float, float, float]:
@@ -160,14 +171,17 @@ def measure(config: Config, dataset: TokenDataset) -> tuple[int, float, float, f
     run, data, steps = RunFolder(config.output), config.data, config.training.total_steps
     positions = steps * data.global_batch_size * data.seq_length
     source = load_source(run.path)
-    model = source.model
     source = dataclasses.replace(source, config=None)  # otherwise the packing of the run would apply
     rows = max(1, EVALUATED_TOGETHER // data.seq_length)
     found = evaluate_source(source, str(dataset.folder), data.seq_length, rows, 0, CorpusOptions())
     records = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-    speeds = sorted(record["train/tokens_per_second"] for record in records if "train/tokens_per_second" in record)
-    seconds = positions / speeds[len(speeds) // 2]
-    flops = positions * flops_per_token(model, data.seq_length) + steps * optimizer_flops(model, config)
+    seconds, before = 0.0, config.growth_steps
+    for first, last in ((0, before), (before, steps)):
+        name = "train/tokens_per_second"
+        speeds = [record[name] for record in records if name in record and first < record["step"] <= last]
+        if last > first:
+            seconds += positions * (last - first) / steps / statistics.median(speeds)
+    flops = run_flops(config.with_vocab_size(source.model.vocab_size))
     shutil.rmtree(run.path)
     return positions, flops, seconds, found.bits_per_character or found.loss
 

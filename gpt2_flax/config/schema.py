@@ -174,6 +174,9 @@ class OptimizerConfig(Section, frozen=True):
         default="adamw", description="adamw_uer: no bias correction, decay after the step; muon: for matrices"
     )
     learning_rate: float = Field(default=1e-4, gt=0, description="highest learning rate, reached when warm-up ends")
+    embedding_rate: float = Field(
+        default=1.0, gt=0, description="learning rate of the embeddings and an untied head divided by learning_rate"
+    )
     schedule: Literal["linear", "cosine", "constant", "wsd", "inverse_sqrt"] = Field(
         default="cosine", description="decay after warm-up; wsd: constant, then linear at the end"
     )

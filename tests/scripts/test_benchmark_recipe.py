@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.model.flops import flops_per_token
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark_recipe.py"
 spec = importlib.util.spec_from_file_location("benchmark_recipe", SCRIPT)
@@ -71,10 +72,17 @@ def test_products_of_the_optimizer_are_counted():
     adam = benchmark.run_config({}, Path("runs"), 2, 32, 16, 4096, 0, 128)
     products = 0
     for rows, columns in [(32, 32)] * 4 + [(32, 128)] * 2:
-        products += 2 * 5 * (2 * rows * rows * columns + 2 * rows**3 + 2 * rows * rows * columns)
+        products += 2 * 3 * (2 * rows * rows * columns + 2 * rows**3 + 2 * rows * rows * columns)
     difference = benchmark.optimizer_flops(model, config) - benchmark.optimizer_flops(model, adam)
     assert difference == products
     assert config.training.total_steps == 4096 // 128
+    growth = {"growth": {"until": 0.25, "n_layer": 1, "seq_length": 8}}
+    growing = benchmark.run_config({"optimizer": {"name": "muon"}, **growth}, Path("runs"), 2, 32, 16, 4096, 0, 128)
+    smaller, sizes = growing.with_vocab_size(100), {"vocab_size": 100, "n_positions": 16, "n_embd": 32, "n_head": 1}
+    one, two = (ModelConfig(n_layer=layers, **sizes) for layers in (1, 2))
+    expected = 8 * benchmark.optimizer_flops(one, config) + 24 * benchmark.optimizer_flops(two, config)
+    expected += 128 * (8 * flops_per_token(one, 8) + 24 * flops_per_token(two, 16))
+    assert benchmark.run_flops(smaller) == expected
 
 
 @pytest.mark.parametrize("path", sorted(SCRIPT.parent.glob("recipes*.toml")), ids=lambda path: path.stem)

@@ -19,7 +19,7 @@ from gpt2_flax.config.parse import dump_config, parse_config
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.parallel import rules
 from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
-from gpt2_flax.training.optimizer import learning_rate, make_optimizer
+from gpt2_flax.training.optimizer import POLAR_EXPRESS, learning_rate, make_optimizer
 from gpt2_flax.training.step import initial_state, make_train_step, state_layout
 
 KERNELS = ["h/attn/c_attn/kernel", "h/attn/c_proj/kernel", "h/mlp/c_fc/kernel", "h/mlp/c_proj/kernel"]
@@ -269,15 +269,27 @@ def test_the_state_of_adamw_keeps_the_paths_that_checkpoints_have():
 # Muon
 
 
+def test_each_polynomial_of_polar_express_is_the_nearest_to_one():
+    """The error of the best approximation reaches its maximum at four points, with alternating signs (Chebyshev)."""
+    low, high = 0.01, 1.0
+    for a, b, c in POLAR_EXPRESS:
+        x = np.geomspace(low, high, 200_001)
+        error = 1 - (a * x + b * x**3 + c * x**5)
+        turns = np.flatnonzero(np.diff(np.sign(np.diff(error)))) + 1
+        extremes = error[[0, *turns, -1]]
+        assert (np.sign(extremes) == [1, -1, 1, -1]).all()
+        np.testing.assert_allclose(np.abs(extremes), extremes[0], rtol=3e-3)
+        low, high = 1 - extremes[0], 1 + extremes[0]
+    assert low > 0.7  # of singular values from 0.01
+
+
 def orthogonal(matrix):
-    """Five Newton-Schulz steps on one float64 matrix, as Jordan et al. describe them."""
-    x = matrix / np.linalg.norm(matrix)
-    if tall := x.shape[0] > x.shape[1]:
-        x = x.T
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if tall else x
+    """The polynomials on the singular values of one float64 matrix."""
+    u, singular, v = np.linalg.svd(matrix, full_matrices=False)
+    singular = singular / np.linalg.norm(singular) / 1.02
+    for a, b, c in POLAR_EXPRESS:
+        singular = a * singular + b * singular**3 + c * singular**5
+    return u * singular @ v
 
 
 def matrices(path, kernel):
@@ -322,6 +334,18 @@ def test_muon_orthogonalises_each_matrix_of_each_layer():
                 )
                 step_rms = np.sqrt(np.mean(np.square(update / -1e-3 - 0.3 * kernel)))
                 assert step_rms == pytest.approx(0.2, rel=0.25), path
+
+
+def test_the_rate_of_embeddings_is_a_multiple_of_the_rate():
+    slow, fast = (run_config(name="muon", warmup=0, embedding_rate=rate) for rate in (1.0, 3.0))
+    params, grads = random_model(slow, 0), random_model(slow, 1)
+    (of_slow, _), (of_fast, _) = (
+        tx.update(grads, tx.init(params), params) for tx in (make_optimizer(slow), make_optimizer(fast))
+    )
+    of_fast = weights_of(of_fast)
+    for path, update in weights_of(of_slow).items():
+        factor = 3 if path in ("wte/embedding", "wpe/embedding") else 1
+        np.testing.assert_allclose(of_fast[path], factor * update, rtol=1e-6, err_msg=path)
 
 
 def test_muon_takes_kernels_and_only_them_and_keeps_one_moment_of_each():
