@@ -74,7 +74,7 @@ def ours(task: Task) -> Callable[[], int]:
     import numpy as np
     from flax import nnx
 
-    from gpt2_flax.config.schema import ModelConfig
+    from gpt2_flax.config.model import ModelConfig
     from gpt2_flax.inference.decode import generate
     from gpt2_flax.inference.sampling import Sampling
     from gpt2_flax.model.decoding import decoder_of

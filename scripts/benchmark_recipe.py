@@ -40,8 +40,9 @@ from typing import Any, NamedTuple
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.source import load_source
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.config.parse import dump_config, parse_config
-from gpt2_flax.config.schema import Config, ModelConfig, ResolvedConfig
+from gpt2_flax.config.schema import Config, ResolvedConfig
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.prepare import prepare
 from gpt2_flax.errors import UserError

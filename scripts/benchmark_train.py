@@ -250,7 +250,7 @@ def compare(args: argparse.Namespace, size: str, shapes: list[tuple[int, int]]) 
 
 
 def model_flops(size: str, length: int, vocab_size: int) -> int:
-    from gpt2_flax.config.schema import ModelConfig
+    from gpt2_flax.config.model import ModelConfig
     from gpt2_flax.model.flops import flops_per_token
 
     n_layer, n_embd, n_head = SIZES[size]

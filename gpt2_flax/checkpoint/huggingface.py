@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 
 from gpt2_flax.checkpoint.checksums import check_sums
 from gpt2_flax.checkpoint.tensor_files import Tensor, check_finite, check_tensors, open_tensors
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.config.parse import parse_model
-from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.input_files import read_object
 

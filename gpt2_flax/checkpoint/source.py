@@ -18,8 +18,9 @@ from gpt2_flax.checkpoint.step_meta import VALIDATION_LOSS, DamagedCheckpoint
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.checkpoint.tensor_files import check_finite, read_torch
 from gpt2_flax.checkpoint.weights import Weights, abstract_model, model_from_weights, weights_of
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.config.parse import parse_config, parse_model
-from gpt2_flax.config.schema import Config, ModelConfig
+from gpt2_flax.config.schema import Config
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import new_folder
 from gpt2_flax.formats.registry import FORMATS, reader, recognize

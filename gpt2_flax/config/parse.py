@@ -7,7 +7,8 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from gpt2_flax.config.schema import Config, ModelConfig
+from gpt2_flax.config.model import ModelConfig
+from gpt2_flax.config.schema import Config
 from gpt2_flax.errors import ExitCode, UserError, quote
 
 

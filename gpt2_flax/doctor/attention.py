@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_flax.config.schema import ModelConfig, ModelOptions
+from gpt2_flax.config.model import ModelConfig, ModelOptions
 from gpt2_flax.doctor.rates import compute_dtype
 from gpt2_flax.doctor.report import Report
 from gpt2_flax.errors import UserError

@@ -17,7 +17,7 @@ import numpy as np
 
 from gpt2_flax.checkpoint.checksums import SUMS, write_sums
 from gpt2_flax.checkpoint.huggingface import CONFIG, to_hf_config, to_state_dict
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export import weight_files
 from gpt2_flax.export.verify import Verification, verify_folder

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt2_flax.checkpoint.tensor_files import INDEX, TORCH_WEIGHTS, WEIGHTS
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.export.weight_files import Dtype, numpy_dtype
 from gpt2_flax.tokenizers.tokenizer import Tokenizer

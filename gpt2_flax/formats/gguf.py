@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2 as protobuf
 
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError, missing_package
 from gpt2_flax.export.weight_files import Dtype
 from gpt2_flax.tokenizers.sentencepiece import BLANK, SentencePieceTokenizer

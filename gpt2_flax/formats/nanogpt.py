@@ -16,7 +16,7 @@ import numpy as np
 from gpt2_flax.checkpoint.huggingface import HEAD, assemble, expected_shapes, from_hf_config
 from gpt2_flax.checkpoint.tensor_files import Tensor, read_torch, torch_tensors, unwrapped
 from gpt2_flax.checkpoint.weights import logits_of
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError, quote
 
 _LINEAR = (".attn.c_attn.weight", ".attn.c_proj.weight", ".mlp.c_fc.weight", ".mlp.c_proj.weight")

@@ -18,8 +18,8 @@ import numpy as np
 from gpt2_flax.checkpoint.huggingface import weight_shapes
 from gpt2_flax.checkpoint.tensor_files import Tensor, check_finite, check_tensors, read_torch, torch_tensors, unwrapped
 from gpt2_flax.checkpoint.weights import logits_of
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.config.parse import parse_model
-from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.formats.uer_config import check_architecture, is_tied, model_values
 from gpt2_flax.input_files import read_object

@@ -6,7 +6,7 @@ Fields that decide what the model computes must have the values of GPT-2.
 from collections.abc import Mapping
 from typing import Any
 
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError, quote
 
 # The values of architecture fields that this package's model computes. A missing field has one of these values.

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt2_flax.checkpoint.source import Source
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError, missing_package
 from gpt2_flax.folders import new_folder
 from gpt2_flax.formats.uer import HEAD, WORDS, Comparison, compare, gain, open_uer, sizes_by_axis, views

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.model.attention import Kernel
 

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.model.attention import Kernel, causal_attention
 from gpt2_flax.model.dropout import dropout, split_key
 from gpt2_flax.model.layers import LayerNorm, Linear, gelu

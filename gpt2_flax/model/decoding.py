@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.model.block import Block
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.model.layers import LayerNorm, Linear, gelu

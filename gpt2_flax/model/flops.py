@@ -1,6 +1,7 @@
 """The arithmetic of training."""
 
-from gpt2_flax.config.schema import ModelConfig, ResolvedConfig
+from gpt2_flax.config.model import ModelConfig
+from gpt2_flax.config.schema import ResolvedConfig
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> int:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.model.attention import saves_attention
 from gpt2_flax.model.attention_choice import choose_attention

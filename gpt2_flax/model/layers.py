@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.parallel.mesh import platform
 from gpt2_flax.parallel.rules import tensor_parallel
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.input_files import MOST_ROWS

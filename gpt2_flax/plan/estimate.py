@@ -15,7 +15,8 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh, AxisType
 
-from gpt2_flax.config.schema import Config, ModelConfig, ResolvedConfig
+from gpt2_flax.config.model import ModelConfig
+from gpt2_flax.config.schema import Config, ResolvedConfig
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import row_layout
 from gpt2_flax.errors import ExitCode, UserError

@@ -8,8 +8,9 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.config.parse import config_keys
-from gpt2_flax.config.schema import Config, ModelConfig, ResolvedConfig
+from gpt2_flax.config.schema import Config, ResolvedConfig
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.parallel.auto_mesh import choose_mesh

@@ -14,7 +14,7 @@ from gpt2_flax.checkpoint.source import load_source, save_as_run
 from gpt2_flax.checkpoint.step_meta import DamagedCheckpoint
 from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.checkpoint.weights import abstract_model, model_from_weights, weights_of
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.model.gpt2 import GPT2
 

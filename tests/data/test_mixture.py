@@ -16,7 +16,7 @@ from support.rows import batches_of
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.source import load_source
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.data.batches import Batches, deal, shares_of_rest
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import RowLayout

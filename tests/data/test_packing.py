@@ -23,7 +23,7 @@ from support.token_datasets import write_dataset
 
 from gpt2_flax.checkpoint.source import load_source
 from gpt2_flax.checkpoint.weights import model_from_weights
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.data import flat_files, row_index
 from gpt2_flax.data.batches import Batches, rows_of
 from gpt2_flax.data.best_fit import best_fit_decreasing

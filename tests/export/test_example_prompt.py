@@ -10,7 +10,7 @@ from support.configs import changed
 from support.weight_folders import random_weights
 
 from gpt2_flax.checkpoint.source import Source
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.export.example import example_prompt
 from gpt2_flax.export.publish import publish
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer

@@ -17,8 +17,8 @@ import yaml
 from support.weight_folders import random_weights
 
 from gpt2_flax.checkpoint.huggingface import read_folder
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.config.parse import parse_config
-from gpt2_flax.config.schema import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export import transformers_folder, verify
 from gpt2_flax.export.model_card import CardFacts, model_card

@@ -7,7 +7,7 @@ from support.weight_folders import random_weights
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gpt2_flax.checkpoint.huggingface import to_hf_config
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.export.transformers_folder import export_folder
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 from gpt2_flax.tokenizers.train import train_sentencepiece, train_wordpiece

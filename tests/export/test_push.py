@@ -10,7 +10,7 @@ import pytest
 from support.fake_hub import TOKEN, fake_hub
 from support.weight_folders import random_weights
 
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export.push import check_whole, push
 from gpt2_flax.export.transformers_folder import export_folder

@@ -13,7 +13,7 @@ from support.weight_folders import write_folder as write_transformers_folder
 from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint.source import Source, load_source
 from gpt2_flax.checkpoint.weights import model_from_weights
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.formats import uer
 from gpt2_flax.formats.uer import read_uer

@@ -13,7 +13,7 @@ from support.encoded_texts import SIMPLIFIED
 from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint.source import Source, save_as_run
 from gpt2_flax.checkpoint.weights import weights_of
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.prepare import prepare
 from gpt2_flax.errors import ExitCode, UserError

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from support.rows import rows
 
 from gpt2_flax.checkpoint.weights import weights_of
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.shard_job import in_validation
 from gpt2_flax.errors import ExitCode, UserError

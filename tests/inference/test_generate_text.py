@@ -10,7 +10,7 @@ from flax import nnx
 from gpt2_flax.checkpoint.source import Source
 from gpt2_flax.checkpoint.weights import model_from_weights, weights_of
 from gpt2_flax.cli import app
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export.transformers_folder import export_folder
 from gpt2_flax.inference import decode

@@ -7,7 +7,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.inference import decode
 from gpt2_flax.inference.prompt_lookup import draft_tokens
 from gpt2_flax.inference.sampling import Sampling

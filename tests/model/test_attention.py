@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.attention_reference import assert_close, attend, draw, mesh_2x2x2, reference, with_gradients
 
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.errors import UserError
 from gpt2_flax.model import blockwise
 from gpt2_flax.model.attention import saves_attention

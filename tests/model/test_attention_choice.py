@@ -2,7 +2,7 @@ from functools import partial
 
 import pytest
 
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.model import attention_choice as module
 from gpt2_flax.model.attention_choice import choose_attention

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.model import embedding
 from gpt2_flax.model.embedding import embed_positions, embed_tokens, replicate, sum_by_id

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.attention_reference import assert_close, attend, draw, mesh_2x2x2, reference, with_gradients
 
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.model import gpt2 as gpt2_module
 from gpt2_flax.model.attention import saves_attention

@@ -16,7 +16,7 @@ from support.weight_folders import as_tensors, random_weights
 from gpt2_flax.checkpoint.huggingface import read_folder, to_state_dict
 from gpt2_flax.checkpoint.source import Source, load_source, save_as_run
 from gpt2_flax.checkpoint.weights import logits_of, model_from_weights, weights_of
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export.transformers_folder import export_folder

@@ -94,7 +94,7 @@ def test_the_platform_is_that_of_the_mesh_in_force(monkeypatch):
 def test_parameters_are_counted_as_flax_makes_them():
     from flax import nnx
 
-    from gpt2_flax.config.schema import ModelConfig
+    from gpt2_flax.config.model import ModelConfig
     from gpt2_flax.model.gpt2 import GPT2
 
     cfg = ModelConfig(vocab_size=256, n_positions=10, n_layer=3, n_head=2, n_embd=8)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.model.flops import flops_per_token
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark_recipe.py"

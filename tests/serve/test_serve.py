@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint.source import Source, save_as_run
 from gpt2_flax.checkpoint.weights import weights_of
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.inference.generate import Generator, Sampling
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 from support.weight_folders import random_weights
 
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.export.transformers_folder import export_folder
 
 TEXTS = [

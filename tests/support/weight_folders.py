@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from gpt2_flax.checkpoint.huggingface import assemble, table, to_hf_config, to_state_dict
 from gpt2_flax.checkpoint.tensor_files import Tensor
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 
 CONFIG = ModelConfig(vocab_size=50, n_positions=12, n_layer=2, n_head=3, n_embd=12, dtype="float32")
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from gpt2_flax.checkpoint.weights import model_from_weights, weights_of
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.data.packing import Batch
 from gpt2_flax.model.block import Mlp
 from gpt2_flax.model.gpt2 import GPT2

@@ -14,7 +14,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.source import load_source
-from gpt2_flax.config.schema import ModelConfig
+from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import IGNORE, Batch, RowLayout
 from gpt2_flax.errors import ExitCode, UserError
