@@ -15,7 +15,8 @@ budget is better than the goal already, and "-" where the largest budget of some
 are measured in the steps, without compilation and evaluation.
 
 The results go to FOLDER/results.jsonl, with one line for each run. After a stop, run the same command again: it makes
-only the runs that this file lacks, and also the runs of recipes that you have added.
+only the runs that this file lacks, and also the runs of recipes that you have added. Two small models at once on a core
+each are faster than one after the other on both: start two processes with `taskset` and different --only or --widths.
 
     python scripts/benchmark_recipe.py --folder runs/recipe                  # hours on two cores; --positions 100000
     python scripts/benchmark_recipe.py --folder runs/recipe --corpus corpus.txt --vocabulary vocab.txt
@@ -30,6 +31,7 @@ import io
 import itertools
 import json
 import math
+import os
 import shutil
 import statistics
 import sys
@@ -166,6 +168,7 @@ def run_flops(config: ResolvedConfig) -> float:
 
 def measure(config: Config, dataset: TokenDataset) -> tuple[int, float, float, float]:
     """Train and evaluate; return the positions, the FLOPs, the seconds and the bits a character (or the loss)."""
+    config = config.model_copy(update={"output": f"{config.output}-{os.getpid()}"})  # another process may run too
     shutil.rmtree(config.output, ignore_errors=True)
     with contextlib.redirect_stdout(io.StringIO()):
         train(config)
@@ -238,8 +241,11 @@ class Benchmark:
     def __init__(self, args: argparse.Namespace, dataset: TokenDataset):
         self.args, self.dataset, self.folder = args, dataset, args.folder
         self.results = self.folder / "results.jsonl"
+
+    def known(self) -> dict[str, Run]:
+        """Return all results so far by their keys, also the results of another process."""
         lines = self.results.read_text(encoding="utf-8").splitlines() if self.results.exists() else []
-        self.known = {run.key: run for run in (Run(**json.loads(line)) for line in lines)}
+        return {run.key: run for run in (Run(**json.loads(line)) for line in lines)}
 
     def run(self, name: str, width: int, length: int, budget: float, seed: int, recipe: Any, tuned: Any) -> Run:
         """Return the result of a run; make the run if it is not known."""
@@ -247,12 +253,11 @@ class Benchmark:
         config = run_config(recipe, self.folder, args.layers, width, length, positions, seed, args.step_positions)
         what = dump_config(config) + self.dataset.fingerprints()["tokens_fingerprint"]
         key = hashlib.sha256(what.encode()).hexdigest()[:16]
-        if key not in self.known:
+        if (run := self.known().get(key)) is None:
             run = Run(name, width, length, budget, seed, *measure(config, self.dataset), tuned, key)
             with open(self.results, "a", encoding="utf-8") as file:
                 file.write(json.dumps(run._asdict(), ensure_ascii=False) + "\n")
-            self.known[key] = run
-        run = self.known[key]._replace(recipe=name, budget=budget)
+        run = run._replace(recipe=name, budget=budget)
         print(f"  {name}, seed {seed}, {run.positions:,} positions {tuned or ''}: {run.bits:.4f} bits/character, "
               f"{run.flops:.3g} FLOPs, {run.seconds:.0f} s", flush=True)  # fmt: skip
         return run
