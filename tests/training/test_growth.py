@@ -67,6 +67,7 @@ def test_cut_rows_hold_the_text_of_short_rows(dataset_folder, packing):
             np.testing.assert_array_equal(found_BT[real_BT], getattr(expected, name)[real_BT], name)
 
 
+@pytest.mark.slow
 def test_layers_above_are_the_identity_and_growth_copies(config):
     config = with_vocab(changed(config, model__n_layer=5, growth__until=3, growth__n_layer=2))
     draw = iter(jax.random.split(jax.random.key(1), 100))
@@ -82,8 +83,7 @@ def test_layers_above_are_the_identity_and_growth_copies(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize(("optimizer", "shape"), [("adamw", (1, 1, 1)), ("muon", (2, 2, 2))])
 def test_a_step_before_growth_is_a_step_of_the_smaller_model(growing, optimizer, shape):
     config = with_vocab(changed(growing, optimizer__name=optimizer, optimizer__warmup=0))
     smaller = config.before_growth()
@@ -117,24 +117,23 @@ def test_a_step_before_growth_is_a_step_of_the_smaller_model(growing, optimizer,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("last", "call"), [(2, 2), (3, 3), (4, 5)])  # call 4 is in the evaluation at step 3
-def test_a_run_that_stopped_near_its_growth_goes_on_with_the_same_bits(growing, tmp_path, monkeypatch, last, call):
+def test_runs_that_stopped_near_their_growth_go_on_with_the_same_bits(growing, tmp_path, monkeypatch):
     loop.train(growing)
-    whole = losses(growing)
-    parts = changed(growing, output=str(tmp_path / "parts"))
-    ask, calls = loop.StopRequest.__call__, itertools.count(1)
+    whole, ask = losses(growing), loop.StopRequest.__call__
+    for last, call in ((2, 2), (3, 3), (4, 5)):  # call 4 is in the evaluation at step 3
+        parts, calls = changed(growing, output=str(tmp_path / f"parts-{last}")), itertools.count(1)
 
-    def stop(self, *ahead):
-        if next(calls) == call:
-            signal.raise_signal(signal.SIGTERM)
-        return ask(self, *ahead)
+        def stop(self, *ahead, call=call, calls=calls):
+            if next(calls) == call:
+                signal.raise_signal(signal.SIGTERM)
+            return ask(self, *ahead)
 
-    monkeypatch.setattr(loop.StopRequest, "__call__", stop)
-    with pytest.raises(UserError, match=f"stopped at step {last}, saved"):
+        monkeypatch.setattr(loop.StopRequest, "__call__", stop)
+        with pytest.raises(UserError, match=f"stopped at step {last}, saved"):
+            loop.train(parts)
+        monkeypatch.setattr(loop.StopRequest, "__call__", ask)
         loop.train(parts)
-    monkeypatch.undo()
-    loop.train(parts)
-    assert losses(parts) == whole
+        assert losses(parts) == whole
 
 
 @pytest.mark.slow
