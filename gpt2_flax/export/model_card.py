@@ -45,6 +45,7 @@ class CardFacts:
     optimizer: str | None = None
     learning_rate: float | None = None
     schedule: str | None = None
+    growth: str | None = None  # what the first steps trained
     training_loss: float | None = None  # nats a token, as is validation_loss
     validation_loss: float | None = None
     bits_per_character: float | None = None

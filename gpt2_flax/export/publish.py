@@ -114,6 +114,12 @@ def sample_texts(datasets: Mapping[str, TokenDataset], tokenizer: Tokenizer) -> 
     return [text for text in texts if text]
 
 
+def _growth(config: Config) -> str | None:
+    growth, layers, length = config.growth, config.model.n_layer, config.data.seq_length
+    smaller = f"{growth.n_layer or layers} of {layers} layers, rows of {growth.seq_length or length:,} tokens"
+    return f"{smaller} in the first {config.growth_steps:,} steps" if config.growth_steps else None
+
+
 def run_facts(source: Source, config: Config, datasets: Mapping[str, TokenDataset]) -> dict[str, Any]:
     optimizer, steps = config.optimizer, source.step or None
     facts = {
@@ -129,6 +135,7 @@ def run_facts(source: Source, config: Config, datasets: Mapping[str, TokenDatase
         ),
         "learning_rate": optimizer.learning_rate,
         "schedule": f"{optimizer.schedule} after {config.warmup_steps:,} steps of warm-up",
+        "growth": _growth(config),
         "training_loss": source.metrics.get("train/loss"),
         "validation_loss": source.metrics.get("validation/loss"),
         "bits_per_character": source.metrics.get("validation/bits_per_character"),

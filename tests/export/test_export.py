@@ -79,6 +79,17 @@ def test_the_card_names_the_optimizer_of_the_run(config, optimizer, words):
     assert words in model_card(CardFacts("a model", ModelConfig(vocab_size=300), False, PROMPT, **facts))
 
 
+def test_the_card_says_how_the_model_grew(config):
+    def card(**growth):
+        grown = parse_config(config.model_dump(exclude_none=True) | {"growth": growth}, "test")
+        facts = run_facts(SimpleNamespace(step=3, metrics={}, hardware=None), grown, {})
+        return model_card(CardFacts("a model", ModelConfig(vocab_size=300), False, PROMPT, **facts))
+
+    line = "| growth | 1 of 2 layers, rows of 16 tokens in the first 3 steps |"
+    assert line in card(until=0.5, n_layer=1)
+    assert "growth" not in card()
+
+
 # What transformers makes of it
 
 
