@@ -47,7 +47,9 @@ def exit_code(arguments: Sequence[str] | None) -> int:
         with naming_file("standard output"):
             sys.stdout.flush()  # here, so that a full disk is reported
         return finish(code if isinstance(code, int) else ExitCode.OK)
-    except (BrokenPipeError, SystemExit):  # the reader closed the pipe; typer raises SystemExit
+    except (BrokenPipeError, SystemExit) as ended:  # the reader closed the pipe; typer raises SystemExit
+        if isinstance(ended, SystemExit) and not ended.code:  # completion for a shell ends so
+            return finish(ExitCode.OK)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return finish(128 + signal.SIGPIPE)  # not OK, because the command did not finish
     except Exception as error:

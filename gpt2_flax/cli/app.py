@@ -16,7 +16,8 @@ app = typer.Typer(
     name="gpt2-flax",
     help="Pre-train GPT-2 on your own text and export it for transformers.\n\n"
     "The steps from text to model: tokenizer, prepare, train, evaluate, generate, export.",
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -32,11 +33,14 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def everywhere(
+    context: typer.Context,
     version: Annotated[bool, Option("--version", is_eager=True, callback=_version, help="Print the version.")] = False,
     debug: Annotated[bool, Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
     if debug:
         os.environ[DEBUG] = "1"
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def utf8(value: str | list[str] | None) -> str | list[str] | None:

@@ -221,7 +221,6 @@ TRAIN = "train {config} output={tmp}/new"
 
 FAILURES = [
     # The command line.
-    (64, "", "Missing command"),
     (64, "trian", "trian"),
     (64, "train", "config"),
     (64, "train {config} --steps 3", "--steps"),
@@ -666,3 +665,28 @@ def test_output_that_cannot_be_written_is_no_success(problem):
     else:
         assert done.returncode == 74
         assert done.stderr.startswith("error: disk full: ")
+
+
+def test_without_a_command_the_help_is_printed(capsys):
+    assert cli.exit_code([]) == 0
+    printed = capsys.readouterr().out
+    assert cli.exit_code(["--help"]) == 0
+    assert capsys.readouterr().out == printed
+    assert set(COMMANDS) <= {line.split()[0] for line in printed.splitlines() if line.startswith("  ")}
+
+
+@pytest.mark.parametrize("command", [[], ["train"]])
+def test_help_has_a_short_name(capsys, command):
+    assert cli.exit_code([*command, "-h"]) == 0
+    printed = capsys.readouterr().out
+    assert "Usage: gpt2-flax" in printed
+    assert "-h, --help" in printed
+
+
+@pytest.mark.multiprocess
+def test_a_shell_completes_commands_and_options():
+    for words, expected in (("gpt2-flax tra", ["train"]), ("gpt2-flax train --max", ["--max-hours"])):
+        words_of = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "_GPT2_FLAX_COMPLETE": "complete_bash"}
+        command, environment = [sys.executable, "-m", "gpt2_flax"], processes_environment(**words_of)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == expected
