@@ -110,6 +110,10 @@ def _train_stage(
             profiler = stack.enter_context(Profiler(profile_steps, run.tensorboard, progress.step, say))
             with naming_checkpoint(run):
                 run_steps(stage, progress, state, store, log, profiler, stop, watchdog)
+            if leads:
+                from gpt2_flax.report.page import report_at_end  # here, because only the end of a run needs it
+
+                report_at_end(run, say)
         elif progress.best.ends(training.patience):
             say(f"{config.output} has ended: {_no_better(config, progress.best)}")
         else:
