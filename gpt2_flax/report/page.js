@@ -465,7 +465,7 @@ function showNotes() {
   const smooth = curves.some(([name, curve]) => name.startsWith("train/") && curve.means);
   const bad = curves.filter(([, curve]) => curve.not_finite).map(([name, curve]) => t.not_finite(whole(curve.not_finite), name));
   at("smooth-label").hidden = !smooth;
-  at("chart-notes").textContent = [smooth && t.mean_note, axes().includes("hours") && t.hours_note, points > drawn && t.thinned(whole(points)), ...bad, t.keys_note]
+  at("chart-notes").textContent = [smooth && t.mean_note, at("axis").value === "hours" && t.hours_note, points > drawn && t.thinned(whole(points)), ...bad, t.keys_note]
     .filter(Boolean).join(state.language === "zh" ? "" : " ");
   const absent = COURSE.filter((one) => !RUNS.some((_, run) => curveOf(run, `train/${one}`)));
   at("absent").textContent = absent.length ? t.absent(absent.map((one) => t[one]).join(state.language === "zh" ? "、" : ", ")) : "";
@@ -507,7 +507,8 @@ function showConfig() {
   const differs = (key) => several
     ? new Set(RUNS.map((run) => JSON.stringify(run.config?.[key]))).size > 1
     : JSON.stringify(known[0].config[key]) !== JSON.stringify(DATA.defaults[key]);
-  const row = (key) => [key, ...RUNS.map((run) => (run.config ? text(run.config[key]) : "–")), ...(several ? [] : [text(DATA.defaults[key])])];
+  const breakable = (key) => make("span", {}, ...key.split(/(?<=\.)/).flatMap((part) => [part, make("wbr")]));
+  const row = (key) => [breakable(key), ...RUNS.map((run) => (run.config ? text(run.config[key]) : "–")), ...(several ? [] : [text(DATA.defaults[key])])];
   const heads = [t.key, ...RUNS.map((_, run) => named(run)), ...(several ? [] : [t.default])];
   const rows = keys.filter(differs).map(row);
   at("config").replaceChildren(
@@ -544,6 +545,7 @@ function showCheckpoints() {
 function redraw() {
   at("loss-title").textContent = nameOf(at("quantity").value);
   showLegend();
+  showNotes();
   for (const render of state.charts) render();
 }
 
@@ -559,7 +561,6 @@ function translate() {
   showOptions("quantity", quantities(), nameOf);
   showOptions("axis", axes(), (axis) => t[axis]);
   showResults();
-  showNotes();
   showSamples();
   showConfig();
   showDatasets();
