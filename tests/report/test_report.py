@@ -203,18 +203,20 @@ def test_axes_follow_from_samples_and_speed(config, tmp_path):
     # The second half of the run has batches of 32 rows in place of 16; the pause before step 40 does not count.
     records = [step(10, **speed, **{"train/samples": 160}), step(20, **speed, **{"train/samples": 320})]
     records += [{"step": 20, "validation/loss": 1.0}, step(40, **speed, **{"train/samples": 960, "time": 9e9})]
+    records.append({"step": 50, "validation/loss": 0.9})  # newer than the last line of a step
     report([write_run(tmp_path / "run", records, config)], tmp_path / "page.html")
     (run,) = data_of(tmp_path / "page.html")["runs"]
     tokens = [16 * 160, 16 * 320, 16 * 960]
     assert run["curves"]["train/loss"]["tokens"] == tokens
     assert run["curves"]["train/loss"]["hours"] == pytest.approx([one / 500 / 3600 for one in tokens], rel=1e-5)
-    assert run["curves"]["validation/loss"]["tokens"] == [16 * 320]
+    assert run["curves"]["validation/loss"]["tokens"] == [16 * 320, 16 * (960 + 10 * 16)]
     assert run["flops_per_token"] == 6 * (2 * 12 * 32**2 + 100 * 32) + 12 * 2 * 32 * 16
     assert run["parameters"] == 100 * 32 + 32 * 32 + 2 * (12 * 32**2 + 13 * 32) + 2 * 32
 
 
 def test_the_last_texts_of_a_step_count(config, tmp_path):
-    blocks = [(2, "a"), (4, "b"), (4, "c"), (2, "d"), (4, "e")]  # 4 is repeated at once, then the run resumes before 2
+    # The run resumes before 2, then again between 2 and 4; it has not come to 6 again.
+    blocks = [(2, "a"), (4, "b"), (6, "c"), (2, "d"), (4, "f"), (4, "e")]
     lines = [f"step {at:>7}  {prompt}{letter}" for at, letter in blocks for prompt in ("x ", "y  ")]
     config = changed(config, training__prompts=["x ", "y  "])
     run = write_run(tmp_path / "run", [step(4)], config, "\n".join([*lines, "step"]))
@@ -277,7 +279,8 @@ def test_a_long_run_makes_a_page_of_a_moderate_size(tmp_path):
     losses = np.random.default_rng(0).normal(3, 0.1, 20_000)
     losses[12_345] = 99.0
     run = write_run(tmp_path / "run", [step(10 * i, float(loss)) for i, loss in enumerate(losses)])
-    report([run], tmp_path / "page.html")
+    with np.errstate(all="raise"):  # step 0 has no logarithm
+        report([run], tmp_path / "page.html")
     curve = data_of(tmp_path / "page.html")["runs"][0]["curves"]["train/loss"]
     assert len(curve["steps"]) == len(curve["values"]) == len(curve["means"]) <= 2_002
     assert (curve["points"], max(curve["values"]), min(curve["values"])) == (20_000, 99.0, losses.min())
@@ -306,6 +309,7 @@ def test_text_of_a_run_stays_text(config, tmp_path):
         {},
     ]
     assert not any(tag == "img" or name.startswith("on") for tag, attributes in parts.elements for name in attributes)
+    assert not set("<>&\u2028\u2029") & set(parts.texts["application/json"])  # nothing there begins or ends an element
     found = data_of(tmp_path / "page.html")["runs"][0]
     assert found["name"] == EVIL.replace("/", "_")
     assert found["prompts"][0] == found["config"]["training.prompts"][0] == EVIL
