@@ -21,6 +21,7 @@ from gpt2_flax.report.facts import RunReport, as_json, names_of
 from gpt2_flax.report.figure import loss_figure
 
 _HERE = Path(__file__).parent
+_SCRIPTS = ("texts.js", "chart.js", "page.js")  # one script in the page
 _OURS = b"<!doctype html>\n<!-- report of gpt2_flax -->\n"  # how a file begins that may be replaced
 
 
@@ -78,7 +79,8 @@ def page(runs: dict[str, RunReport]) -> str:
         "defaults": {key: None if value is PydanticUndefined else value for key, value in defaults.items()},
         "runs": [run.facts(name) for name, run in runs.items()],
     }
-    style, script = (_HERE.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style = _HERE.joinpath("page.css").read_text(encoding="utf-8")
+    script = "\n".join(_HERE.joinpath(name).read_text(encoding="utf-8") for name in _SCRIPTS)
     parts = {"STYLE": style, "SCRIPT": script, "DATA": as_json(data)}
     parts |= {"STYLE-HASH": _csp_hash(style), "SCRIPT-HASH": _csp_hash(script)}
     pieces = _HERE.joinpath("page.html").read_text(encoding="utf-8").split("@@")  # text, name, text, name, ..., text
