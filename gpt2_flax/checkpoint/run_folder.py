@@ -6,6 +6,7 @@ checkpoints/                 see `store`
 damaged/                     damaged files that are not used; a user may delete them
 metrics.jsonl tensorboard/   metrics over the run
 crash-TIME-PROCESS.log       stacks and tracebacks of a process that died, hung or had a bug, see `crash_log`
+report.html                  the page about the run, written when the run ends, see `report`
 samples.txt                  the continuation of each of `training.prompts` at each evaluation
 lock                         held by the process that trains
 token                        exists for a moment while several processes check that all of them see the same folder
@@ -14,7 +15,6 @@ token                        exists for a moment while several processes check t
 import contextlib
 import filecmp
 import itertools
-import json
 import os
 import shutil
 import socket
@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import from_json
 
 from gpt2_flax.checkpoint.step_meta import committed_steps
 from gpt2_flax.config.file import load_config
@@ -72,6 +74,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.samples = self.path / "samples.txt"
+        self.report = self.path / "report.html"
         self.token = self.path / "token"
 
     def create(self) -> None:
@@ -177,23 +180,23 @@ class RunFolder:
     def metrics_at(self, step: int) -> dict[str, float]:
         """Return the newest value of each metric up to `step`."""
         newest: dict[str, float] = {}
-        for record in self._records():
+        for record in self.records():
             newest |= record if record["step"] <= step else {}
         return newest
 
     def last_step(self) -> int | None:
         """Return the highest step in the last 64 KiB of metrics.jsonl, None if there is none."""
-        return max((record["step"] for record in self._records(last=2**16)), default=None)
+        return max((record["step"] for record in self.records(last=2**16)), default=None)
 
     def lost_checkpoint(self) -> int | None:
         """Return the newest step that was ever committed if no checkpoint is left, else None."""
-        saved = [record[SAVED] for record in self._records() if type(record.get(SAVED)) is int]
+        saved = [record[SAVED] for record in self.records() if type(record.get(SAVED)) is int]
         for folder in (self.damaged, self.path / "sha256"):  # old versions made a folder sha256
             names = [path.name.partition("-")[0].partition(".")[0] for path in folder.glob("*")]
             saved += [int(name) for name in names if name.isdecimal()]
         return None if self.last_checkpoint() is not None else max(saved, default=None)
 
-    def _records(self, last: int | None = None) -> Iterator[dict[str, Any]]:
+    def records(self, last: int | None = None) -> Iterator[dict[str, Any]]:
         """Yield the records of metrics.jsonl, or of its `last` bytes; skip lines with other content."""
         if not self.metrics.is_file():
             return
@@ -201,8 +204,8 @@ class RunFolder:
             if last is not None:
                 file.seek(max(0, self.metrics.stat().st_size - last))
             for line in file:
-                with contextlib.suppress(ValueError, RecursionError):  # a kill or the seek may have cut a line
-                    record = json.loads(line)
+                with contextlib.suppress(ValueError):  # a kill or the seek may have cut a line
+                    record = from_json(line)
                     if isinstance(record, dict) and type(record.get("step")) is int:
                         yield record
 

@@ -1,4 +1,4 @@
-"""Commands about training: doctor, train, plan, checkpoints, keys, evaluate."""
+"""Commands about training: doctor, train, plan, checkpoints, report, keys, evaluate."""
 
 import math
 import time
@@ -196,6 +196,25 @@ def checkpoints(
     if damaged := ", ".join(str(one.step) for one in found if one.state == "damaged"):
         fix = "train passes them over; export or evaluate another step"
         raise UserError(ExitCode.IO, f"damaged checkpoints: {damaged}", run, fix)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], PathArgument(metavar="RUN...", help="Run folders.")],
+    output: Annotated[Path | None, PathOption(metavar="FILE", help="HTML file to write. Default: report.html.")] = None,
+    csv: Annotated[Path | None, PathOption("--csv", metavar="FILE", help="Also write all curves as CSV.")] = None,
+    png: Annotated[Path | None, PathOption("--png", metavar="FILE", help="Also draw the loss as PNG.")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace files that are no reports.")] = False,
+) -> None:
+    """Write a page about one or several runs: curves, samples, config, data, checkpoints.
+
+    The page is one file and needs no network. A run may still be in progress. `train` writes the same page to
+    RUN/report.html when a run ends.
+    """
+    from gpt2_flax.report.page import report as write_report
+
+    for path in write_report(runs, output or Path("report.html"), csv, png, overwrite):
+        print(path)
 
 
 @app.command()

@@ -87,6 +87,7 @@ def _train_stage(
     stage: Stage, stop: StopRequest, watchdog: Watchdog, allow_change: Sequence[str], name: str, profile_steps: int
 ) -> None:
     config, training, run, leads = stage.config, stage.config.training, stage.run, jax.process_index() == 0
+    trained = False
     with contextlib.ExitStack() as stack:
         if leads:
             stack.enter_context(run.lock())
@@ -110,11 +111,16 @@ def _train_stage(
             profiler = stack.enter_context(Profiler(profile_steps, run.tensorboard, progress.step, say))
             with naming_checkpoint(run):
                 run_steps(stage, progress, state, store, log, profiler, stop, watchdog)
+            trained = True
         elif progress.best.ends(training.patience):
             say(f"{config.output} has ended: {_no_better(config, progress.best)}")
         else:
             more = "" if name else "; to go on add training.total_steps=N --allow-change training.total_steps"
             say(f"{config.output} has all its {training.total_steps} steps{more}")
+    if trained and leads:  # here, because all metrics are on the disk now
+        from gpt2_flax.report.page import report_at_end  # here, because only the end of a run needs it
+
+        report_at_end(run, partial(print, flush=True))
 
 
 def run_steps(

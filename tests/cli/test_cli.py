@@ -30,6 +30,7 @@ COMMANDS = [
     "plan",
     "train",
     "checkpoints",
+    "report",
     "keys",
     "evaluate",
     "generate",

@@ -5,7 +5,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +20,7 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from support.browser import browser
 
 from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint.source import Source, save_as_run
@@ -623,26 +623,6 @@ main(sys.argv[1:])
 
 
 # The page, where there is a Chromium and its driver.
-
-
-@contextlib.contextmanager
-def browser(language, tmp_path):
-    webdriver = pytest.importorskip("selenium.webdriver")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("no chromium and chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    switches = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-    for switch in f"{switches} disable-component-update disable-sync user-data-dir={tmp_path} lang={language}".split():
-        options.add_argument(f"--{switch}")
-    options.add_experimental_option("prefs", {"intl.accept_languages": language})
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    try:
-        yield opened
-    finally:
-        opened.quit()
 
 
 @pytest.mark.parametrize(
