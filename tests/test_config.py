@@ -41,7 +41,6 @@ KEYS = [
     "optimizer.preset",
     "optimizer.name",
     "optimizer.learning_rate",
-    "optimizer.embedding_rate",
     "optimizer.schedule",
     "optimizer.warmup",
     "optimizer.decay",
@@ -111,6 +110,19 @@ def test_the_published_stages_are_as_published():
     assert (first.model.initializer, first.model.attn_pdrop) == ("uer", 0.1)
     for optimizer in (first.optimizer, second.optimizer):
         assert (optimizer.name, optimizer.schedule, optimizer.max_grad_norm) == ("adamw_uer", "linear", 0.0)
+
+
+def test_muon_has_defaults_of_its_own():
+    def optimizer(**keys):
+        return parse_config(LEAST | {"optimizer": keys}, "test").optimizer
+
+    muon, adamw = optimizer(name="muon"), optimizer()
+    assert (muon.learning_rate, muon.schedule, muon.warmup, muon.weight_decay) == (0.02, "linear", 0.05, 0.03)
+    assert (adamw.learning_rate, adamw.schedule, adamw.warmup, adamw.weight_decay) == (1e-4, "cosine", 0.1, 0.1)
+    assert optimizer(name="muon", learning_rate=0.01, weight_decay=0.0) == muon.model_copy(
+        update={"learning_rate": 0.01, "weight_decay": 0.0}
+    )
+    assert parse_config(LEAST | {"optimizer": muon.model_dump()}, "again").optimizer == muon
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+_OF_MUON = {"learning_rate": 0.02, "schedule": "linear", "warmup": 0.05, "weight_decay": 0.03}
+"""Defaults of the optimizer `muon`. Its updates have another size than those of AdamW."""
+
+
 class OptimizerConfig(Section, frozen=True):
     """The optimizer, AdamW (arXiv:1711.05101) or Muon (arXiv:2502.16982), and its learning rate schedule."""
 
@@ -88,12 +92,10 @@ class OptimizerConfig(Section, frozen=True):
         default="default", description="defaults of the keys below; uer: the defaults of UER-py and TencentPretrain"
     )
     name: Literal["adamw", "adamw_uer", "muon"] = Field(
-        default="adamw", description="adamw_uer: no bias correction, decay after the step; muon: for matrices"
+        default="adamw",
+        description="adamw_uer: no bias correction, decay after the step; muon: for matrices, has defaults of its own",
     )
     learning_rate: float = Field(default=1e-4, gt=0, description="highest learning rate, reached when warm-up ends")
-    embedding_rate: float = Field(
-        default=1.0, gt=0, description="learning rate of the embeddings and an untied head divided by learning_rate"
-    )
     schedule: Literal["linear", "cosine", "constant", "wsd", "inverse_sqrt"] = Field(
         default="cosine", description="decay after warm-up; wsd: constant, then linear at the end"
     )
@@ -116,8 +118,11 @@ class OptimizerConfig(Section, frozen=True):
     @model_validator(mode="before")
     @classmethod
     def _preset_gives_what_is_left_out(cls, values: Any) -> Any:
-        preset = values.get("preset") if isinstance(values, dict) else None
-        return PRESETS[preset] | values if isinstance(preset, str) and preset in PRESETS else values
+        if not isinstance(values, dict):
+            return values
+        preset = values.get("preset")
+        values = PRESETS[preset] | values if isinstance(preset, str) and preset in PRESETS else values
+        return _OF_MUON | values if values.get("name") == "muon" else values
 
     @model_validator(mode="after")
     def _keys_fit(self) -> "OptimizerConfig":

@@ -31,7 +31,6 @@ The method is that of Amsel et al., arXiv:2505.16932.
 """
 _LARGEST_SINGULAR_VALUE = 1 / 1.02  # below 1, because rounding could lift it above, where the polynomials explode
 _MUON_MOMENTUM = 0.95
-_MUON_RMS = 0.2
 
 
 def learning_rate(config: Config) -> optax.Schedule:
@@ -72,15 +71,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         less = optax.scale_by_schedule(lambda count: 1 - optimizer.weight_decay * rate(count))
         direction = optax.chain(direction, optax.masked(less, decayed))
     decay = optax.add_decayed_weights(optimizer.weight_decay, decayed)
-    of_embeddings = optax.stateless(
-        lambda updates, params: jax.tree.map(
-            lambda update, embeds: update * optimizer.embedding_rate if embeds else update,
-            updates,
-            _by_path(updates, ("/embedding",)),
-        )
-    )
     # Nested like `optax.adamw`: the paths of the moments in checkpoints follow from the places in these chains.
-    return optax.chain(clip, optax.chain(direction, decay, optax.scale_by_learning_rate(rate), of_embeddings))
+    return optax.chain(clip, optax.chain(direction, decay, optax.scale_by_learning_rate(rate)))
 
 
 def _clip(max_norm: float) -> optax.GradientTransformation:
@@ -127,8 +119,8 @@ def _adam(optimizer: OptimizerConfig, max_grad_norm: float = 0.0) -> optax.Gradi
 def _muon(dtype: str) -> optax.GradientTransformation:
     """Return Muon: Nesterov momentum, then approximately the nearest orthogonal matrix, computed in `dtype`.
 
-    The result is scaled to the usual root mean square of an AdamW update (arXiv:2502.16982), so that one learning rate
-    and one weight decay serve both.
+    The result for a matrix with sides m <= n has the spectral norm sqrt(n / m). So one learning rate fits all widths
+    (Yang et al., arXiv:2310.17813), and it suits Adam for embeddings, biases and norms too.
     """
 
     def orthogonalise(key_path, update):
@@ -167,7 +159,7 @@ def _dealt_out(function: Callable[[jax.Array], jax.Array], x: jax.Array, path: s
 
 
 def _orthogonal(x: jax.Array, axes: str, dtype: str) -> jax.Array:
-    """Return the matrices of `x` with all singular values near 1, scaled to a root mean square of 0.2.
+    """Return the matrices of `x` with all singular values near sqrt(n / m), for matrices with sides m <= n.
 
     The polynomials are X times polynomials in X Xᵀ, so they need only (D, D) products.
     """
@@ -178,8 +170,8 @@ def _orthogonal(x: jax.Array, axes: str, dtype: str) -> jax.Array:
     for a, b, c in POLAR_EXPRESS:
         gram = jnp.einsum(f"{axes},{others}->{stack}DE", x, x)
         x = a * x + jnp.einsum(f"{stack}DE,{others}->{axes}", b * gram + c * gram @ gram, x)
-    longer_side = math.prod(x.shape[index] for index in of_matrix) // x.shape[axes.index("D")]
-    return x * (_MUON_RMS * longer_side**0.5)
+    size, side = math.prod(x.shape[index] for index in of_matrix), x.shape[axes.index("D")]
+    return x * (size**0.5 / side)  # D is the shorter side, so the longer side is size / side
 
 
 def _label(params: Any) -> Any:

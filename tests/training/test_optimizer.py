@@ -328,24 +328,13 @@ def test_muon_orthogonalises_each_matrix_of_each_layer():
             for update, direction, kernel in zip(
                 *(matrices(path, array) for array in (found[path], looked_ahead, start[path])), strict=True
             ):
-                expected = orthogonal(direction) * 0.2 * math.sqrt(max(direction.shape))
+                expected = orthogonal(direction) * math.sqrt(max(direction.shape) / min(direction.shape))
                 np.testing.assert_allclose(
                     update, -1e-3 * (expected + 0.3 * kernel), rtol=0, atol=1e-7, err_msg=f"{path} at {step}"
                 )
-                step_rms = np.sqrt(np.mean(np.square(update / -1e-3 - 0.3 * kernel)))
-                assert step_rms == pytest.approx(0.2, rel=0.25), path
-
-
-def test_the_rate_of_embeddings_is_a_multiple_of_the_rate():
-    slow, fast = (run_config(name="muon", warmup=0, embedding_rate=rate) for rate in (1.0, 3.0))
-    params, grads = random_model(slow, 0), random_model(slow, 1)
-    (of_slow, _), (of_fast, _) = (
-        tx.update(grads, tx.init(params), params) for tx in (make_optimizer(slow), make_optimizer(fast))
-    )
-    of_fast = weights_of(of_fast)
-    for path, update in weights_of(of_slow).items():
-        factor = 3 if path in ("wte/embedding", "wpe/embedding") else 1
-        np.testing.assert_allclose(of_fast[path], factor * update, rtol=1e-6, err_msg=path)
+                lengths = np.linalg.svd(update / -1e-3 - 0.3 * kernel, compute_uv=False)
+                largest = math.sqrt(max(direction.shape) / min(direction.shape))
+                assert lengths.max() == pytest.approx(largest, rel=0.3), path
 
 
 def test_muon_takes_kernels_and_only_them_and_keeps_one_moment_of_each():
