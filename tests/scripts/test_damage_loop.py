@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "damage_loop.py"
 @pytest.mark.parametrize(
     "damages",
     [
-        100,
+        80,
         pytest.param(
             400,
             marks=pytest.mark.skipif(

@@ -5,21 +5,20 @@ import json
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from support.configs import changed
 from support.rows import batches_of
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.source import load_source
-from gpt2_flax.checkpoint.weights import model_logits, weights_of
+from gpt2_flax.checkpoint.weights import abstract_model, model_logits, weights_of
 from gpt2_flax.data.batches import rows_of
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.packing import RowLayout, cut_rows
 from gpt2_flax.errors import UserError
 from gpt2_flax.model.flops import flops_of_steps, flops_per_token
-from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.parallel.device_batches import device_batch
 from gpt2_flax.parallel.mesh import MeshSizes, make_mesh
 from gpt2_flax.training import loop
@@ -36,6 +35,11 @@ def growing(config):
 
 def with_vocab(config):
     return changed(config, model__vocab_size=TokenDataset(config.data.dataset).info.vocab_size)
+
+
+def train(config, **options):
+    """Train on one device, for which programs compile fastest."""
+    loop.train(config, devices=jax.devices()[:1], **options)
 
 
 def losses(config):
@@ -70,9 +74,9 @@ def test_cut_rows_hold_the_text_of_short_rows(dataset_folder, packing):
 @pytest.mark.slow
 def test_layers_above_are_the_identity_and_growth_copies(config):
     config = with_vocab(changed(config, model__n_layer=5, growth__until=3, growth__n_layer=2))
-    draw = iter(jax.random.split(jax.random.key(1), 100))
-    model = jax.tree.map(lambda x: x + jax.random.normal(next(draw), x.shape), GPT2(config.model, rngs=nnx.Rngs(0)))
-    smaller = first_layers(model, GPT2(config.before_growth().model, rngs=nnx.Rngs(0)))
+    draw, abstract = np.random.default_rng(0), abstract_model(config.model)
+    model = jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape), jnp.float32), abstract)
+    smaller = first_layers(model, abstract_model(config.before_growth().model))
     tokens_BT = np.arange(30).reshape(2, 15)
     np.testing.assert_allclose(
         model_logits(identity_above(model, 2), tokens_BT), model_logits(smaller, tokens_BT), rtol=1e-5, atol=1e-5
@@ -118,7 +122,7 @@ def test_a_step_before_growth_is_a_step_of_the_smaller_model(growing, optimizer,
 
 @pytest.mark.slow
 def test_runs_that_stopped_near_their_growth_go_on_with_the_same_bits(growing, tmp_path, monkeypatch):
-    loop.train(growing)
+    train(growing)
     whole, ask = losses(growing), loop.StopRequest.__call__
     for last, call in ((2, 2), (3, 3), (4, 5)):  # call 4 is in the evaluation at step 3
         parts, calls = changed(growing, output=str(tmp_path / f"parts-{last}")), itertools.count(1)
@@ -130,15 +134,15 @@ def test_runs_that_stopped_near_their_growth_go_on_with_the_same_bits(growing, t
 
         monkeypatch.setattr(loop.StopRequest, "__call__", stop)
         with pytest.raises(UserError, match=f"stopped at step {last}, saved"):
-            loop.train(parts)
+            train(parts)
         monkeypatch.setattr(loop.StopRequest, "__call__", ask)
-        loop.train(parts)
+        train(parts)
         assert losses(parts) == whole
 
 
 @pytest.mark.slow
 def test_a_model_grows_once_and_a_checkpoint_before_is_a_whole_model(growing, capsys):
-    loop.train(changed(growing, training__save_every=2))
+    train(changed(growing, training__save_every=2))
     assert capsys.readouterr().out.count("grows to 3 layers") == 1
     early = load_source(RunFolder(growing.output).checkpoints / "2").weights
     assert [layer.any() for layer in early["h/mlp/c_proj/kernel"]] == [True, False, False]
@@ -146,7 +150,7 @@ def test_a_model_grows_once_and_a_checkpoint_before_is_a_whole_model(growing, ca
     assert np.abs(late[1] - late[0]).max() > 0
     # Half of 14 steps is step 7: a model that has grown at step 3 does not grow again.
     allowed = ["training.total_steps"]
-    loop.train(changed(growing, training__total_steps=14, training__save_every=2), allow_change=allowed)
+    train(changed(growing, training__total_steps=14, training__save_every=2), allow_change=allowed)
     assert "grows to" not in capsys.readouterr().out
 
 
