@@ -314,7 +314,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 512], help="of the model (default: 256 512)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     numbers = {
-        "positions": (500_000, "positions of a run at budget 1"),
+        "positions": (262_144, "positions of a run at budget 1"),
         "step-positions": (1024, "positions of an optimizer step, unless the recipe has a batch size"),
         "layers": (4, "layers of the model"),
     }
