@@ -82,7 +82,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 _OF_MUON = {"learning_rate": 0.02, "schedule": "linear", "warmup": 0.05, "weight_decay": 0.03}
-"""Defaults of the optimizer `muon`. Its updates have another size than those of AdamW."""
+"""Defaults of the optimizer `muon`. Its updates are larger than the updates of AdamW, so other rates suit it."""
 
 
 class OptimizerConfig(Section, frozen=True):

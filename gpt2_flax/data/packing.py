@@ -84,7 +84,8 @@ def across_documents(batch: Batch) -> Batch:
 def cut_rows(batch: Batch[Any], seq_length: int) -> Batch[Any]:
     """Return the rows of a batch, each cut into rows of `seq_length` positions.
 
-    A document that is cut goes on at position 0 of the next row. Works on arrays of numpy and of JAX.
+    If a cut falls inside a document, the rest of the document begins the next row, at position 0. The arrays of the
+    batch may be arrays of numpy or of JAX.
     """
     cut = Batch(*(x_BT.reshape(-1, seq_length) for x_BT in batch))
     # A position minus the first position in its row is the column while the first segment lasts, and less behind it.

@@ -27,7 +27,7 @@ _MATRIX_AXES = {
 POLAR_EXPRESS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 """Factors of x, x³ and x⁵ in the polynomials that together bring singular values from [0.01, 1] nearest to 1.
 
-The method is that of Amsel et al., arXiv:2505.16932.
+Amsel et al., arXiv:2505.16932, describe how to compute the factors.
 """
 _LARGEST_SINGULAR_VALUE = 1 / 1.02  # below 1, because rounding could lift it above, where the polynomials explode
 _MUON_MOMENTUM = 0.95

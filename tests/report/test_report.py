@@ -1,4 +1,4 @@
-"""The page about runs: its numbers are those of metrics.jsonl, and nothing in it runs or loads anything of a run."""
+"""The page about runs: it shows the numbers of metrics.jsonl, executes no text of a run, and loads no other file."""
 
 import base64
 import contextlib
