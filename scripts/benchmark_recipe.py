@@ -126,22 +126,26 @@ def variants(recipe: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[s
 
 
 def run_config(
-    recipe: Mapping[str, Any], folder: Path, layers: int, width: int, length: int, positions: int, seed: int, batch: int
+    recipe: Mapping[str, Any], layers: int, width: int, length: int, positions: int, seed: int, batch: int
 ) -> Config:
-    """Return the config of a run; `batch` is the number of positions of a step that the recipe can change."""
+    """Return the config of a run; `batch` is the number of positions of a step that the recipe can change.
+
+    The paths in the config are relative to the folder of the benchmark.
+    """
     values: dict[str, Any] = {
-        "output": str(folder / "run"),
+        "output": "run",
         "model": {"n_positions": length, "n_layer": layers, "n_embd": width, "n_head": max(1, width // 64)}
         | {"dtype": "float32", **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)},
-        "data": {"dataset": str(folder / "dataset"), "seq_length": length, "global_batch_size": batch // length},
+        "data": {"dataset": "dataset", "seq_length": length, "global_batch_size": batch // length},
         "optimizer": {},
         "growth": {},
-        "training": {"seed": seed, "log_every": 10, "evaluation_batches": 1},
+        "training": {"seed": seed, "evaluation_batches": 1},
     }
     for section, keys in recipe.items():
         values[section] = values[section] | keys
     steps = max(1, round(positions / (length * values["data"]["global_batch_size"])))
     values["training"] |= {"total_steps": steps, "evaluate_every": steps, "save_every": steps}
+    values["training"]["log_every"] = min(10, max(1, steps // 8))  # each part of a run has its seconds
     return parse_config(values, "the recipe")
 
 
@@ -168,11 +172,14 @@ def run_flops(config: ResolvedConfig) -> float:
 
 def measure(config: Config, dataset: TokenDataset) -> tuple[int, float, float, float]:
     """Train and evaluate; return the positions, the FLOPs, the seconds and the bits a character (or the loss)."""
-    config = config.model_copy(update={"output": f"{config.output}-{os.getpid()}"})  # another process may run too
+    folder = dataset.folder.parent
+    data = config.data.model_copy(update={"dataset": str(dataset.folder)})
+    output = str(folder / f"{config.output}-{os.getpid()}")  # another process may run too
+    config = config.model_copy(update={"data": data, "output": output})
     shutil.rmtree(config.output, ignore_errors=True)
     with contextlib.redirect_stdout(io.StringIO()):
         train(config)
-    run, data, steps = RunFolder(config.output), config.data, config.training.total_steps
+    run, steps = RunFolder(config.output), config.training.total_steps
     positions = steps * data.global_batch_size * data.seq_length
     source = load_source(run.path)
     source = dataclasses.replace(source, config=None)  # otherwise the packing of the run would apply
@@ -250,7 +257,7 @@ class Benchmark:
     def run(self, name: str, width: int, length: int, budget: float, seed: int, recipe: Any, tuned: Any) -> Run:
         """Return the result of a run; make the run if it is not known."""
         args, positions = self.args, round(budget * self.args.positions)
-        config = run_config(recipe, self.folder, args.layers, width, length, positions, seed, args.step_positions)
+        config = run_config(recipe, args.layers, width, length, positions, seed, args.step_positions)
         what = dump_config(config) + self.dataset.fingerprints()["tokens_fingerprint"]
         key = hashlib.sha256(what.encode()).hexdigest()[:16]
         if (run := self.known().get(key)) is None:

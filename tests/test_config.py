@@ -112,17 +112,18 @@ def test_the_published_stages_are_as_published():
         assert (optimizer.name, optimizer.schedule, optimizer.max_grad_norm) == ("adamw_uer", "linear", 0.0)
 
 
-def test_muon_has_defaults_of_its_own():
+def test_muon_is_the_default_and_adamw_has_defaults_of_its_own():
     def optimizer(**keys):
         return parse_config(LEAST | {"optimizer": keys}, "test").optimizer
 
-    muon, adamw = optimizer(name="muon"), optimizer()
+    muon, adamw = optimizer(), optimizer(name="adamw")
     assert (muon.learning_rate, muon.schedule, muon.warmup, muon.weight_decay) == (0.02, "linear", 0.05, 0.03)
-    assert (adamw.learning_rate, adamw.schedule, adamw.warmup, adamw.weight_decay) == (1e-4, "cosine", 0.1, 0.1)
-    assert optimizer(name="muon", learning_rate=0.01, weight_decay=0.0) == muon.model_copy(
+    assert (adamw.learning_rate, adamw.schedule, adamw.warmup, adamw.weight_decay) == (6e-4, "cosine", 0.1, 0.1)
+    assert optimizer(name="adamw", learning_rate=0.01, weight_decay=0.0) == adamw.model_copy(
         update={"learning_rate": 0.01, "weight_decay": 0.0}
     )
-    assert parse_config(LEAST | {"optimizer": muon.model_dump()}, "again").optimizer == muon
+    for found in (muon, adamw):
+        assert parse_config(LEAST | {"optimizer": found.model_dump()}, "again").optimizer == found
 
 
 @pytest.mark.parametrize(

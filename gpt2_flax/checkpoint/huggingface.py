@@ -64,6 +64,8 @@ _SAME_FIELDS = (
     *("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"),
     *("embd_pdrop", "attn_pdrop", "resid_pdrop", "layer_norm_epsilon", "initializer_range", "tie_word_embeddings"),
 )
+# The defaults of transformers that are not ours.
+_THEIR_DEFAULTS = {"vocab_size": 50257, **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.1)}
 # The values that our model computes. The first value is the default of a missing field.
 _ONLY = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh approximation
@@ -167,7 +169,7 @@ def from_hf_config(values: Mapping[str, Any], where: object) -> ModelConfig:
     for field, allowed in _ONLY.items():
         if values.get(field, allowed[0]) not in allowed:
             raise _unsupported(field, values[field], allowed, where)
-    fields = {"vocab_size": 50257} | {field: values[field] for field in _SAME_FIELDS if field in values}
+    fields = _THEIR_DEFAULTS | {field: values[field] for field in _SAME_FIELDS if field in values}
     fix = "the file is damaged or of another model"
     if fields["vocab_size"] is None:
         raise UserError(ExitCode.DATA, "bad value of vocab_size: null", where, fix)

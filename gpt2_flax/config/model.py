@@ -24,9 +24,9 @@ class ModelOptions(Section, frozen=True):
     n_layer: int = Field(default=12, gt=0, le=512, description="number of blocks")
     n_head: Width = Field(default=12, description="attention heads a block")
     n_embd: Width = Field(default=768, description="width of the residual stream; a multiple of n_head")
-    embd_pdrop: float = Field(default=0.1, ge=0, lt=1, description="dropout on the summed embeddings")
-    attn_pdrop: float = Field(default=0.1, ge=0, lt=1, description="dropout on the attention probabilities")
-    resid_pdrop: float = Field(default=0.1, ge=0, lt=1, description="dropout on what each half of a block adds")
+    embd_pdrop: float = Field(default=0.0, ge=0, lt=1, description="dropout on the summed embeddings")
+    attn_pdrop: float = Field(default=0.0, ge=0, lt=1, description="dropout on the attention probabilities")
+    resid_pdrop: float = Field(default=0.0, ge=0, lt=1, description="dropout on what each half of a block adds")
     layer_norm_epsilon: float = Field(default=1e-5, gt=0, description="added to the variance in layer norms")
     initializer_range: float = Field(default=0.02, gt=0, description="standard deviation of fresh weights")
     initializer: Literal["gpt2", "uer"] = Field(

@@ -68,6 +68,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "uer": {  # as UER-py and TencentPretrain train
         "name": "adamw_uer",
+        "learning_rate": 1e-4,
         "schedule": "linear",
         "warmup": 0.1,
         "min_learning_rate_ratio": 0.0,
@@ -81,26 +82,26 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-_OF_MUON = {"learning_rate": 0.02, "schedule": "linear", "warmup": 0.05, "weight_decay": 0.03}
-"""Defaults of the optimizer `muon`. Its updates are larger than the updates of AdamW, so other rates suit it."""
+_OF_ADAMW = {"learning_rate": 6e-4, "schedule": "cosine", "warmup": 0.1, "weight_decay": 0.1}
+"""Defaults of AdamW. Its updates are smaller than the updates of Muon, so other rates suit it."""
 
 
 class OptimizerConfig(Section, frozen=True):
-    """The optimizer, AdamW (arXiv:1711.05101) or Muon (arXiv:2502.16982), and its learning rate schedule."""
+    """The optimizer, Muon (arXiv:2502.16982) or AdamW (arXiv:1711.05101), and its learning rate schedule."""
 
     preset: Literal["default", "uer"] = Field(
         default="default", description="defaults of the keys below; uer: the defaults of UER-py and TencentPretrain"
     )
     name: Literal["adamw", "adamw_uer", "muon"] = Field(
-        default="adamw",
-        description="adamw_uer: no bias correction, decay after the step; muon: for matrices, has defaults of its own",
+        default="muon",
+        description="muon: for matrices, Adam for the rest; adamw: has defaults of its own; adamw_uer: as UER-py's",
     )
-    learning_rate: float = Field(default=1e-4, gt=0, description="highest learning rate, reached when warm-up ends")
+    learning_rate: float = Field(default=0.02, gt=0, description="highest learning rate, reached when warm-up ends")
     schedule: Literal["linear", "cosine", "constant", "wsd", "inverse_sqrt"] = Field(
-        default="cosine", description="decay after warm-up; wsd: constant, then linear at the end"
+        default="linear", description="decay after warm-up; wsd: constant, then linear at the end"
     )
     warmup: int | float = Field(
-        default=0.1, ge=0, le=MOST_STEPS, description="warm-up from 0: steps, or a fraction of total_steps"
+        default=0.05, ge=0, le=MOST_STEPS, description="warm-up from 0: steps, or a fraction of total_steps"
     )
     decay: int | float = Field(
         default=0.2, gt=0, le=MOST_STEPS, description="decay of schedule wsd: steps, or a fraction of total_steps"
@@ -111,7 +112,7 @@ class OptimizerConfig(Section, frozen=True):
     b1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
     b2: float = Field(default=0.95, ge=0, lt=1, description="decay of the second moment")
     eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(default=0.1, ge=0, description="decoupled decay of matrices; none of biases and norms")
+    weight_decay: float = Field(default=0.03, ge=0, description="decoupled decay of matrices; none of biases and norms")
     decay_embeddings: bool = Field(default=False, description="also decay embeddings and an untied head")
     max_grad_norm: float = Field(default=1.0, ge=0, description="clip gradients to this global norm; 0: no clipping")
 
@@ -122,7 +123,7 @@ class OptimizerConfig(Section, frozen=True):
             return values
         preset = values.get("preset")
         values = PRESETS[preset] | values if isinstance(preset, str) and preset in PRESETS else values
-        return _OF_MUON | values if values.get("name") == "muon" else values
+        return _OF_ADAMW | values if values.get("name") in ("adamw", "adamw_uer") else values
 
     @model_validator(mode="after")
     def _keys_fit(self) -> "OptimizerConfig":

@@ -48,8 +48,7 @@ def model_values(uer_config: Mapping[str, Any], where: object) -> dict[str, Any]
         if expected is not None and uer_config.get(name, expected) != expected:
             what = f"{name} {quote(uer_config[name])} cannot be used with hidden_size {width}"
             raise UserError(ExitCode.DATA, what, where, f"only {expected} can")
-    if "dropout" in uer_config:
-        values |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), uer_config["dropout"])
+    values |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), uer_config.get("dropout", 0.1))
     if (tied := is_tied(uer_config)) is not None:
         values["tie_word_embeddings"] = tied
     return values

@@ -68,8 +68,8 @@ def test_ratios_compare_equal_seeds_at_equal_bits():
 
 def test_products_of_the_optimizer_are_counted():
     model = ModelConfig(vocab_size=100, n_positions=32, n_layer=2, n_head=4, n_embd=32)
-    config = benchmark.run_config({"optimizer": {"name": "muon"}}, Path("runs"), 2, 32, 16, 4096, 0, 128)
-    adam = benchmark.run_config({}, Path("runs"), 2, 32, 16, 4096, 0, 128)
+    config = benchmark.run_config({}, 2, 32, 16, 4096, 0, 128)
+    adam = benchmark.run_config({"optimizer": {"name": "adamw"}}, 2, 32, 16, 4096, 0, 128)
     products = 0
     for rows, columns in [(32, 32)] * 4 + [(32, 128)] * 2:
         products += 2 * 3 * (2 * rows * rows * columns + 2 * rows**3 + 2 * rows * rows * columns)
@@ -77,7 +77,7 @@ def test_products_of_the_optimizer_are_counted():
     assert difference == products
     assert config.training.total_steps == 4096 // 128
     growth = {"growth": {"until": 0.25, "n_layer": 1, "seq_length": 8}}
-    growing = benchmark.run_config({"optimizer": {"name": "muon"}, **growth}, Path("runs"), 2, 32, 16, 4096, 0, 128)
+    growing = benchmark.run_config(growth, 2, 32, 16, 4096, 0, 128)
     smaller, sizes = growing.with_vocab_size(100), {"vocab_size": 100, "n_positions": 16, "n_embd": 32, "n_head": 1}
     one, two = (ModelConfig(n_layer=layers, **sizes) for layers in (1, 2))
     expected = 8 * benchmark.optimizer_flops(one, config) + 24 * benchmark.optimizer_flops(two, config)
@@ -90,14 +90,14 @@ def test_the_recipes_of_the_project_are_configs(path):
     for recipe in tomllib.loads(path.read_text(encoding="utf-8")).values():
         recipe.pop("budgets")
         for variant, _ in benchmark.variants(recipe):
-            benchmark.run_config(variant, Path("runs"), 2, 64, 128, 10_000, 0, 1024)
+            benchmark.run_config(variant, 2, 64, 128, 10_000, 0, 1024)
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_comparison_is_resumed_and_repeats_no_run(corpus, tmp_path):
     (tmp_path / "recipes.toml").write_text(
-        "a = {optimizer = {learning_rate = [1e-3, 1e-2]}, budgets = [1]}\n"
+        'a = {optimizer = {name = "adamw", learning_rate = [1e-3, 1e-2]}, budgets = [1]}\n'
         'b = {data = {packing = "document"}, budgets = [1]}\n'
     )
     command = [sys.executable, SCRIPT, "--folder", tmp_path / "out", "--corpus", corpus, "--widths", "32"]
