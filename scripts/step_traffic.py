@@ -10,7 +10,7 @@ take longer.
         --variant "no dropout" model.attn_pdrop=0 --variant unrolled model.layers=unrolled    # before and after
     python scripts/step_traffic.py --hlo program.txt --topology h200:1
 
---options apply to all variants. Without --variant there is one variant, the default recipe.
+--options apply to all variants. Without --variant there is one variant: AdamW, dropout and documents.
 """
 
 import argparse
@@ -298,7 +298,7 @@ def compiled(args: argparse.Namespace, options: list[str]) -> Total:
 
     rows, length = args.shape
     devices = devices_for(args.topology)
-    task = ("gpt2_flax recipe", args.size, rows * len(devices), length, args.vocab_size, "bfloat16", 0)
+    task = ("gpt2_flax dropout", args.size, rows * len(devices), length, args.vocab_size, "bfloat16", 0)
     config = config_of(Task(*task, (*args.options, *options)))
     program = lower_step(config, make_mesh(choose_mesh(config, devices)[0], devices)).compile()
     return total(program.as_text(), program.memory_analysis().temp_size_in_bytes)
@@ -321,7 +321,7 @@ def main() -> None:
 
     totals = {path.stem: total(path.read_text(encoding="utf-8")) for path in args.hlo}
     if not args.hlo:
-        for name, *options in args.variant or [["default recipe"]]:
+        for name, *options in args.variant or [["default"]]:
             totals[name] = compiled(args, [*args.options, *options])
     for line in table(totals, bandwidth(devices_for(args.topology)[0].device_kind)):
         print(line)
