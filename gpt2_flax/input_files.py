@@ -54,15 +54,21 @@ def read_whole(path: Path, limit: int, code: ExitCode = ExitCode.DATA) -> bytes:
 
 def read_object(path: Path, limit: int = CONFIG_BYTES, fix: str = "copy or download it again") -> dict[str, Any]:
     """Return the JSON object in a file. Raises as `read_whole`, and `UserError` (DATA, `fix`) for other content."""
-    content = read_whole(path, limit)
     try:
-        values = json.loads(content, object_pairs_hook=_unique)
-        _check_depth(values)
-    except (ValueError, RecursionError) as error:
-        reason = _TOO_DEEP if isinstance(error, RecursionError) else str(error)
-        raise UserError(ExitCode.DATA, f"not a JSON file ({quote(reason)})", path, fix) from None
+        return parse_json(read_whole(path, limit))
+    except ValueError as error:
+        raise UserError(ExitCode.DATA, f"not a JSON file ({quote(str(error))})", path, fix) from None
+
+
+def parse_json(text: str | bytes) -> dict[str, Any]:
+    """Return the object of a JSON text. Raises `ValueError` with the reason if it is none or nested too deeply."""
+    try:
+        values = json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
     if not isinstance(values, dict):
-        raise UserError(ExitCode.DATA, "not a JSON object", path, fix)
+        raise ValueError("it is not an object")
+    _check_depth(values)
     return values
 
 

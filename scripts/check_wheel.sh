@@ -32,6 +32,9 @@ export PATH="$folder/bare/bin:$PATH" JAX_PLATFORMS=cpu
 
 cd "$folder"
 gpt2-flax --help >/dev/null
+for config in "$root"/configs/*.toml; do
+    gpt2-flax init "$(basename "$config" .toml)" | cmp - "$config"
+done
 python - "$root" <<'PROGRAM'
 import random
 import sys
@@ -52,5 +55,6 @@ CONFIG
 gpt2-flax tokenizer corpus.txt --vocab-size 50 --output tokenizer
 gpt2-flax prepare corpus.txt --tokenizer tokenizer --output dataset --validation-fraction 0.1 --workers 1
 gpt2-flax train tiny.toml
+gpt2-flax plan quickstart data.dataset=dataset >/dev/null
 gpt2-flax generate run --prompt 天地 --max-new-tokens 3
 echo "the wheel works"

@@ -10,7 +10,6 @@ from gpt2_flax.config.parse import config_keys, dump_config, parse_config
 from gpt2_flax.config.schema import Config
 from gpt2_flax.errors import ExitCode, UserError
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 LEAST = {"output": "run", "data": {"dataset": "d"}, "training": {"total_steps": 10}}
 KEYS = [
     "output",
@@ -91,15 +90,8 @@ def test_the_list_of_keys_is_frozen_and_every_key_has_a_line_of_help():
     assert all(len(field.description) > 15 for field in config_keys().values())
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_shipped_configs_are_valid_and_say_how_to_run_them(path):
-    assert f"gpt2-flax train configs/{path.name}" in path.read_text(encoding="utf-8")
-    for config in load_stages(path):
-        assert parse_config(config.model_dump(exclude_none=True), "again") == config
-
-
 def test_the_published_stages_are_as_published():
-    first, second = load_stages(CONFIGS[0].parent / "cluecorpussmall.toml")
+    first, second = load_stages(Path("cluecorpussmall"))
     assert second.init_from == first.output
     assert (first.training.total_steps, second.training.total_steps) == (1_000_000, 250_000)
     assert (first.data.seq_length, second.data.seq_length) == (128, 1024)

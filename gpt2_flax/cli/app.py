@@ -68,6 +68,13 @@ def _path(given: str) -> Path:
     return Path(_local_path(given))
 
 
+def config_or_override(given: str) -> Path | str:
+    """Return a path; or `section.key=value` as it is, because a config may be left out. A file of that name wins."""
+    from gpt2_flax.config.file import is_override
+
+    return given if is_override(given) and is_utf8(given) and not os.path.lexists(given) else _path(given)
+
+
 def path_or_address(given: str) -> str:
     """Return an address for `fsspec` unchanged, and a path expanded."""
     return given if is_address(given) else _local_path(given)

@@ -1,4 +1,4 @@
-"""Commands about training: doctor, train, plan, checkpoints, report, keys, evaluate."""
+"""Commands about training: doctor, train, plan, configs, init, checkpoints, report, keys, evaluate."""
 
 import math
 import time
@@ -14,8 +14,10 @@ from gpt2_flax.cli.app import (
     PathArgument,
     PathOption,
     Step,
+    TextArgument,
     TextOption,
     app,
+    config_or_override,
     corpus_source,
     positive,
     utf8,
@@ -25,8 +27,10 @@ from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.input_files import MOST_POSITIONS, MOST_ROWS, MOST_STEPS, MOST_TOKENS
 from gpt2_flax.text.documents import CorpusOptions
 
-_CONFIG_FILE = PathArgument(help="TOML file, such as configs/quickstart.toml.")
-ConfigFile = Annotated[Path, _CONFIG_FILE]
+ConfigFile = Annotated[
+    Path | None,
+    Argument(parser=config_or_override, help="A name that `gpt2-flax configs` lists, or a TOML or JSON file."),
+]
 Overrides = Annotated[
     list[str] | None,
     Argument(metavar="[SECTION.KEY=VALUE]...", callback=utf8, help="Values that override the config file."),
@@ -52,7 +56,7 @@ def doctor(
 
 @app.command(epilog="The keys: gpt2-flax keys")
 def train(
-    config: ConfigFile,
+    config: ConfigFile = None,
     overrides: Overrides = None,
     allow_change: Annotated[list[str] | None, Option(help="Key that may change in a resumed run; repeatable.")] = None,
     profile: Annotated[
@@ -70,9 +74,10 @@ def train(
 ) -> None:
     """Train a model, or resume a run that stopped.
 
+    Without a CONFIG, give output, data.dataset and training.total_steps; all other keys have defaults.
+
     A config may have several stages, tables [[stages]]. Each stage starts from the weights of the stage before it:
-    configs/cluecorpussmall.toml is an example. SECTION.KEY=VALUE applies to all stages, stages.2.SECTION.KEY=VALUE to
-    the second.
+    cluecorpussmall is an example. SECTION.KEY=VALUE applies to all stages, stages.2.SECTION.KEY=VALUE to the second.
 
     Under SLURM, Open MPI, Kubernetes (scripts/kubernetes_jobset.yaml), torchrun and on TPU pods several hosts find each
     other; elsewhere give --coordinator, --num-processes and --process-id. If one process ends, all end, with exit code
@@ -83,6 +88,7 @@ def train(
     leaves enough time for the save, by the durations of steps, evaluations and saves so far.
     """
     begun = time.monotonic()
+    config, overrides = _config_and_overrides(config, overrides, "train")
     from gpt2_flax.config.file import load_stages
     from gpt2_flax.processes.place import find_place
     from gpt2_flax.processes.watchdog import announced
@@ -97,13 +103,13 @@ def train(
 
     deadline = math.inf if max_hours is None else begun + 3600 * max_hours
     with start_processes(place) as watchdog:
-        stages = load_stages(config, overrides or ())  # here, so that a bad config in one process ends all
+        stages = load_stages(config, overrides)  # here, so that a bad config in one process ends all
         run(*stages, allow_change=allow_change or (), profile_steps=profile, watchdog=watchdog, deadline=deadline)
 
 
 @app.command(epilog="The keys: gpt2-flax keys")
 def plan(
-    config: Annotated[Path | None, _CONFIG_FILE] = None,
+    config: ConfigFile = None,
     overrides: Overrides = None,
     topology: Annotated[str | None, TextOption(help="Devices: v5e:2x4, v6e:16x16, h200:8, h200:32x8, ...")] = None,
     stage: Annotated[int | None, Option(min=1, max=MOST_ROWS, help="Stage of the config. Default: all.")] = None,
@@ -144,11 +150,10 @@ def plan(
         print(*budget_lines(budget, topology, mfu, corpus, seq_length or 1024), sep="\n")
         return
     _refuse("goes only with --budget", {"--dataset": dataset, **of_corpus, "--seq-length": seq_length})
-    if config is None:
-        raise UserError(ExitCode.USAGE, "nothing to plan", "gpt2-flax plan", "give a config, or --budget")
+    config, overrides = _config_and_overrides(config, overrides, "plan")
     from gpt2_flax.config.file import load_config, load_stages
 
-    stages = load_stages(config, overrides or ()) if stage is None else [load_config(config, overrides or (), stage)]
+    stages = load_stages(config, overrides) if stage is None else [load_config(config, overrides, stage)]
     from gpt2_flax.plan.report import plan_lines
     from gpt2_flax.plan.topology import devices_for
 
@@ -160,10 +165,40 @@ def plan(
             print(line, flush=True)
 
 
+def _config_and_overrides(
+    first: Path | str | None, more: list[str] | None, command: str
+) -> tuple[Path | None, list[str]]:
+    """Return the config and the overrides of a command; raise `UserError` (USAGE) if there are none."""
+    if first is None:
+        fix = "give a config, such as one that `gpt2-flax configs` lists" + ", or --budget" * (command == "plan")
+        raise UserError(ExitCode.USAGE, f"nothing to {command}", f"gpt2-flax {command}", fix)
+    return (first, more or []) if isinstance(first, Path) else (None, [first, *(more or [])])
+
+
 def _refuse(why: str, options: Mapping[str, object]) -> None:
     """Raise `UserError` (USAGE) that names the first of the options with a value; None is none."""
     for name in (name for name, value in options.items() if value is not None):
         raise UserError(ExitCode.USAGE, f"{name} {why}", "gpt2-flax plan", "leave it out")
+
+
+@app.command()
+def configs() -> None:
+    """List the configs of this package with what they need. Their names go wherever a config file goes."""
+    from gpt2_flax.config.named import named_configs
+
+    for name, path in named_configs().items():
+        with open(path, encoding="utf-8") as file:
+            print(f"{name:<24} {file.readline().removeprefix('# ').rstrip()}")
+
+
+@app.command()
+def init(
+    name: Annotated[str, TextArgument(metavar="NAME", help="A name listed by `gpt2-flax configs`.")],
+) -> None:
+    """Print a config of this package, to change it: gpt2-flax init base > mine.toml."""
+    from gpt2_flax.config.named import config_text
+
+    print(config_text(name), end="")
 
 
 @app.command()

@@ -155,7 +155,7 @@ def inspect(
         int | None,
         Option(min=1, max=MOST_STEPS, metavar="STEP", help="Show the batch of this training step of --config."),
     ] = None,
-    config: Annotated[Path | None, PathOption(help="For --batch: a TOML file, or config.toml of a run.")] = None,
+    config: Annotated[Path | None, PathOption(help="For --batch: a config as for train.")] = None,
     stage: Annotated[int | None, Option(min=1, max=MOST_ROWS, help="For --batch: stage of the config.")] = None,
 ) -> None:
     """Show a dataset: counts, lengths of documents, unknown tokens, some text.

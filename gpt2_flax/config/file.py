@@ -1,4 +1,4 @@
-"""Read the `Config` of a run, or of each of its stages, from a TOML file and `section.key=value` overrides.
+"""Read the `Config` of a run, or of each of its stages, from a TOML or JSON file and `section.key=value` overrides.
 
 A file without stages is one run. In a file with stages, each table `[[stages]]` holds the keys of one stage, and the
 rest of the file applies to all stages. A stage is an ordinary run that starts from the weights of the stage before it.
@@ -12,44 +12,54 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gpt2_flax.config.named import config_file, names
 from gpt2_flax.config.parse import parse_config
 from gpt2_flax.config.schema import Config
 from gpt2_flax.errors import ExitCode, UserError, quote
-from gpt2_flax.input_files import CONFIG_BYTES, parse_toml, read_whole
+from gpt2_flax.input_files import CONFIG_BYTES, parse_json, parse_toml, read_whole
 
 _OVERRIDE = re.compile(
     r"(?:stages\.(?P<stage>[0-9]{1,9})\.)?(?P<key>[^\W\d]\w*(?:\.[^\W\d]\w*)*)=(?P<text>.*)", re.DOTALL
 )
+_COMMAND_LINE = Path("command line")
 
 
-def load_config(path: Path, overrides: Sequence[str] = (), stage: int | None = None) -> Config:
+def is_override(text: str) -> bool:
+    """Return whether `text` has the form `section.key=value`."""
+    return _OVERRIDE.fullmatch(text) is not None
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = (), stage: int | None = None) -> Config:
     """Return the config of one run: the whole file, or the stage with a number, from 1.
 
     Raises:
         UserError: As `load_stages`; USAGE if the file has several stages and `stage` is None or too large.
     """
-    stages = load_stages(path, overrides)
+    stages, where = load_stages(path, overrides), path or _COMMAND_LINE
     if stage is None and len(stages) > 1:
         fix = f"choose one with --stage, 1 to {len(stages)}"
-        raise UserError(ExitCode.USAGE, f"config has {len(stages)} stages", path, fix)
+        raise UserError(ExitCode.USAGE, f"config has {len(stages)} stages", where, fix)
     if stage is not None and not 1 <= stage <= len(stages):
-        raise UserError(ExitCode.USAGE, f"there is no stage {stage}", path, f"take 1 to {len(stages)}")
+        raise UserError(ExitCode.USAGE, f"there is no stage {stage}", where, f"take 1 to {len(stages)}")
     return stages[(stage or 1) - 1]
 
 
-def load_stages(path: Path, overrides: Sequence[str] = ()) -> list[Config]:
+def load_stages(path: Path | None, overrides: Sequence[str] = ()) -> list[Config]:
     """Return the configs of the stages of a file in order; one config if it has no stages.
 
     The default of `init_from` in a later stage is the output of the stage before it.
 
     Args:
+        path: a TOML file, a JSON file if its name ends in `.json`, or the name of a config of the package. With None,
+            the overrides give all values.
         overrides: `section.key=value` for every stage or `stages.2.section.key=value` for the second, applied in order.
 
     Raises:
         UserError: NO_INPUT if the file is missing; CONFIG that names the dotted key and the stage of an error in the
             file; USAGE for a malformed override.
     """
-    values = _read(path)
+    values = {"data": {}, "training": {}} if path is None else _read(path)
+    path = path or _COMMAND_LINE
     named = "stages" in values
     stages = _stages(values, path) if named else [values]
     for override in overrides:
@@ -68,10 +78,11 @@ def load_stages(path: Path, overrides: Sequence[str] = ()) -> list[Config]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    language, parse = ("JSON", parse_json) if path.suffix == ".json" else ("TOML", parse_toml)
     try:
-        return parse_toml(read_whole(path, CONFIG_BYTES, ExitCode.CONFIG).decode("utf-8-sig"))
+        return parse(read_whole(config_file(path), CONFIG_BYTES, ExitCode.CONFIG).decode("utf-8-sig"))
     except FileNotFoundError:
-        fix = "give the path of a TOML file, such as configs/quickstart.toml"
+        fix = f"give a TOML or JSON file, or a config of this package: {names()}"
         raise UserError(ExitCode.NO_INPUT, "config not found", path, fix) from None
     except OSError as error:
         fix = f"the system says: {error.strerror}"
@@ -80,7 +91,7 @@ def _read(path: Path) -> dict[str, Any]:
         where = f"{path}:{error.object.count(10, 0, error.start) + 1}"
         raise UserError(ExitCode.CONFIG, "config is not UTF-8", where, "save the file as UTF-8") from None
     except ValueError as error:
-        raise UserError(ExitCode.CONFIG, "not a TOML file", path, f"fix it: {error}") from None
+        raise UserError(ExitCode.CONFIG, f"not a {language} file", path, f"fix it: {error}") from None
 
 
 def _stages(values: dict[str, Any], path: Path) -> list[dict[str, Any]]:

@@ -27,6 +27,9 @@ LEAST_WORTH = 0.05
 """Tokens and parameters that are worth a smaller share of new ones are left out: the laws know no overfitting."""
 _MOST_REPETITIONS = -math.log(LEAST_WORTH)  # in units of R*: of the corpus 46, of parameters 16
 
+DROPOUT, DROPOUT_EPOCHS = 0.1, 4
+"""Dropout, and the epochs from which on it is used: the second paper finds 4 epochs almost as good as new text."""
+
 _LARGEST_CORPUS = 1e15  # tokens
 _LEAST_FLOPS, _MOST_FLOPS = 1e12, 1e26
 _FEWEST_STEPS = 100  # so that whole batches use 99% of the budget
@@ -84,9 +87,20 @@ class Choice:
     loss: float
     """Predicted, in nats a token. Only differences have a meaning for other corpora and tokenizers."""
 
+    corpus_tokens: float | None
+
     @property
     def flops_per_token(self) -> int:
         return flops_per_token(self.model, self.seq_length)
+
+    @property
+    def epochs(self) -> float | None:
+        """None for a corpus without limit."""
+        return None if self.corpus_tokens is None else self.tokens / self.corpus_tokens
+
+    @property
+    def dropout(self) -> float:
+        return DROPOUT if self.epochs is not None and self.epochs >= DROPOUT_EPOCHS else 0.0
 
 
 def parse_budget(text: str) -> tuple[float, bool]:
@@ -158,7 +172,7 @@ def choices(flops: float, corpus: Corpus, seq_length: int) -> list[Choice]:
         )
         tokens = min(flops / flops_per_token(model, seq_length), most_tokens)
         loss = predicted_loss(model.parameters, tokens, corpus_tokens)
-        found.append(Choice(shape, model, seq_length, tokens, loss))
+        found.append(Choice(shape, model, seq_length, tokens, loss, corpus_tokens))
         if corpus_tokens is not None:
             useful = _PARAMETERS_PER_TOKEN * min(corpus_tokens, tokens)
             if model.parameters > useful * (1 + _EXCESS_PARAMETERS * _MOST_REPETITIONS):
@@ -196,6 +210,8 @@ def run_values(choice: Choice, n_devices: int) -> dict[str, dict[str, Any]]:
         fix = f"at least {_FEWEST_STEPS} are needed: give more of both, fewer devices, or a smaller --seq-length"
         raise UserError(ExitCode.USAGE, what, "--budget", fix)
     model = {key: getattr(choice.model, key) for key in ("n_positions", "n_layer", "n_head", "n_embd")}
+    if choice.dropout:
+        model |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), choice.dropout)
     data = {"seq_length": choice.seq_length, "global_batch_size": n_rows}
     return {"model": model, "data": data, "training": {"total_steps": steps}}
 

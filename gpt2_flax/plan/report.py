@@ -18,6 +18,7 @@ from gpt2_flax.parallel.devices import Device, memory_bytes, peak_flops
 from gpt2_flax.parallel.mesh import MeshSizes
 from gpt2_flax.plan.ahead_of_time import Compiled, compile_step, memory_fraction, smallest_change
 from gpt2_flax.plan.budget import (
+    DROPOUT_EPOCHS,
     LEAST_WORTH,
     REPEATED_TOKENS,
     SHAPES,
@@ -90,7 +91,7 @@ def budget_lines(budget: str, topology: str | None, mfu: float, corpus: Corpus, 
     ]
     if hardware:
         lines.append(_line("MFU", f"{mfu:.0%} of {_flop(hardware.peak)}/s, assumed: see --mfu"))
-    lines += ["", *_table_lines(found, chosen, corpus, hardware and hardware.peak * mfu), ""]
+    lines += ["", *_table_lines(found, chosen, hardware and hardware.peak * mfu), ""]
     lines += _reason_lines(chosen, values, flops, corpus)
     yield from (f"# {line}".rstrip() for line in lines)
     if corpus.folder is not None:
@@ -128,14 +129,14 @@ def _corpus_lines(corpus: Corpus) -> Iterator[str]:
     yield _line("vocabulary", f"{corpus.vocab_size:,} tokens, {whose}")
 
 
-def _table_lines(found: Sequence[Choice], chosen: Choice, corpus: Corpus, speed: float | None) -> Iterator[str]:
+def _table_lines(found: Sequence[Choice], chosen: Choice, speed: float | None) -> Iterator[str]:
     """Yield a table of the chosen model and its neighbours; `speed` is in FLOP/s."""
     columns = ("n_layer", "n_head", "n_embd", "parameters", "tokens", "epochs", "loss", "time" if speed else "FLOPs")
     yield _row(*columns)
     index = found.index(chosen)
     for choice in found[max(0, index - _NEIGHBOURS) : index + _NEIGHBOURS + 1]:
         flops = choice.tokens * choice.flops_per_token
-        epochs = "-" if corpus.tokens is None else f"{choice.tokens / corpus.tokens:,.2f}"
+        epochs = "-" if choice.epochs is None else f"{choice.epochs:,.2f}"
         cells = (si(choice.model.parameters), si(choice.tokens), epochs, f"{choice.loss - chosen.loss:+.3f}")
         *sizes, name = choice.shape
         row = _row(*map(str, sizes), *cells, duration(flops / speed) if speed else f"{flops:.3g}")
@@ -160,16 +161,18 @@ def _reason_lines(chosen: Choice, values: Mapping[str, Any], flops: float, corpu
         yield _line(
             "", f"of this corpus, more epochs or parameters would be worth less than {LEAST_WORTH:.0%} of new ones"
         )
-    if corpus.tokens is not None:
+    if chosen.epochs is not None:
         worth = f"after R repetitions a token is worth e^(-R/{REPEATED_TOKENS:.2f}) of a new one (arXiv:2305.16264)"
-        yield _line("epochs", f"{chosen.tokens / corpus.tokens:,.2f}; {worth}")
+        yield _line("epochs", f"{chosen.epochs:,.2f}; {worth}")
     near = f"near 0.58 x tokens^0.571 = {best_batch(chosen.tokens):,.0f} (arXiv:2503.04715)"
     yield _line("batch", f"{rows:,} rows of {length:,}, {rows * length:,} tokens; {near}")
     yield _line("steps", f"{steps:,}, as many whole batches as the tokens fill")
-    default = OptimizerConfig().learning_rate
-    yield _line(
-        "learning rate", f"not proposed: optimizer.learning_rate keeps its default, {default}; try others in short runs"
-    )
+    rate = OptimizerConfig().learning_rate
+    yield _line("learning rate", f"{rate}, the default of Muon; its updates have the same spectral norm at every width")
+    why = f"text that is read fewer than {DROPOUT_EPOCHS} times is almost as good as new text"
+    if chosen.dropout:
+        why = f"text that is read {DROPOUT_EPOCHS} times or more is worth less than new text"
+    yield _line("dropout", f"{chosen.dropout:g}; {why} (arXiv:2305.16264)")
     missing = "output=RUN" + " data.dataset=DATASET" * (corpus.folder is None)
     yield _line("next", f"gpt2-flax train FILE.toml {missing}; `plan` shows the memory")
 

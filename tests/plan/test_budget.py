@@ -1,8 +1,10 @@
 """What `plan --budget` proposes: the published laws, written out again in float64, and the config that it prints."""
 
 import math
+import re
 import tomllib
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +17,21 @@ from gpt2_flax.config.parse import parse_config
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.parallel.devices import peak_flops
-from gpt2_flax.plan.budget import SHAPES, Corpus, best, best_batch, choices, parse_budget, predicted_loss, run_values
+from gpt2_flax.plan.budget import (
+    DROPOUT_EPOCHS,
+    SHAPES,
+    Corpus,
+    best,
+    best_batch,
+    choices,
+    parse_budget,
+    predicted_loss,
+    run_values,
+)
 from gpt2_flax.plan.estimate import figures
 from gpt2_flax.plan.topology import devices_for, kind_and_count
 
+ROOT = Path(__file__).parents[2]
 A, B, E, ALPHA = np.exp(6.255414), np.exp(7.3049974), np.exp(0.6254804), 0.3526596
 R_D, R_N = 15.387756, 5.309743
 EPOCHS = 1 + R_D * math.log(20)  # a further one is worth 5% of the first
@@ -178,6 +191,16 @@ def test_batches_are_those_of_the_published_law():
     assert 70_000 < best_batch(1e9) < 90_000  # tokens
 
 
+@given(budgets, st.none() | corpora)
+def test_dropout_is_proposed_for_text_that_is_read_four_times_or_more(flops, corpus):
+    for choice in choices(flops, Corpus(corpus, 21128, None), 128):
+        repeated = corpus is not None and choice.tokens >= 4 * corpus
+        assert choice.dropout == (0.1 if repeated else 0)
+        if choice.tokens > 1e9:
+            model = run_values(choice, 1)["model"]
+            assert [model.get(f"{what}_pdrop", 0) for what in ("embd", "attn", "resid")] == [choice.dropout] * 3
+
+
 def test_a_batch_has_no_more_rows_than_a_config_may():
     chosen = best(choices(1e26, Corpus(None, 100, None), 1))
     assert best_batch(chosen.tokens) > 2**21
@@ -212,6 +235,8 @@ def test_the_printed_config_trains_the_dataset(run, dataset_folder, tmp_path):
     assert "<- recommended" in out
     assert "worth less than 5%" in out  # 47 epochs of this corpus use a small part of the budget
     assert "less than 1% of the budget" in out
+    assert (config.model.embd_pdrop, config.model.attn_pdrop, config.model.resid_pdrop) == (0.1, 0.1, 0.1)
+    assert f"# dropout                 0.1; text that is read {DROPOUT_EPOCHS} times or more is worth less" in out
 
 
 def test_time_on_devices_is_a_budget(run, tmp_path):
@@ -232,6 +257,15 @@ def test_time_on_devices_is_a_budget(run, tmp_path):
     )
 
 
+def test_the_example_in_the_documents_is_what_is_printed(run):
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    texts = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    examples = re.findall(r"^\$ gpt2-flax plan (--budget .*?) > run.toml; cat run.toml\n(.*?)^\$", texts, re.M | re.S)
+    assert examples
+    for arguments, printed in examples:
+        assert run(*arguments.split())[1] == printed
+
+
 def test_time_without_a_topology_is_spent_on_the_devices_of_this_machine(run, monkeypatch):
     here = [types.SimpleNamespace(device_kind="NVIDIA L40S")] * 2
     monkeypatch.setattr("gpt2_flax.plan.report.devices_for", lambda topology: here if topology is None else [])
@@ -248,6 +282,8 @@ def test_operations_are_a_budget_without_devices(run):
     assert "MFU" not in out
     assert "epochs" in out.splitlines()[4]  # the head of the table; without a corpus there are no others
     assert out.count("epochs") == 1
+    assert "# learning rate           0.02, the default of Muon; its updates have the same spectral norm" in out
+    assert "# dropout                 0; text that is read fewer than 4 times" in out
     same = run("--budget", "1e21", "--vocab-size", 21128, "--topology", "v5e:2x4")[1]
     assert "40% of 1.58P FLOP/s" in same
     assert tomllib.loads(same)["model"] == values["model"]
