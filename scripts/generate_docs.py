@@ -35,9 +35,9 @@ CONFIGURATION = f"""{NOTE}
 
 # Configuration
 
-A config is a TOML or JSON file, or one of the package. `section.key=value` on the command line overrides a key; the value
-is TOML, and a bare word is a string. `gpt2-flax keys` prints the same list. A config may have several [stages](training.md#stages). The run folder
-keeps the resolved config, which is a valid config itself.
+A config is a TOML or JSON file, or one of the package. `section.key=value` on the command line overrides a key; the
+value is TOML, and a bare word is a string. `gpt2-flax keys` prints the same list. A config may have several
+[stages](training.md#stages). The run folder keeps the resolved config, which is a valid config itself.
 
 ```bash
 gpt2-flax train quickstart optimizer.learning_rate=0.01 'training.prompts=["从前"]'
