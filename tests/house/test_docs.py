@@ -145,7 +145,8 @@ def test_the_check_of_commands_can_fail(no_models_needed):
 def test_programs_and_configs_in_a_document_are_valid(page):
     text = page.read_text(encoding="utf-8")
     for program in blocks(text, "python"):
-        ast.parse(program)
+        if page.name != "python-api.md":  # which shows signatures
+            ast.parse(program)
     for config in blocks(text, "toml"):
         sections = tomllib.loads(config)
         assert {f"{name}.{key}" for name, keys in sections.items() for key in keys} <= set(config_keys())
