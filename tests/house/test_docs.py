@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import typer
 
+import gpt2_flax
 from gpt2_flax import __main__ as cli
 from gpt2_flax.cli import app
 from gpt2_flax.config.file import load_stages
@@ -147,6 +148,7 @@ def test_programs_and_configs_in_a_document_are_valid(page):
     for program in blocks(text, "python"):
         if page.name != "python-api.md":  # which shows signatures
             ast.parse(program)
+            assert all(hasattr(gpt2_flax, name) for name in re.findall(r"\bgpt2_flax\.(\w+)\(", program))
     for config in blocks(text, "toml"):
         sections = tomllib.loads(config)
         assert {f"{name}.{key}" for name, keys in sections.items() for key in keys} <= set(config_keys())
