@@ -163,7 +163,7 @@ class TrainingConfig(Section, frozen=True):
     accumulation_steps: Rows = Field(default=1, description="microbatches of a batch, computed one after another")
     seed: int = Field(default=0, ge=0, lt=2**32, description="seed of initial weights, data order and dropout")
     deterministic: bool = Field(
-        default=False, description="use only GPU kernels that give the same bits each time; slower, see README.md"
+        default=False, description="use only GPU kernels that give the same bits each time; slower"
     )
     log_every: Steps = Field(default=10, description="steps between lines of metrics")
     evaluate_every: Steps = Field(default=1000, description="steps between evaluations on validation splits")

@@ -170,8 +170,8 @@ def test_figures_of_a_real_corpus(tmp_path):
 
 
 @pytest.mark.multiprocess
-def test_the_program_in_the_readme_reads_what_we_read(tmp_path, dataset):
-    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "data" / "README.md").read_text(encoding="utf-8"), re.S)
+def test_the_program_in_the_documentation_reads_what_we_read(tmp_path, dataset):
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), re.S)
     assert len(program.splitlines()) <= 22
     more = []  # another shard, and an empty one
     for number, ids in ((1, [2, 5, 6, 3, 2, 7, 3]), (2, [])):
