@@ -305,7 +305,7 @@ FAILURES = [
     (78, TRAIN + " init_from={run} model.n_layer=1", "model.n_layer is 1 but 2 in init_from"),
     (78, TRAIN + " init_from={exported} model.n_positions=64", "model.n_positions is 64"),
     # A run that goes on.
-    (78, "train {config} optimizer.learning_rate=1.0", "optimizer.learning_rate is 1.0 but the run has 0.0001"),
+    (78, "train {config} optimizer.learning_rate=1.0", "optimizer.learning_rate is 1.0 but the run has 0.02"),
     (78, "train {config} training.seed=7", "training.seed is 7 but the run has 0", "--allow-change training.seed"),
     (78, "train {config} model.n_layer=1 --allow-change model.n_layer", "checkpoint differs", "saved"),
     # Models.
@@ -623,7 +623,7 @@ def test_help_names_every_option(capsys, command):
 def test_keys_names_every_key(capsys):
     assert cli.exit_code(["keys"]) == 0
     out = capsys.readouterr().out
-    assert "optimizer.learning_rate            0.0001     highest learning rate" in out
+    assert "optimizer.learning_rate            0.02     highest learning rate" in out
     assert len(out.splitlines()) == len(set(out.splitlines())) > 35
 
 
