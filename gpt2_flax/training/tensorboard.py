@@ -1,8 +1,9 @@
 """Event files of TensorBoard, written by the thread that trains, so that no error stays unseen."""
 
 import contextlib
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,15 @@ class TensorBoard:
 
     def add_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add the values of a step by name."""
-        # Imported late: where torch is installed tensorboardX imports torch, which takes seconds.
-        from tensorboardX.summary import scalar
+        with without_torch():
+            from tensorboardX.summary import scalar
 
         self._add(step, [part for name, value in values.items() for part in scalar(name, value).value])
 
     def add_text(self, step: int, name: str, text: str) -> None:
         """Add a text in Markdown."""
-        from tensorboardX.summary import text as text_summary
+        with without_torch():
+            from tensorboardX.summary import text as text_summary
 
         self._add(step, text_summary(name, text).value)
 
@@ -60,3 +62,16 @@ class TensorBoard:
         except OSError as error:
             self._failed, self._writer = True, None
             self._say(f"warning: no more events for TensorBoard ({error.strerror}): {self._folder}; the run continues")
+
+
+@contextlib.contextmanager
+def without_torch() -> Iterator[None]:
+    """Hide torch from tensorboardX, which would import torch wherever torch is installed: two seconds of each run."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType] - so Python marks what cannot be imported
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["torch"]
