@@ -110,10 +110,9 @@ def prepare_parent(folder: Path) -> None:
     import gpt2_flax.processes.launch
     import gpt2_flax.training.loop  # noqa: F401
     from gpt2_flax.cpu import tune_cpu
-    from gpt2_flax.training.tensorboard import without_torch
+    from gpt2_flax.training.tensorboard import TensorBoard
 
-    with without_torch():
-        import tensorboardX.event_file_writer  # noqa: F401
+    TensorBoard(folder, print)  # imports tensorboardX
     tune_cpu()  # the same for all commands: the first call in a process decides
     assert threading.active_count() == 1
 

@@ -3,9 +3,9 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 FLUSH_SECONDS = 30.0
 
@@ -18,20 +18,21 @@ class TensorBoard:
 
     def __init__(self, folder: Path, say: Callable[[str], None]):
         self._folder, self._say, self._writer, self._failed, self._flushed = folder, say, None, False, 0.0
+        # Torch is hidden from tensorboardX, which would import it wherever it is installed. That takes seconds.
+        hidden = sys.modules.setdefault("torch", cast("Any", None)) is None
+        from tensorboardX import summary
+
+        self._summary = summary
+        if hidden:
+            del sys.modules["torch"]
 
     def add_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add the values of a step by name."""
-        with without_torch():
-            from tensorboardX.summary import scalar
-
-        self._add(step, [part for name, value in values.items() for part in scalar(name, value).value])
+        self._add(step, [part for name, value in values.items() for part in self._summary.scalar(name, value).value])
 
     def add_text(self, step: int, name: str, text: str) -> None:
         """Add a text in Markdown."""
-        with without_torch():
-            from tensorboardX.summary import text as text_summary
-
-        self._add(step, text_summary(name, text).value)
+        self._add(step, self._summary.text(name, text).value)
 
     def close(self) -> None:
         """Write the events that are still in memory."""
@@ -62,16 +63,3 @@ class TensorBoard:
         except OSError as error:
             self._failed, self._writer = True, None
             self._say(f"warning: no more events for TensorBoard ({error.strerror}): {self._folder}; the run continues")
-
-
-@contextlib.contextmanager
-def without_torch() -> Iterator[None]:
-    """Hide torch from tensorboardX, which would import torch wherever torch is installed: two seconds of each run."""
-    hidden = "torch" not in sys.modules
-    if hidden:
-        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType] - so Python marks what cannot be imported
-    try:
-        yield
-    finally:
-        if hidden:
-            del sys.modules["torch"]
