@@ -105,14 +105,14 @@ def prepare_parent(folder: Path) -> None:
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "XLA_FLAGS": ""}
     os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    import tensorboardX.x2num  # noqa: F401 - imports torch if it is installed, which takes a second of each trial
-
     import gpt2_flax.__main__
     import gpt2_flax.cli
     import gpt2_flax.processes.launch
     import gpt2_flax.training.loop  # noqa: F401
     from gpt2_flax.cpu import tune_cpu
+    from gpt2_flax.training.tensorboard import TensorBoard
 
+    TensorBoard(folder, print)  # imports tensorboardX
     tune_cpu()  # the same for all commands: the first call in a process decides
     assert threading.active_count() == 1
 
@@ -139,7 +139,7 @@ def make_config(folder: Path, training: Mapping[str, int] = MappingProxyType({})
         "output": str(folder / "undisturbed"),
         "model": {"n_positions": 32, "n_layer": 2, "n_head": 2, "n_embd": 32, "dtype": "float32", "resid_pdrop": 0.1},
         "data": {"dataset": str(dataset), "seq_length": 16, "global_batch_size": 8},
-        "optimizer": {"learning_rate": 1e-2, "warmup": 2, "schedule": schedule},
+        "optimizer": {"name": "adamw", "learning_rate": 1e-2, "warmup": 2, "schedule": schedule},
         "training": {"total_steps": TOTAL, "save_every": SAVE_EVERY, "keep_checkpoints": 2, "log_every": 1}
         | {"evaluate_every": 15, "evaluation_batches": 1}
         | dict(training),

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -41,8 +41,10 @@ from gpt2_flax.progress import si
 for _name in ("absl", "asyncio"):  # errors that they log are raised too; asyncio also logs their consequences
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
-T = TypeVar("T")
+# Replicas write slices of large arrays only: for each slice of a small array, the first save would compile a program.
+cast("Any", ocp.type_handlers.get_type_handler(jax.Array))._min_slice_bytes_for_replica_parallel = 2**20
 
+T = TypeVar("T")
 _MESSAGE_BYTES = 300  # the length of the messages that processes exchange
 _LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleted")  # from a save or a deletion that was killed
 
@@ -312,8 +314,7 @@ def _reason(failure: Exception) -> str:
 
 def _system_error(error: Exception) -> OSError | None:
     """Return the error of the operating system, which tensorstore hides in a ValueError."""
-    number = re.search(r"os_error_code='(\d+)'", str(error))
-    if number:
+    if number := re.search(r"os_error_code='(\d+)'", str(error)):
         return OSError(int(number[1]), os.strerror(int(number[1])))
     return error if isinstance(error, OSError) else None
 

@@ -1,10 +1,11 @@
 """Event files of TensorBoard, written by the thread that trains, so that no error stays unseen."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 FLUSH_SECONDS = 30.0
 
@@ -17,19 +18,21 @@ class TensorBoard:
 
     def __init__(self, folder: Path, say: Callable[[str], None]):
         self._folder, self._say, self._writer, self._failed, self._flushed = folder, say, None, False, 0.0
+        # Torch is hidden from tensorboardX, which would import it wherever it is installed. That takes seconds.
+        hidden = sys.modules.setdefault("torch", cast("Any", None)) is None
+        from tensorboardX import summary
+
+        self._summary = summary
+        if hidden:
+            del sys.modules["torch"]
 
     def add_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add the values of a step by name."""
-        # Imported late: where torch is installed tensorboardX imports torch, which takes seconds.
-        from tensorboardX.summary import scalar
-
-        self._add(step, [part for name, value in values.items() for part in scalar(name, value).value])
+        self._add(step, [part for name, value in values.items() for part in self._summary.scalar(name, value).value])
 
     def add_text(self, step: int, name: str, text: str) -> None:
         """Add a text in Markdown."""
-        from tensorboardX.summary import text as text_summary
-
-        self._add(step, text_summary(name, text).value)
+        self._add(step, self._summary.text(name, text).value)
 
     def close(self) -> None:
         """Write the events that are still in memory."""

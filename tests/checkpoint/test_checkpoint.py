@@ -274,6 +274,20 @@ def test_a_model_is_not_bound_to_the_kernel_it_was_trained_with(tmp_path, tokeni
     assert load_source(tmp_path).model == CFG
 
 
+def test_devices_save_slices_of_a_large_array_but_not_of_a_small_one(tmp_path, caplog):
+    replicated = jax.NamedSharding(jax.make_mesh((8,), ("data",)), jax.P())
+    large, small = (jax.device_put(np.arange(n, dtype=np.float32), replicated) for n in (2**21, 2**21 - 8))
+    with CheckpointStore(tmp_path, keep=9) as store:
+        for step, (array, n_slices) in enumerate([(large, 8), (small, 0)]):
+            caplog.clear()
+            with jax.log_compiles():
+                store.save(step, {"x": array}, None, {})
+            assert store.seal() == step
+            assert sum("Compiling jit(slice)" in message for message in caplog.messages) == n_slices
+            restored = store.restore(step, model={"x": jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=ON_ONE)})
+            assert equal(restored["model"]["x"], array.addressable_data(0))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, models, value):
     weights = {name: array.copy() for name, array in weights_of(models[4]).items()}

@@ -32,7 +32,7 @@ def start(config, tmp_path, *more, of_1=(), devices_of_1=1, before=("", ""), fol
         subprocess.Popen(
             [sys.executable, "-c", f"{before[number]}\n{RUN}", *command, "--process-id", str(number), *own],
             cwd=folders[number],
-            env=environment | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+            env=environment | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("_count=8", f"_count={devices}")},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -1,8 +1,11 @@
 """The numbers and texts by which a person judges a run."""
 
+import importlib.util
 import json
 import math
 import struct
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +170,25 @@ def test_every_number_is_in_tensorboard(trained):
     shown = events(config)
     assert shown.keys() == newest.keys() - {"step", "time", "checkpoint"} | {"samples"}
     assert all(shown[name].simple_value == pytest.approx(newest[name]) for name in shown.keys() - {"samples"})
+
+
+EVENTS = """
+import importlib.util, sys
+from pathlib import Path
+from gpt2_flax.training.tensorboard import TensorBoard
+events = TensorBoard(Path(sys.argv[1]), print)
+events.add_scalars(1, {"train/loss": 2.0})
+events.add_text(1, "samples", "text")
+events.close()
+print("tensorboardX" in sys.modules, "torch" in sys.modules, importlib.util.find_spec("torch") is not None)
+"""
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+def test_a_run_does_not_wait_for_torch_and_can_import_it_later(tmp_path):
+    done = subprocess.run([sys.executable, "-c", EVENTS, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout == "True False True\n"
 
 
 @pytest.mark.slow
