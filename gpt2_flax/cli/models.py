@@ -66,6 +66,7 @@ def train(
         float | None,
         Option(max=MOST_ROWS, callback=positive, metavar="H", help="Save and stop within this many hours."),
     ] = None,
+    quiet: Annotated[bool, Option("--quiet", help="Print only warnings and errors.")] = False,
     coordinator: Annotated[
         str | None, Option(help="Several hosts: HOST:PORT of process 0. PORT + 1 must be free and reachable too.")
     ] = None,
@@ -104,7 +105,15 @@ def train(
     deadline = math.inf if max_hours is None else begun + 3600 * max_hours
     with start_processes(place) as watchdog:
         stages = load_stages(config, overrides)  # here, so that a bad config in one process ends all
-        run(*stages, allow_change=allow_change or (), profile_steps=profile, watchdog=watchdog, deadline=deadline)
+        changes = allow_change or ()
+        run(
+            *stages,
+            allow_change=changes,
+            profile_steps=profile,
+            watchdog=watchdog,
+            deadline=deadline,
+            quiet=quiet,
+        )
 
 
 @app.command(epilog="The keys: gpt2-flax keys")
