@@ -46,13 +46,12 @@ class LiveScreen(Screen):
         self._console = Console(highlight=False)
         self._name, self._doing, self._steps = "", list[_Activity](), None
         self._live = _Status(
+            self,
             console=self._console,
-            get_renderable=self._status,
             refresh_per_second=_PER_SECOND,
             transient=True,
             redirect_stderr=sys.stderr.isatty(),
         )
-        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "LiveScreen":
         self._stack.enter_context(cleaned_up(self._live.stop))
@@ -91,7 +90,8 @@ class LiveScreen(Screen):
         if self._steps:
             self._steps.add(step, loss)
 
-    def _status(self) -> RenderableType:
+    def __rich__(self) -> RenderableType:
+        """Return the status of this moment."""
         steps, doing = self._steps, self._doing[-1:]
         if steps and steps.compiling and not doing:
             doing = [steps.compiling]
@@ -124,11 +124,11 @@ class _Activity:
         if not self._total:
             return Text(f"{self._what}  {took}")
         done = f"{si(self._done)}/{si(self._total)}"
-        return _row(self._what, ProgressBar(self._total, self._done), f"{done}  {took}")
+        return _row(self._what, _bar(self._total, self._done), f"{done}  {took}")
 
 
 class _Losses:
-    """The course of the loss: the means of equal numbers of steps."""
+    """The course of the loss over the last half of the steps or more: the means of equal numbers of steps."""
 
     def __init__(self):
         self.last: float | None = None
@@ -149,10 +149,7 @@ class _Losses:
             self._means = means  # at once, because another thread draws them
 
     def sparkline(self) -> str:
-        means = self._means
-        if len(means) > _WIDTH:
-            pairs = zip(means[::2], [*means[1::2], means[-1]], strict=False)
-            means = [(one + other) / 2 for one, other in pairs]
+        means = self._means[-_WIDTH:]
         low, high = min(means, default=0.0), max(means, default=0.0)
         scale = (len(_LEVELS) - 1) / (high - low) if high > low else 0.0
         return "".join(_LEVELS[round((mean - low) * scale)] for mean in means)
@@ -189,7 +186,7 @@ class _Steps:
         shown = "" if loss is None else f"loss {loss:.4f}"
         return _row(
             f"step {self.step:,}/{total:,}",
-            ProgressBar(total, self.step),
+            _bar(total, self.step),
             f"{self.step / total:.0%}",
             Text(shown, style="bold"),
             Text(self.losses.sparkline(), style="cyan"),
@@ -217,6 +214,10 @@ def _host_memory() -> int:
     """Return the peak bytes in use of this process, which trains on a CPU."""
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _bar(total: float, done: float) -> ProgressBar:
+    return ProgressBar(total, done, complete_style="cyan", finished_style="cyan")
 
 
 def _row(*cells: RenderableType) -> Table:

@@ -63,14 +63,15 @@ def train(
     names = [f"stage {number} of {len(stages)}: " if len(stages) > 1 else "" for number in range(1, len(stages) + 1)]
     mixtures: list[Mixture] = []
     opened: list[Stage] = []
-    for name, config in zip(names, stages, strict=True):
-        with naming_stage(name):
-            mixtures.append(Mixture(config.data.datasets))
-    agree_on_start(stages, mixtures, allow_change, deadline < math.inf, watchdog)
-    for name, config, mixture in zip(names, stages, mixtures, strict=True):
-        with naming_stage(name):
-            opened.append(open_stage(config, mixture, [stage.config for stage in opened], devices))
     with contextlib.ExitStack() as stack:
+        screen = stack.enter_context(open_screen(quiet, live=not watchdog.token))
+        for name, config in zip(names, stages, strict=True):
+            with naming_stage(name):
+                mixtures.append(Mixture(config.data.datasets))
+        agree_on_start(stages, mixtures, allow_change, deadline < math.inf, watchdog)
+        for name, config, mixture in zip(names, stages, mixtures, strict=True):
+            with naming_stage(name):
+                opened.append(open_stage(config, mixture, [stage.config for stage in opened], devices))
         for name, stage in zip(names, opened, strict=True):
             with naming_stage(name):
                 if watchdog.number == 0:
@@ -78,7 +79,6 @@ def train(
                     stage.run.create()
                 check_shared(stage.run, watchdog)
                 check_same_run(stage.config, stage.run, allow_change)
-        screen = stack.enter_context(open_screen(quiet, live=not watchdog.token))
         stop, trained = stack.enter_context(StopRequest(watchdog, deadline)), False
         for name, stage in zip(names, opened, strict=True):
             with naming_stage(name):

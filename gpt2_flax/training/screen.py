@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 
 from gpt2_flax.config.schema import ResolvedConfig
 from gpt2_flax.errors import naming_file
+from gpt2_flax.progress import drawn_by
 from gpt2_flax.training.throughput import Throughput
 
 
@@ -14,16 +15,21 @@ class Screen(AbstractContextManager):
     """Prints lines. `LiveScreen` also shows a status, for which all methods except `say` are.
 
     Args:
-        quiet: print nothing but warnings.
+        quiet: print nothing but warnings, and show no bars.
     """
 
     def __init__(self, quiet: bool = False):
-        self._quiet = quiet
+        self._quiet, self._stack = quiet, contextlib.ExitStack()
         self.memory: int | None = None
         """Peak bytes in use of a device, where the backend counts them."""
 
+    def __enter__(self) -> "Screen":
+        if self._quiet:
+            self._stack.enter_context(drawn_by(self.doing))
+        return self
+
     def __exit__(self, *exception: object) -> None:
-        """Remove the status."""
+        self._stack.close()
 
     def say(self, line: str) -> None:
         """Print a line."""
