@@ -61,11 +61,11 @@ class LiveScreen(Screen):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(OSError):  # the terminal is gone
+        with self._live.while_there():
             self._stack.close()
 
     def say(self, line: str) -> None:
-        with contextlib.suppress(OSError):  # a run goes on when its terminal is gone
+        with self._live.while_there():
             self._console.print(Text(line), soft_wrap=True)
 
     def begin(self, name: str) -> None:
@@ -105,9 +105,21 @@ class LiveScreen(Screen):
 
 
 class _Status(Live):
+    """Shows nothing more when the terminal is gone: a run goes on, and saves when it is asked to stop."""
+
+    _is_gone = False
+
     def refresh(self) -> None:
-        with contextlib.suppress(OSError):  # the terminal is gone
-            super().refresh()
+        if not self._is_gone:  # else the console would keep what it cannot write
+            with self.while_there():
+                super().refresh()
+
+    @contextlib.contextmanager
+    def while_there(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self._is_gone = True
 
 
 class _Activity:
