@@ -84,6 +84,9 @@ def train(
     other; elsewhere give --coordinator, --num-processes and --process-id. If one process ends, all end, with exit code
     75 if a restart helps.
 
+    The first lines describe the run, and the last lines what came of it. At a terminal, a status below the lines shows
+    the step, the loss and its course, speed, remaining time and memory.
+
     Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 to any process stops the run after the current step, saves, and exits
     with 75; the same command resumes. A second signal ends the process at once. --max-hours stops in the same way. It
     leaves enough time for the save, by the durations of steps, evaluations and saves so far.
