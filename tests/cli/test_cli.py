@@ -139,8 +139,8 @@ def test_a_terminal_shows_the_state_of_a_run_and_in_the_end_only_its_lines(way):
     assert lines[0] == "starting from scratch with seed 0"
     numbers = [int(line.split()[1].split("/")[0]) for line in lines if line.startswith("step ")]
     assert numbers == list(range(1, len(numbers) + 1))
-    *_, last, end = lines
-    assert (last, end) == (f"stopped at step {numbers[-1]}, saved: run; to go on: gpt2-flax train run.toml", "")
+    last = f"stopped at step {numbers[-1]}, saved: run; to go on: gpt2-flax train run.toml"
+    assert [line for line in lines if line][-1] == last
     assert not [line for line in lines if re.search("[━█]|error|tokens/s  ETA.*next|saving", line)]
 
 
@@ -150,10 +150,10 @@ def test_a_run_ends_with_a_command_that_works(way):
     lines = printed["resumed"].splitlines()
     step = re.search(r"resumed from step (\d+)", lines[0])[1]
     assert f"steps           120, 15.4k tokens, {step} of them done" in lines
-    end = r"estimated end   \d{4}-\d\d-\d\d \d\d:\d\d, in \d+s, at the speed before the stop"
+    end = r"estimated end   \d{4}-\d\d-\d\d \d\d:\d\d, in \w+, at the speed before the stop"
     assert any(re.fullmatch(end, line) for line in lines)
     assert [line.split("  ")[0] for line in lines[-4:]] == ["finished", "loss", "best step", "next"]
-    assert re.search(rf"120 steps, 15.4k tokens; the last {120 - int(step)} in \d+s$", lines[-4])
+    assert re.search(rf"120 steps, 15.4k tokens; the last {120 - int(step)} in \w+$", lines[-4])
     command = shlex.split(lines[-1])[1:]
     assert command[:-1] == ["gpt2-flax", "generate", "run", "--prompt"]
     tensors = load_file(folder / "exported/model.safetensors")

@@ -60,7 +60,7 @@ def test_lines_without_a_terminal(config, capsys):
     assert steps[1][1] == f"{losses[5]:.4f}"
 
     validation = next(record["validation/loss"] for record in logged[::-1] if "validation/loss" in record)
-    assert re.fullmatch(r"5 steps, 1.28k tokens, in \d+s", shown["finished"])
+    assert re.fullmatch(r"5 steps, 1.28k tokens, in \w+", shown["finished"])
     assert shown["loss"] == f"training {losses[5]:.4f}, validation {validation:.4f}"
     best = min((record["validation/loss"], record["step"]) for record in logged if "validation/loss" in record)
     assert shown["best step"] == f"{best[1]}, validation loss {best[0]:.4f}"
