@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from types import CoroutineType
 from typing import Any, NoReturn, cast
 
-from gpt2_flax.errors import ExitCode, UserError, io_error, naming_file, printable
+from gpt2_flax.errors import ExitCode, Stopped, UserError, io_error, naming_file, printable
 from gpt2_flax.folders import speak_utf8
 from gpt2_flax.interruption import catch_signals, finish
 
@@ -59,7 +60,7 @@ def exit_code(arguments: Sequence[str] | None) -> int:
             import traceback
 
             traceback.print_exc()
-        print(f"error: {printable(str(failure))}", file=sys.stderr)
+        print(f"{failure.prefix}{printable(str(failure))}", file=sys.stderr)
         return failure.exit_code
 
 
@@ -78,6 +79,9 @@ def _failure(error: BaseException, arguments: Sequence[str]) -> UserError:
     """Return the failure that the user reads. The traceback of a bug is kept in a file."""
     import typer
 
+    if isinstance(error, Stopped):
+        again = f"to go on: {shlex.join(['gpt2-flax', *arguments])}"
+        return Stopped(error.exit_code, error.what, error.where, again)
     if isinstance(error, UserError):
         return error
     # The class of all errors of usage, which typer does not name.

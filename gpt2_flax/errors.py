@@ -34,12 +34,20 @@ class ExitCode(enum.IntEnum):
 class UserError(Exception):
     """A failure that the user can fix, printed as `error: <what>: <where>; <fix>` without a traceback."""
 
+    prefix = "error: "
+
     def __init__(self, exit_code: ExitCode, what: str, where: object, fix: str):
         self.exit_code, self.what, self.where, self.fix = exit_code, what, str(where), fix
         super().__init__(f"{what}: {where}; {fix}")
 
     def __reduce__(self) -> tuple[type, tuple[ExitCode, str, str, str]]:
         return type(self), (self.exit_code, self.what, self.where, self.fix)  # so that workers can pickle it
+
+
+class Stopped(UserError):
+    """The end of a run that was asked to stop, and has saved. This is no failure; the exit code is TRY_AGAIN."""
+
+    prefix = ""
 
 
 def missing_package(task: str, package: str, extra: str, where: object) -> UserError:

@@ -27,6 +27,8 @@ _ONE = 0.2  # seconds; some launchers send one signal twice, to the process and 
 _pipe: int | None = None  # the writing end; None outside the program
 _ending = threading.Lock()  # taken by the thread that ends the process, and never released
 clean_ups: list[Callable[[], object]] = []
+asked: int | None = None
+"""The signal that was noted within the block of a `FirstSignal`, at once, even while the main thread runs C code."""
 _exit_code: int | None = None  # set when the command has finished
 
 
@@ -141,15 +143,16 @@ def _react(reaction: int) -> None:
 
 def _watch(reading: int) -> None:
     """Read signals and reactions from the pipe. Runs in a thread."""
+    global asked
     reaction, noted = _END, 0.0
     while True:
         for byte in os.read(reading, 1):
             if byte in (_END, _NOTE, _IGNORE):
-                reaction, noted = byte, 0.0
+                reaction, noted, asked = byte, 0.0, None
             elif byte not in SIGNALS or reaction == _IGNORE:
                 continue
             elif reaction == _NOTE and (not noted or time.monotonic() - noted < _ONE):
-                noted = noted or time.monotonic()
+                noted, asked = noted or time.monotonic(), byte
             else:
                 _end(reading, interrupted(byte))
 

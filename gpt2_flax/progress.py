@@ -1,13 +1,17 @@
-"""Progress bars on a terminal, and numbers and durations for people."""
+"""Progress bars and states on a terminal, and numbers and durations for people."""
 
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
 from gpt2_flax.interruption import cleaned_up
+
+Draw = Callable[[str, float | None], AbstractContextManager[Callable[..., None]]]
+_draws: list[Draw] = []
 
 
 @contextlib.contextmanager
@@ -19,6 +23,10 @@ def progress_bar(
     Yields:
         `advance(amount)`, or `advance(amount, output)` if the bar also shows the mean rate of output in `output_unit`.
     """
+    if _draws:
+        with _draws[-1](description, total) as draw:
+            yield lambda amount, output=0.0: draw(amount)
+        return
     if not sys.stderr.isatty():
         yield lambda amount, output=0.0: None
         return
@@ -40,6 +48,32 @@ def progress_bar(
 
     with cleaned_up(bar.stop), bar:  # `stop` shows the cursor again
         yield advance
+
+
+@contextlib.contextmanager
+def status(doing: str) -> Iterator[Callable[[str], object]]:
+    """Show what takes so long on stderr, if that is a terminal; yield a function that replaces the text."""
+    if _draws or not sys.stderr.isatty():
+        with _draws[-1](doing, None) if _draws else contextlib.nullcontext():
+            yield lambda doing: None
+        return
+    shown = Console(stderr=True).status(doing)
+    with cleaned_up(shown.stop), shown:  # `stop` shows the cursor again
+        yield shown.update
+
+
+@contextlib.contextmanager
+def drawn_by(draw: Draw) -> Iterator[None]:
+    """Let `draw` show all bars and states within the block, because two live displays of one terminal spoil each other.
+
+    Args:
+        draw: gets a description and a total, which may be None; returns a context that yields `advance(amount)`.
+    """
+    _draws.append(draw)
+    try:
+        yield
+    finally:
+        _draws.remove(draw)
 
 
 def si(number: float, unit: str = "") -> str:

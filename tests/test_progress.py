@@ -1,10 +1,11 @@
+import contextlib
 import errno
 
 import pytest
 
 from gpt2_flax.errors import ExitCode, UserError, io_error, quote
 from gpt2_flax.folders import new_folder
-from gpt2_flax.progress import duration, progress_bar, si
+from gpt2_flax.progress import drawn_by, duration, progress_bar, si, status
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,22 @@ def test_bars_are_drawn_at_a_terminal(capsys, monkeypatch):
     shown = capsys.readouterr().err
     assert "reading" in shown
     assert "tokens/s" in shown
+
+
+def test_bars_and_states_within_another_display_are_drawn_by_it(capsys, monkeypatch):
+    drawn = []
+
+    @contextlib.contextmanager
+    def draw(what, total):
+        drawn.append((what, total))
+        yield drawn.append
+
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with drawn_by(draw), progress_bar("reading", 10, "B", "tokens") as advance, status("compiling") as update:
+        advance(4, 2)
+        update("linking")
+    assert drawn == [("reading", 10), ("compiling", None), 4]
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):

@@ -66,6 +66,7 @@ def train(
         float | None,
         Option(max=MOST_ROWS, callback=positive, metavar="H", help="Save and stop within this many hours."),
     ] = None,
+    quiet: Annotated[bool, Option("--quiet", help="Print only warnings and errors.")] = False,
     coordinator: Annotated[
         str | None, Option(help="Several hosts: HOST:PORT of process 0. PORT + 1 must be free and reachable too.")
     ] = None,
@@ -82,6 +83,9 @@ def train(
     Under SLURM, Open MPI, Kubernetes (scripts/kubernetes_jobset.yaml), torchrun and on TPU pods several hosts find each
     other; elsewhere give --coordinator, --num-processes and --process-id. If one process ends, all end, with exit code
     75 if a restart helps.
+
+    The first lines describe the run, and the last lines what came of it. At a terminal, a status below the lines shows
+    the step, the loss and its course, speed, remaining time and memory.
 
     Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 to any process stops the run after the current step, saves, and exits
     with 75; the same command resumes. A second signal ends the process at once. --max-hours stops in the same way. It
@@ -104,7 +108,15 @@ def train(
     deadline = math.inf if max_hours is None else begun + 3600 * max_hours
     with start_processes(place) as watchdog:
         stages = load_stages(config, overrides)  # here, so that a bad config in one process ends all
-        run(*stages, allow_change=allow_change or (), profile_steps=profile, watchdog=watchdog, deadline=deadline)
+        changes = allow_change or ()
+        run(
+            *stages,
+            allow_change=changes,
+            profile_steps=profile,
+            watchdog=watchdog,
+            deadline=deadline,
+            quiet=quiet,
+        )
 
 
 @app.command(epilog="The keys: gpt2-flax keys")

@@ -12,19 +12,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
-
-from rich.console import Console
 
 import gpt2_flax
 from gpt2_flax.doctor.report import Record
 from gpt2_flax.errors import ExitCode, UserError, printable
 from gpt2_flax.folders import scratch_folder, write_whole
 from gpt2_flax.interruption import cleaned_up
-from gpt2_flax.progress import duration
+from gpt2_flax.progress import duration, status
 
 
 class Check(NamedTuple):
@@ -86,8 +84,9 @@ def examine(seconds: float, output: Path | None, say: Callable[[str], None]) -> 
         elif left < _LEAST:
             outcome = Outcome(skipped=[f"{check.name}: no time left"])
         else:
-            with _status(f"{check.name}, check {number} of {len(CHECKS)}", start + seconds) as tick:
-                outcome = run_check(check, left, tick)
+            doing = f"{check.name}, check {number} of {len(CHECKS)}"
+            with status(doing) as show:
+                outcome = run_check(check, left, partial(_tick, show, doing, start + seconds))
         outcomes[check.name] = outcome
         for line in _lines(check, outcome):
             say(line)
@@ -158,15 +157,8 @@ def _place(messages: str) -> str:
     return f" at {found[1]}:{found[2]}" if found else ""
 
 
-@contextmanager
-def _status(doing: str, end: float) -> Iterator[Callable[[], object]]:
-    """Show on stderr what runs and how long it may take, if stderr is a terminal; yield a function that updates it."""
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    status = Console(stderr=True).status(doing)
-    with cleaned_up(status.stop), status:  # `stop` shows the cursor again
-        yield lambda: status.update(f"{doing}; at most {duration(max(0.0, end - time.monotonic()))} to go")
+def _tick(show: Callable[[str], object], doing: str, end: float) -> None:
+    show(f"{doing}; at most {duration(max(0.0, end - time.monotonic()))} to go")
 
 
 def _lines(check: Check, outcome: Outcome) -> Iterator[str]:

@@ -23,6 +23,7 @@ from gpt2_flax.export import weight_files
 from gpt2_flax.export.verify import Verification, verify_folder
 from gpt2_flax.folders import new_folder
 from gpt2_flax.formats.registry import writer
+from gpt2_flax.progress import status
 from gpt2_flax.tokenizers.tokenizer import Tokenizer
 
 MARKER = SUMS
@@ -62,7 +63,7 @@ def export_folder(
         raise UserError(ExitCode.DATA, what, output, "export with the tokenizer that the model was trained with")
     if format == "gguf":
         writer("gguf").check_installed(output)
-    with new_folder(output, MARKER, overwrite) as folder:
+    with new_folder(output, MARKER, overwrite) as folder, status("exporting: writing the files") as show:
         hf_config = to_hf_config(config, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
         hf_config |= {"dtype": dtype, "torch_dtype": dtype}  # `torch_dtype` is the name before transformers 4.56
         _write_json(folder / CONFIG, hf_config | _task_defaults(config))
@@ -74,6 +75,7 @@ def export_folder(
             weight_files.write_torch(folder, state_dict)
         elif format == "gguf":
             writer("gguf").write_file(folder, state_dict, config, tokenizer, dtype, output.resolve().name)
+        show("exporting: comparing with transformers")
         if verify:
             weight_files.compare_safetensors(folder, state_dict)
         del state_dict

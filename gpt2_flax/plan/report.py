@@ -1,13 +1,10 @@
 """The reports of `gpt2-flax plan`: what a run takes, before it costs anything, and what to train within a budget."""
 
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import tomli_w
-from rich.console import Console
 
 from gpt2_flax.config.schema import Config, OptimizerConfig, ResolvedConfig
 from gpt2_flax.data.mixture import Mixture
@@ -32,7 +29,7 @@ from gpt2_flax.plan.budget import (
 )
 from gpt2_flax.plan.estimate import Figures, checkpoint_bytes, figures, memory, read_datasets
 from gpt2_flax.plan.topology import devices_for, kind_and_count
-from gpt2_flax.progress import duration, si
+from gpt2_flax.progress import duration, si, status
 
 _COLUMN = 24
 _NEIGHBOURS = 3  # of the recommended model in the table, on each side
@@ -231,7 +228,7 @@ def _estimate_lines(config: ResolvedConfig, devices: Sequence[Device]) -> Iterat
 
 
 def _compiled_lines(config: ResolvedConfig, devices: Sequence[Device], optimize: bool) -> Iterator[str]:
-    with _note("compiling"):
+    with status("compiling"):
         compiled = compile_step(config, devices, optimize)
     yield _mesh_line(compiled.mesh, compiled.why)
     for name, choice in compiled.choices.items():
@@ -242,7 +239,7 @@ def _compiled_lines(config: ResolvedConfig, devices: Sequence[Device], optimize:
         verdict = "fits" + _with_fraction(devices, compiled) if known else "compiles; the device's memory is not known"
         yield _line("verdict", verdict)
         return
-    change = smallest_change(config, devices, optimize, _note)
+    change = smallest_change(config, devices, optimize, status)
     if change is None:
         yield _line(
             "verdict", "does not fit; nothing tried makes it fit: use more or larger devices, or a smaller model"
@@ -289,11 +286,6 @@ def _mesh_line(sizes: MeshSizes, why: str) -> str:
 def _with_fraction(devices: Sequence[Device], compiled: Compiled) -> str:
     fraction = memory_fraction(devices, compiled)
     return "" if fraction is None else f", with XLA_PYTHON_CLIENT_MEM_FRACTION={fraction} in the environment"
-
-
-def _note(doing: str) -> AbstractContextManager:
-    """Show on stderr what takes so long, if stderr is a terminal."""
-    return Console(stderr=True).status(doing) if sys.stderr.isatty() else nullcontext()
 
 
 def _line(name: str, value: str) -> str:

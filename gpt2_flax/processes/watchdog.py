@@ -211,14 +211,14 @@ class Watchdog(AbstractContextManager):
         else:
             error = self._logged(verdict, stacks)
             if not self._asking:
-                _leave(exit_code_of(error), _sentence(error))
+                _leave(exit_code_of(error), _line(error))
         self._failure, self._together = error, False
         self._over.set()
         self._answered.set()
         time.sleep(UNWINDING)
         if not isinstance(error, UserError):
             traceback.print_exception(error)
-        _leave(exit_code_of(error), _sentence(error))
+        _leave(exit_code_of(error), _line(error))
 
     def _logged(self, error: UserError, stacks: bool) -> UserError:
         """Add the stacks to the crash log, or remove a crash log that only followed from another process's end."""
@@ -261,10 +261,14 @@ def _sentence(error: BaseException) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {str(error)[:500]}".strip(": ")
 
 
-def _leave(code: int, sentence: str = "") -> None:
+def _line(error: BaseException) -> str:
+    return f"{error.prefix if isinstance(error, UserError) else UserError.prefix}{printable(_sentence(error))}\n"
+
+
+def _leave(code: int, line: str = "") -> None:
     """End the process at once, without exit handlers, which might wait for processes that are gone."""
-    if sentence:
-        os.write(2, f"error: {printable(sentence)}\n".encode(errors="backslashreplace"))
+    if line:
+        os.write(2, line.encode(errors="backslashreplace"))
     else:
         sys.stdout.flush()
         sys.stderr.flush()

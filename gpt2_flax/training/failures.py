@@ -18,7 +18,7 @@ def naming_stage(name: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(error.exit_code, name + error.what, error.where, error.fix) from error
+        raise type(error)(error.exit_code, name + error.what, error.where, error.fix) from error
 
 
 @contextlib.contextmanager

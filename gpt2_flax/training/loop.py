@@ -12,7 +12,7 @@ from gpt2_flax.checkpoint.store import CheckpointStore
 from gpt2_flax.config.schema import Config
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import row_layout
-from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.errors import ExitCode, Stopped
 from gpt2_flax.parallel.device_batches import device_batch, prefetch
 from gpt2_flax.parallel.devices import Device
 from gpt2_flax.processes.phases import Kind
@@ -25,6 +25,7 @@ from gpt2_flax.training.open_stage import Stage, check_same_run, open_stage
 from gpt2_flax.training.policy import Best, SkippedSteps
 from gpt2_flax.training.profiler import Profiler
 from gpt2_flax.training.saving import Saver
+from gpt2_flax.training.screen import Screen, open_screen
 from gpt2_flax.training.signals import SLOW_DISK, StopRequest
 from gpt2_flax.training.start import Progress, start_or_resume
 from gpt2_flax.training.step import TrainState, make_growth, make_train_step, state_layout
@@ -39,6 +40,7 @@ def train(
     devices: Sequence[Device] | None = None,
     watchdog: Watchdog | None = None,
     deadline: float = math.inf,
+    quiet: bool = False,
 ) -> None:
     """Train each stage to its `training.total_steps`, from the newest checkpoint of its run folder if there is one.
 
@@ -51,22 +53,25 @@ def train(
         devices: devices to train on, by default all.
         watchdog: of several processes, the connection to the others.
         deadline: seconds of `time.monotonic` by which the run has stopped and saved.
+        quiet: print nothing but warnings.
 
     Raises:
-        UserError: TRY_AGAIN when the run was asked to stop and has saved; other codes as the sentence says.
+        Stopped: TRY_AGAIN when the run was asked to stop and has saved.
+        UserError: with codes as the sentence says.
     """
     watchdog = watchdog or Watchdog()
     names = [f"stage {number} of {len(stages)}: " if len(stages) > 1 else "" for number in range(1, len(stages) + 1)]
     mixtures: list[Mixture] = []
     opened: list[Stage] = []
-    for name, config in zip(names, stages, strict=True):
-        with naming_stage(name):
-            mixtures.append(Mixture(config.data.datasets))
-    agree_on_start(stages, mixtures, allow_change, deadline < math.inf, watchdog)
-    for name, config, mixture in zip(names, stages, mixtures, strict=True):
-        with naming_stage(name):
-            opened.append(open_stage(config, mixture, [stage.config for stage in opened], devices))
     with contextlib.ExitStack() as stack:
+        screen = stack.enter_context(open_screen(quiet, live=not watchdog.token))
+        for name, config in zip(names, stages, strict=True):
+            with naming_stage(name):
+                mixtures.append(Mixture(config.data.datasets))
+        agree_on_start(stages, mixtures, allow_change, deadline < math.inf, watchdog)
+        for name, config, mixture in zip(names, stages, mixtures, strict=True):
+            with naming_stage(name):
+                opened.append(open_stage(config, mixture, [stage.config for stage in opened], devices))
         for name, stage in zip(names, opened, strict=True):
             with naming_stage(name):
                 if watchdog.number == 0:
@@ -74,24 +79,35 @@ def train(
                     stage.run.create()
                 check_shared(stage.run, watchdog)
                 check_same_run(stage.config, stage.run, allow_change)
-        stop = stack.enter_context(StopRequest(watchdog, deadline))
+        stop, trained = stack.enter_context(StopRequest(watchdog, deadline)), False
         for name, stage in zip(names, opened, strict=True):
             with naming_stage(name):
-                _train_stage(stage, stop, watchdog, allow_change, name, profile_steps)
+                trained = _train_stage(stage, stop, watchdog, allow_change, name, profile_steps, screen)
                 if stage is not opened[-1] and stop("start", "step"):
-                    fix = "run the same command to go on"
-                    raise UserError(ExitCode.TRY_AGAIN, "stopped at its end, saved", stage.config.output, fix)
+                    raise _stopped("its end", stage.config)
+        if trained and watchdog.number == 0:
+            from gpt2_flax.training.overview import next_command  # here, as in `run_steps`
+
+            screen.say(next_command(opened[-1]))
 
 
 def _train_stage(
-    stage: Stage, stop: StopRequest, watchdog: Watchdog, allow_change: Sequence[str], name: str, profile_steps: int
-) -> None:
+    stage: Stage,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    allow_change: Sequence[str],
+    name: str,
+    profile_steps: int,
+    screen: Screen,
+) -> bool:
+    """Train a stage; return whether it had a step to train."""
     config, training, run, leads = stage.config, stage.config.training, stage.run, jax.process_index() == 0
     trained = False
     with contextlib.ExitStack() as stack:
         if leads:
             stack.enter_context(run.lock())
-        log = stack.enter_context(MetricsLog(run if leads else None))
+        log = stack.enter_context(MetricsLog(run if leads else None, screen))
+        screen.begin(name)
 
         def say(line: str) -> None:
             log.say(name + line)
@@ -101,13 +117,12 @@ def _train_stage(
         stack.enter_context(jax.set_mesh(stage.mesh))
         stack.enter_context(watchdog.running(config.output))
         stack.enter_context(naming_savings(config, stage.mesh))
-        progress, state = start_or_resume(stage, store, allow_change, say, watchdog)
+        with screen.doing("restoring the newest checkpoint" if store.steps() else "making the model"):
+            progress, state = start_or_resume(stage, store, allow_change, say, watchdog)
         if leads:
             run.check_tokenizer(stage.mixture.tokenizer_folder, say)
             run.write_config(config, stage.mixture.tokenizer_folder)
         if state is not None:
-            for what, choice in stage.choices.items():
-                say(f"{what} {choice}")
             profiler = stack.enter_context(Profiler(profile_steps, run.tensorboard, progress.step, say))
             with naming_checkpoint(run):
                 run_steps(stage, progress, state, store, log, profiler, stop, watchdog)
@@ -120,7 +135,8 @@ def _train_stage(
     if trained and leads:  # here, because all metrics are on the disk now
         from gpt2_flax.report.page import report_at_end  # here, because only the end of a run needs it
 
-        report_at_end(run, partial(print, flush=True))
+        report_at_end(run, screen.say)
+    return trained
 
 
 def run_steps(
@@ -136,9 +152,12 @@ def run_steps(
     """Train from `progress` and `state` to the last step of a stage, and save.
 
     Raises:
-        UserError: TRY_AGAIN when `stop` asked to stop, DIVERGED when the numbers are not finite, DATA when a dataset is
+        Stopped: TRY_AGAIN when `stop` asked to stop.
+        UserError: DIVERGED when the numbers are not finite, DATA when a dataset is
             damaged, IO when a save that must succeed fails.
     """
+    from gpt2_flax.training.overview import header, summary  # here, because one can read the loop without it
+
     config, mixture, mesh, phases = stage.config, stage.mixture, stage.mesh, watchdog.phases
     training, n_rows, total = config.training, config.data.global_batch_size, config.training.total_steps
     batches = mixture.batches(row_layout(config), training.seed, config.data.prompt_separator)
@@ -147,7 +166,10 @@ def run_steps(
         log.say(f"no validation split, so no validation loss: {', '.join(validation.without)}")
     layout = state_layout(config, mesh)
     train_step = make_train_step(config, layout, mesh, progress.grown)
-    report = StepReport(config, log, throughput(config, mesh, mixture, batches), progress.step)
+    speeds = throughput(config, mesh, mixture, batches)
+    for line in header(stage, state, progress.step, speeds):
+        log.say(line)
+    report = StepReport(config, log, speeds, progress.step)
     skips, saver = SkippedSteps(config, log), Saver(stage, store, log, phases, stop)
     finished = OneStepLate(skips.check, report.finished)
     stop.first_save = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / jax.process_count() / SLOW_DISK
@@ -163,7 +185,7 @@ def run_steps(
     if not progress.evaluated:
         progress = evaluate(stop)
         if not progress.evaluated:
-            raise _stopped(progress.step, config)
+            raise _stopped(f"step {progress.step}", config)
     if progress.best.ends(training.patience):
         log.say(f"stopped at step {progress.step}: {_no_better(config, progress.best)}")
         return
@@ -210,14 +232,15 @@ def run_steps(
             if ended:
                 if step < total:
                     log.say(f"stopped at step {step}, saved: {_no_better(config, progress.best)}")
+                for line in summary(stage, report, progress):
+                    log.say(line)
                 return
             if stopping:
-                raise _stopped(step, config)
+                raise _stopped(f"step {step}", config)
 
 
-def _stopped(step: int, config: Config) -> UserError:
-    fix = "run the same command to go on"
-    return UserError(ExitCode.TRY_AGAIN, f"stopped at step {step}, saved", config.output, fix)
+def _stopped(where: str, config: Config) -> Stopped:
+    return Stopped(ExitCode.TRY_AGAIN, f"stopped at {where}, saved", config.output, "run the same command to go on")
 
 
 def _no_better(config: Config, best: Best) -> str:

@@ -57,11 +57,14 @@ class StepReport:
 
     def __init__(self, config: ResolvedConfig, log: MetricsLog, throughput: Throughput, first_step: int):
         self._config, self._log, self._throughput = config, log, throughput
-        self._first_step, self._first_time = first_step, time.perf_counter()
+        self.screen = log.screen
+        self.begun = first_step, time.perf_counter()
+        """The last step before this start, and the time of the start, in seconds of `perf_counter`."""
         self._busy_flops, self._busy_seconds = 0, 0.0  # in all intervals written
         self.figures: dict[str, float] = {}
         """The loss of the last finished step, and the validation loss if the step was evaluated."""
         self._start_interval(first_step)
+        self.recompiling(first_step)
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
         """Return the next batch, and count the time that it took."""
@@ -71,22 +74,26 @@ class StepReport:
         return batch
 
     def finished(self, finished: FinishedStep) -> None:
-        """Write a line and a record of the step when they are due."""
+        """Write a line and a record of the step when they are due, and always a line of the first step."""
         step, _, metrics = finished
         self.figures = {"train/loss": metrics.loss}
         self._real += metrics.real
-        if step == self._first_step + 1:
-            took = duration(time.perf_counter() - self._first_time)
-            self._log.say(f"first step took {took}, compilation included")
+        self.screen.stepped(step, metrics.loss)
+        first, remark = step == self._first_step + 1, None
+        if first:
+            remark = f"this step took {duration(time.perf_counter() - self._first_time)}, compilation included"
         if step % self._config.training.log_every == 0 or step == self._config.training.total_steps:
-            self._write(finished)
-        if step == self._first_step + 1:  # its time says nothing about later steps
+            self._write(finished, remark)
+        elif first:
+            self._log.say(self._line(finished, remark))
+        if first:  # its time says nothing about later steps
             self._busy_flops, self._busy_seconds = 0, 0.0
             self._start_interval(step)
 
     def recompiling(self, step: int) -> None:
         """Note that the step after `step` is compiled, so that its time counts for no figure."""
         self._first_step, self._first_time = step, time.perf_counter()
+        self.screen.compiling(step, self._config, self._throughput)
 
     def evaluated(self, step: int, evaluations: Mapping[str, Evaluation], texts: Sequence[str] = ()) -> None:
         """Write the sum of the evaluations, the loss of each of several datasets, and generated texts.
@@ -114,7 +121,7 @@ class StepReport:
         self.figures = self.figures | {VALIDATION_LOSS: whole.loss}
         self._log.write(step, values, f"step {step:>7}  validation {whole}")
 
-    def _write(self, finished: FinishedStep) -> None:
+    def _write(self, finished: FinishedStep, remark: str | None) -> None:
         step, samples_seen, metrics = finished
         total = self._config.training.total_steps
         steps, seconds = step - self._line_step, time.perf_counter() - self._line_time
@@ -128,16 +135,19 @@ class StepReport:
             "train/real_tokens_per_second": tokens_per_second * self._real / steps,
             "train/mfu": utilization,
             "train/data_wait_s": self._waited / steps,
-            "train/device_memory_peak_bytes": peak_memory(jax.local_devices()),
+            "train/device_memory_peak_bytes": (memory := peak_memory(jax.local_devices())),
         }
+        self.screen.memory = memory
         values = self._model_values(metrics) | speeds | self._epochs(samples_seen)
-        line = (
-            f"step {step:>7}/{total}  loss {metrics.loss:.4f}  lr {metrics.learning_rate:.2e}  "
-            f"grad {metrics.grad_norm:.2f}  {si(tokens_per_second)} tokens/s  "
-            f"{'' if utilization is None else f'MFU {utilization:.1%}  '}ETA {duration(remaining)}"
-        )
+        mfu = "" if utilization is None else f"MFU {utilization:.1%}  "
+        line = self._line(finished, remark or f"{si(tokens_per_second)} tokens/s  {mfu}ETA {duration(remaining)}")
         self._log.write(step, {name: value for name, value in values.items() if value is not None}, line)
         self._start_interval(step)
+
+    def _line(self, finished: FinishedStep, speed: str | None) -> str:
+        metrics, total = finished.metrics, self._config.training.total_steps
+        figures = f"loss {metrics.loss:.4f}  lr {metrics.learning_rate:.2e}  grad {metrics.grad_norm:.2f}"
+        return f"step {finished.step:>7}/{total}  {figures}  {speed}"
 
     def _model_values(self, metrics: StepMetrics[float]) -> dict[str, float | None]:
         characters = self._throughput.characters_per_target

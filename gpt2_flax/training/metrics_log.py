@@ -14,6 +14,7 @@ from typing import Any
 
 from gpt2_flax.checkpoint.run_folder import SAVED, RunFolder
 from gpt2_flax.errors import UserError, io_error, naming_file, printable
+from gpt2_flax.training.screen import Screen
 from gpt2_flax.training.tensorboard import TensorBoard
 
 
@@ -24,8 +25,8 @@ class MetricsLog(AbstractContextManager):
     wait in memory, and are written later. Leaving the context raises `UserError` (IO) if they still do not fit.
     """
 
-    def __init__(self, run: RunFolder | None):
-        self._run = run
+    def __init__(self, run: RunFolder | None, screen: Screen | None = None):
+        self._run, self.screen = run, screen or Screen()
         if run:
             self._records, self._texts = (_Lines(path, self.say) for path in (run.metrics, run.samples))
             self._events = TensorBoard(run.tensorboard, self.say)
@@ -62,8 +63,7 @@ class MetricsLog(AbstractContextManager):
     def say(self, line: str) -> None:
         """Print a line."""
         if self._run:
-            with naming_file("standard output"):
-                print(line, flush=True)
+            self.screen.say(line)
 
     def _add_record(self, step: int, values: Mapping[str, Any]) -> None:
         record = {"step": step, "time": round(time.time(), 3), **values}

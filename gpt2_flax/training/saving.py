@@ -56,7 +56,7 @@ class Saver:
         """
         meta = self._meta | progress._asdict() | {"best": progress.best._asdict(), "skipped": skipped}
         meta["metrics"] = {name: value for name, value in figures.items() if math.isfinite(value)}
-        with self._phases.during("save", progress.step):
+        with self._phases.during("save", progress.step), self._log.screen.doing(f"saving step {progress.step:,}"):
             self._mixture.wait_until_verified(patience=0 if stopping else 10)
             self._mixture.check_unchanged()
             if not jax.device_get(all_finite(state)):

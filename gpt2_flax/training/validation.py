@@ -6,7 +6,7 @@ from gpt2_flax.config.schema import ResolvedConfig
 from gpt2_flax.data.batches import rows_of
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import row_layout
-from gpt2_flax.inference.evaluation import Evaluation, evaluation_of, sums_of_batches
+from gpt2_flax.inference.evaluation import Evaluation, evaluation_of, rows_to_read, sums_of_batches
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.processes.phases import Phases
 from gpt2_flax.training.metrics import StepReport
@@ -38,21 +38,26 @@ class Validation:
             stop: asked after each batch; None: the evaluation runs to its end.
         """
         with self._phases.during("evaluation", step):
-            evaluations = self._evaluations(model, stop)
+            evaluations = self._evaluations(model, stop, report)
             self._mixture.check_unchanged()
             if evaluations is not None:
-                report.evaluated(step, evaluations, self._texts(model))
+                with report.screen.doing("continuing the prompts"):
+                    texts = self._texts(model)
+                report.evaluated(step, evaluations, texts)
         return evaluations
 
-    def _evaluations(self, model: GPT2, stop: StopRequest | None) -> dict[str, Evaluation] | None:
+    def _evaluations(self, model: GPT2, stop: StopRequest | None, report: StepReport) -> dict[str, Evaluation] | None:
         n_rows, n_batches = self._config.data.global_batch_size, self._config.training.evaluation_batches
+        total = sum(rows_to_read(rows, n_rows, n_batches) for rows in self._rows.values()) // n_rows
         evaluations = {}
-        for folder, rows in self._rows.items():
-            sums = []
-            for batch_sums in sums_of_batches(model, rows, self._mesh, n_rows, n_batches):
-                sums.append(batch_sums)
-                self._phases.progress()
-                if stop is not None and stop():
-                    return None
-            evaluations[folder] = evaluation_of(rows, sums)
+        with report.screen.doing("evaluating", total) as advance:
+            for folder, rows in self._rows.items():
+                sums = []
+                for batch_sums in sums_of_batches(model, rows, self._mesh, n_rows, n_batches):
+                    sums.append(batch_sums)
+                    advance()
+                    self._phases.progress()
+                    if stop is not None and stop():
+                        return None
+                evaluations[folder] = evaluation_of(rows, sums)
         return evaluations

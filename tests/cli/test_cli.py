@@ -3,6 +3,8 @@
 import fcntl
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import typer
+from safetensors.numpy import load_file
 from support.failures import fails
 from support.folders import contents
+from support.terminal import at_terminal, seen
 
 from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint.step_meta import sealed
@@ -79,29 +83,27 @@ def way(corpus, tmp_path_factory):
     )
     printed = {}
 
-    def call(name, *arguments, until=None, expected=0):
+    def call(name, *arguments, expected=0):
         command = [sys.executable, "-m", "gpt2_flax", *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
         with subprocess.Popen(command, cwd=folder, env=environment, **pipes) as process:
-            lines = []
-            if until:
-                lines += iter(lambda: process.stdout.readline() if until not in "".join(lines) else "", "")
-                process.send_signal(signal.SIGTERM)
             out, err = process.communicate(timeout=120)
         assert process.returncode == expected, err
         assert len(err.splitlines()) == (expected != 0), err
-        printed[name] = "".join(lines) + out + err
+        printed[name] = out + err
 
     call("tokenizer", "tokenizer", "corpus.txt", "--output", "tokenizer", "--vocab-size", "100")
     call("prepare", "prepare", "corpus.txt", *["--tokenizer", "tokenizer", "--output", "dataset"])
-    call("stopped", "train", "run.toml", until="loss", expected=75)
+    train = [sys.executable, "-m", "gpt2_flax", "train", "run.toml"]
+    code, printed["stopped"] = at_terminal(train, folder, environment, "next evaluation", signal.SIGINT)
+    assert code == 75, printed["stopped"]
     call("resumed", "train", "run.toml")
     call("evaluate", "evaluate", "run")
     call("generate", "generate", "run", "--prompt", PROMPT, "--prompt", "", "--max-new-tokens", "8")
     call("export", "export", "run", "exported", "--prompt", PROMPT)
     call("import", "import", "exported", "imported")
     call("export again", "export", "imported", "again", "--format", "bin")
-    call("train on", "train", "run.toml", "output=second", "init_from=imported", "training.total_steps=3")
+    call("train on", "train", "run.toml", "output=second", "init_from=imported", "training.total_steps=3", "--quiet")
     return folder, printed
 
 
@@ -110,13 +112,12 @@ def test_every_command_says_what_it_did(way):
     folder, printed = way
     assert "characters a token" in printed["tokenizer"]
     assert "dataset validation: " in printed["prepare"]
-    assert "error: stopped at step" in printed["stopped"]
-    step = printed["stopped"].partition("stopped at step ")[2].partition(",")[0]
+    step = re.search(r"stopped at step (\d+), saved: run; ", printed["stopped"])[1]
     assert f"resumed from step {step} of run" in printed["resumed"]
     assert "perplexity" in printed["evaluate"]
     assert printed["generate"].startswith(PROMPT)
     assert len(printed["generate"].splitlines()) == 2
-    assert "starting from imported at step 0: 16 parameter arrays" in printed["train on"]
+    assert printed["train on"] == ""
 
     steps = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["train/loss"] for line in steps if "train/loss" in line}
@@ -124,6 +125,40 @@ def test_every_command_says_what_it_did(way):
     assert losses[120] < 0.5 * losses[1]
     second = json.loads((folder / "second/metrics.jsonl").read_text().splitlines()[0])
     assert second["train/loss"] < 0.5 * losses[1]  # it starts where the first has ended
+
+
+@pytest.mark.multiprocess
+def test_a_terminal_shows_the_state_of_a_run_and_in_the_end_only_its_lines(way):
+    written = way[1]["stopped"]
+    states = ["making the model", "compiling the training step", "tokens/s  ETA", "saving step"]
+    assert sorted(states, key=written.index) == states
+    without_colors = re.sub(r"\x1b\[[\d;]*m", "", written)
+    assert re.search(r"step \d+/120  ━.*  loss \d\.\d+ .*[▁▂▃▄▅▆▇█]", without_colors)
+    lines, cursor = seen(written)
+    assert cursor
+    assert lines[0] == "starting from scratch with seed 0"
+    numbers = [int(line.split()[1].split("/")[0]) for line in lines if line.startswith("step ")]
+    assert numbers == list(range(1, len(numbers) + 1))
+    last = f"stopped at step {numbers[-1]}, saved: run; to go on: gpt2-flax train run.toml"
+    assert [line for line in lines if line][-1] == last
+    assert not [line for line in lines if re.search("[━█]|error|tokens/s  ETA.*next|saving", line)]
+
+
+@pytest.mark.multiprocess
+def test_a_run_ends_with_a_command_that_works(way):
+    folder, printed = way
+    lines = printed["resumed"].splitlines()
+    step = re.search(r"resumed from step (\d+)", lines[0])[1]
+    assert f"steps           120, 15.4k tokens, {step} of them done" in lines
+    end = r"estimated end   \d{4}-\d\d-\d\d \d\d:\d\d, in \w+, at the speed before the stop"
+    assert any(re.fullmatch(end, line) for line in lines)
+    assert [line.split("  ")[0] for line in lines[-4:]] == ["finished", "loss", "best step", "next"]
+    assert re.search(rf"120 steps, 15.4k tokens; the last {120 - int(step)} in \w+$", lines[-4])
+    command = shlex.split(lines[-1])[1:]
+    assert command[:-1] == ["gpt2-flax", "generate", "run", "--prompt"]
+    tensors = load_file(folder / "exported/model.safetensors")
+    assert f"\nparameters      {sum(array.size for array in tensors.values()):,}, " in printed["resumed"]
+    assert command[-1] in (folder / "corpus.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.multiprocess

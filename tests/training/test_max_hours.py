@@ -137,7 +137,8 @@ def test_the_command_stops_with_75_and_goes_on(config, tmp_path, capsys):
             cli.main(["train", str(tmp_path / "config.toml"), "--max-hours", hours])
         out, err = capsys.readouterr()
         assert ended.value.code == ExitCode.TRY_AGAIN
-        step = int(re.fullmatch(r"error: stopped at step (\d+), saved: .*; run the same command to go on\n", err)[1])
+        command = rf"gpt2-flax train {tmp_path}/config\.toml --max-hours {hours}"
+        step = int(re.fullmatch(rf"stopped at step (\d+), saved: {config.output}; to go on: {command}\n", err)[1])
         assert step == RunFolder(config.output).last_checkpoint()
         assert f"resumed from step {resumed}" in out or not resumed
         assert step > resumed
