@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -39,6 +39,7 @@ def train(
     devices: Sequence[Device] | None = None,
     watchdog: Watchdog | None = None,
     deadline: float = math.inf,
+    on_step: Callable[[dict[str, float]], object] | None = None,
 ) -> None:
     """Train each stage to its `training.total_steps`, from the newest checkpoint of its run folder if there is one.
 
@@ -51,6 +52,7 @@ def train(
         devices: devices to train on, by default all.
         watchdog: of several processes, the connection to the others.
         deadline: seconds of `time.monotonic` by which the run has stopped and saved.
+        on_step: called by process 0 with the record of each step.
 
     Raises:
         UserError: TRY_AGAIN when the run was asked to stop and has saved; other codes as the sentence says.
@@ -77,21 +79,27 @@ def train(
         stop = stack.enter_context(StopRequest(watchdog, deadline))
         for name, stage in zip(names, opened, strict=True):
             with naming_stage(name):
-                _train_stage(stage, stop, watchdog, allow_change, name, profile_steps)
+                _train_stage(stage, stop, watchdog, allow_change, name, profile_steps, on_step)
                 if stage is not opened[-1] and stop("start", "step"):
                     fix = "run the same command to go on"
                     raise UserError(ExitCode.TRY_AGAIN, "stopped at its end, saved", stage.config.output, fix)
 
 
 def _train_stage(
-    stage: Stage, stop: StopRequest, watchdog: Watchdog, allow_change: Sequence[str], name: str, profile_steps: int
+    stage: Stage,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    allow_change: Sequence[str],
+    name: str,
+    profile_steps: int,
+    on_step: Callable[[dict[str, float]], object] | None,
 ) -> None:
     config, training, run, leads = stage.config, stage.config.training, stage.run, jax.process_index() == 0
     trained = False
     with contextlib.ExitStack() as stack:
         if leads:
             stack.enter_context(run.lock())
-        log = stack.enter_context(MetricsLog(run if leads else None))
+        log = stack.enter_context(MetricsLog(run if leads else None, on_step))
 
         def say(line: str) -> None:
             log.say(name + line)

@@ -72,8 +72,11 @@ class StepReport:
 
     def finished(self, finished: FinishedStep) -> None:
         """Write a line and a record of the step when they are due."""
-        step, _, metrics = finished
+        step, samples_seen, metrics = finished
         self.figures = {"train/loss": metrics.loss}
+        if self._log.on_step is not None:
+            values = self._model_values(metrics) | self._epochs(samples_seen)
+            self._log.on_step({"step": step} | {name: value for name, value in values.items() if value is not None})
         self._real += metrics.real
         if step == self._first_step + 1:
             took = duration(time.perf_counter() - self._first_time)
