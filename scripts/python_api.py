@@ -1,5 +1,6 @@
 """Write docs/python-api.md from the docstrings of the public names: python scripts/python_api.py [FILE]"""
 
+import collections.abc
 import functools
 import inspect
 import re
@@ -62,9 +63,9 @@ def type_name(annotation: object) -> str:
         return ", ".join(f'"{one}"' for one in typing.get_args(annotation))
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         parts = " or ".join(type_name(one) for one in typing.get_args(annotation))
-        return parts.replace("str or os.PathLike[str]", "path").replace(
-            "Sequence[str | os.PathLike[str]]", "list of them"
-        )
+        return parts.replace("str or os.PathLike[str]", "path")
+    if typing.get_origin(annotation) is collections.abc.Sequence:
+        return f"Sequence[{type_name(typing.get_args(annotation)[0])}]"
     name = "None" if annotation is type(None) else inspect.formatannotation(annotation)
     return name.replace("collections.abc.", "").replace("typing.", "")
 

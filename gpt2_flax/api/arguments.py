@@ -3,14 +3,14 @@
 import functools
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, ParamSpec, TypeVar
 
-from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter, ValidationError
 
 from gpt2_flax.errors import ExitCode, UserError, quote
-from gpt2_flax.folders import corpus_source, local_path, path_or_address
+from gpt2_flax.folders import corpus_source, is_utf8, local_path, path_or_address
 from gpt2_flax.input_files import MOST_POSITIONS, MOST_ROWS, MOST_STEPS
 
 P = ParamSpec("P")
@@ -58,10 +58,17 @@ def sources_of(corpus: object) -> list[str]:
     return [corpus_source(_text_of(one)) for one in several]
 
 
+def _utf8(text: str) -> str:
+    if not is_utf8(text):
+        raise ValueError("give text that UTF-8 can encode")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_utf8)]
 LocalPath = Annotated[str | os.PathLike[str], PlainValidator(lambda given: Path(local_path(_text_of(given))))]
 PathOrAddress = Annotated[str | os.PathLike[str], PlainValidator(lambda given: path_or_address(_text_of(given)))]
 Source = Annotated[str | os.PathLike[str], PlainValidator(lambda given: corpus_source(_text_of(given)))]
-Corpus = Annotated[str | os.PathLike[str] | Sequence[str | os.PathLike[str]], PlainValidator(sources_of)]
+Corpus = Annotated[str | os.PathLike[str] | list[str] | list[Path], PlainValidator(sources_of)]
 Step = Annotated[int, Field(ge=0, le=MOST_STEPS)]
 FirstStep = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 Length = Annotated[int, Field(ge=1, le=MOST_POSITIONS)]

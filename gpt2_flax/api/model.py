@@ -1,5 +1,7 @@
 """A model in memory: `load`, and `Model`, which generates, evaluates, scores and exports."""
 
+import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -7,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, overload
 
 from pydantic import Field
 
-from gpt2_flax.api.arguments import Length, LocalPath, Rows, Seed, Share, Source, Step, checked
+from gpt2_flax.api.arguments import Length, LocalPath, Rows, Seed, Share, Source, Step, Text, checked
+from gpt2_flax.api.set_up import set_up_jax
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.input_files import MOST_POSITIONS, MOST_TOKENS
 from gpt2_flax.text.documents import CorpusFormat, CorpusOptions, OnError, Separator
@@ -21,17 +24,6 @@ if TYPE_CHECKING:
     from gpt2_flax.inference.generate import Generator
     from gpt2_flax.model.gpt2 import GPT2
     from gpt2_flax.tokenizers.tokenizer import Tokenizer
-
-
-def set_up_jax() -> None:
-    """Set up this process for JAX as the command line does; call this before JAX is used, best before its import."""
-    from gpt2_flax.accelerators import silence_what_is_not_here
-    from gpt2_flax.compilation_cache import keep_compiled_programs
-    from gpt2_flax.cpu import tune_cpu
-
-    keep_compiled_programs()
-    silence_what_is_not_here()
-    tune_cpu()
 
 
 @checked
@@ -66,8 +58,9 @@ def load(
     set_up_jax()
     from gpt2_flax.checkpoint.source import load_source
 
-    own = None if tokenizer is None else Path(tokenizer)
-    return Model(load_source(path, step, own, None if uer_config is None else Path(uer_config), Ends(bos, eos), best))
+    own, uer = (None if given is None else Path(given) for given in (tokenizer, uer_config))
+    source = load_source(path, step, own, uer, Ends(bos, eos), best)
+    return Model(dataclasses.replace(source, tokenizer_folder=source.tokenizer_folder.absolute()))  # it is read later
 
 
 class Model:
@@ -120,7 +113,8 @@ class Model:
 
         return model_from_weights(self.config.model_copy(update={"dtype": "float32"}), self._source.weights)
 
-    def encode(self, text: str) -> list[int]:
+    @checked
+    def encode(self, text: Text) -> list[int]:
         """Return the ids of a text as the begin of a document: the special id `bos_id`, and the ids of the text."""
         from gpt2_flax.inference.generate import prompt_ids
 
@@ -153,7 +147,7 @@ class Model:
     @checked
     def generate(
         self,
-        prompt: str | Sequence[str],
+        prompt: Text | Sequence[Text],
         max_new_tokens: Length = 100,
         *,
         samples: Rows = 1,
@@ -190,8 +184,6 @@ class Model:
         Raises:
             UserError: DATA if a prompt leaves no room for a token; USAGE for `stream` with several texts.
         """
-        import warnings
-
         from gpt2_flax.inference.generate import unknown_warning, with_text_only
         from gpt2_flax.inference.sampling import Sampling
 
@@ -251,7 +243,7 @@ class Model:
     def score(self, text: list[str] | tuple[str, ...]) -> "list[Evaluation]": ...
 
     @checked
-    def score(self, text: str | Sequence[str]) -> "Evaluation | list[Evaluation]":
+    def score(self, text: Text | Sequence[Text]) -> "Evaluation | list[Evaluation]":
         """Return how well the model predicts a text, or each of several texts.
 
         Each text is a document of its own. All tokens after the begin count, and so does the end of the document. A

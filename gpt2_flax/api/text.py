@@ -236,6 +236,7 @@ class Dataset:
         from gpt2_flax.config.parse import parse_config
         from gpt2_flax.data.packing import row_layout
 
+        mixture = self._mixture
         values = {
             "output": "none",
             "data": data | {"dataset": self.folder},
@@ -243,7 +244,7 @@ class Dataset:
             "training": {"total_steps": MOST_STEPS, "seed": seed},
         }
         config = parse_config(values, "gpt2_flax.Dataset.batch")
-        batches = self._mixture.batches(row_layout(config), config.training.seed, config.data.prompt_separator)
+        batches = mixture.batches(row_layout(config), config.training.seed, config.data.prompt_separator)
         n_rows = config.data.global_batch_size
         return batches.batch((step - 1) * n_rows, step * n_rows)
 
