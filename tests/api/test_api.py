@@ -136,15 +136,15 @@ def test_a_batch_is_that_of_the_loader_of_training(tutorial, corpus):
 def test_every_kind_of_place_gives_the_same_model(model, tutorial):
     folder, ids = tutorial["folder"], model.encode(TEXTS[0])
     writer("uer").write_folder(model._source, folder / "uer", False)
-    own = {"tokenizer": folder / "tokenizer/vocab.txt", "uer_config": folder / "uer/config.json"}
-    for place, options in (
-        (f"{folder}/run/checkpoints/{STEPS}", {}),
-        (str(folder / "exported"), {}),
-        (folder / "uer/model.bin", own),
+    own = {"tokenizer": folder / "tokenizer/vocab.txt", "uer_config": folder / "uer/uer_config.json"}
+    for place, options, tolerance in (
+        (f"{folder}/run/checkpoints/{STEPS}", {}, 0.0),
+        (str(folder / "exported"), {}, 0.0),
+        (folder / "uer/model.bin", own, 5e-3),  # layer norm has another epsilon there
     ):
         other = gpt2_flax.load(place, **options)
         assert other.encode(TEXTS[0]) == ids
-        assert np.abs(other.logits(ids) - model.logits(ids)).max() < 1e-4
+        assert np.abs(other.logits(ids) - model.logits(ids)).max() <= tolerance
 
 
 def test_a_run_that_is_interrupted_saves_and_resumes(tutorial, tmp_path):
