@@ -16,7 +16,7 @@ _OTHERS_WRITE = 0o022
 
 
 def keep_compiled_programs() -> None:
-    """Set JAX's cache folder in the environment, unless it is set; call this before JAX is imported.
+    """Set JAX's cache folder in the environment, unless it is set, and in JAX, if JAX is already imported.
 
     The user may set `JAX_COMPILATION_CACHE_DIR` to another folder, or to nothing for no cache.
     """
@@ -24,6 +24,12 @@ def keep_compiled_programs() -> None:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_folder())
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(_MOST_BYTES))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+        jax.config.update("jax_compilation_cache_max_size", int(os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"]))
+        seconds = float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
 def _folder() -> Path | str:

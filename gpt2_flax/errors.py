@@ -32,7 +32,14 @@ class ExitCode(enum.IntEnum):
 
 
 class UserError(Exception):
-    """A failure that the user can fix, printed as `error: <what>: <where>; <fix>` without a traceback."""
+    """A failure that the user can fix, printed as `error: <what>: <where>; <fix>` without a traceback.
+
+    Attributes:
+        exit_code: The `ExitCode` with which the command line would end.
+        what: The failure.
+        where: The file, line, key or call.
+        fix: What to do.
+    """
 
     prefix = "error: "
 

@@ -61,6 +61,16 @@ def local_path(given: str) -> str:
     return path
 
 
+def path_or_address(given: str) -> str:
+    """Return an address for `fsspec` unchanged, and a path expanded. Raises ValueError as `local_path`."""
+    return given if is_address(given) else local_path(given)
+
+
+def corpus_source(given: str) -> str:
+    """Do the same as `path_or_address`, but accept file names in any encoding, because the files are only read."""
+    return path_or_address(given) if is_utf8(given) else given
+
+
 def cache_folder() -> Path | None:
     """Return the folder for files that this program can make again, None for a user without a home folder."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - as in `local_path`

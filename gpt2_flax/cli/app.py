@@ -1,15 +1,18 @@
 """The typer application, and the options and checks that commands share."""
 
+import functools
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from typer import Argument, Option
 
 import gpt2_flax
-from gpt2_flax.folders import is_address, is_utf8, local_path
+from gpt2_flax import folders
+from gpt2_flax.folders import is_utf8, local_path
 from gpt2_flax.input_files import MOST_STEPS
 
 app = typer.Typer(
@@ -21,6 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+T = TypeVar("T")
 
 DEBUG = "GPT2_FLAX_DEBUG"  # in the environment: show tracebacks
 
@@ -57,15 +62,22 @@ def positive(value: float | None) -> float | None:
     return value
 
 
-def _local_path(given: str) -> str:
-    try:
-        return local_path(given)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+def _parser(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """Return `parse` with the sentence of its ValueError, which typer would drop."""
+
+    @functools.wraps(parse)
+    def parsed(given: str) -> T:
+        try:
+            return parse(given)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return parsed
 
 
+@_parser
 def _path(given: str) -> Path:
-    return Path(_local_path(given))
+    return Path(local_path(given))
 
 
 def config_or_override(given: str) -> Path | str:
@@ -75,14 +87,7 @@ def config_or_override(given: str) -> Path | str:
     return given if is_override(given) and is_utf8(given) and not os.path.lexists(given) else _path(given)
 
 
-def path_or_address(given: str) -> str:
-    """Return an address for `fsspec` unchanged, and a path expanded."""
-    return given if is_address(given) else _local_path(given)
-
-
-def corpus_source(given: str) -> str:
-    """Do the same as `path_or_address`, but accept file names in any encoding, because the files are only read."""
-    return path_or_address(given) if is_utf8(given) else given
+path_or_address, corpus_source = _parser(folders.path_or_address), _parser(folders.corpus_source)
 
 
 def existing_model(path: Path) -> Path:

@@ -54,31 +54,28 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Export a model as a transformers folder, and check that it computes the same there."""
-    from gpt2_flax.checkpoint.source import load_source
-    from gpt2_flax.export.publish import publish
+    from gpt2_flax.api.model import load
     from gpt2_flax.export.transformers_folder import MARKER
-    from gpt2_flax.export.verify import NOT_VERIFIED
     from gpt2_flax.export.weight_files import shard_size
     from gpt2_flax.folders import check_output
 
-    shard_bytes = shard_size(max_shard_size)
+    shard_size(max_shard_size)
     check_output(output, MARKER, overwrite)
-    verification = publish(
-        load_source(model, step, best=best),
+    compared = load(model, step=step, best=best).export(
         output,
         format=format,
         dtype=dtype,
-        max_shard_size=shard_bytes,
-        overwrite=overwrite,
-        card_extra=card_extra,
-        name=name or output.resolve().name,
+        max_shard_size=max_shard_size,
+        name=name,
         language=language,
         license=license,
         prompt=prompt,
-        datasets=tuple(dataset or ()) or None,
+        dataset=dataset,
         hardware=hardware,
+        card_extra=card_extra,
+        overwrite=overwrite,
     )
-    print(f"{output}: {verification or NOT_VERIFIED}")
+    print(f"{output}: {compared}")
 
 
 @app.command(name="import")

@@ -42,7 +42,7 @@ def generate(
     best: Best = False,
 ) -> None:
     """Generate continuations of texts."""
-    from gpt2_flax.cli.prompts import read_prompts, warn_of_unknown
+    from gpt2_flax.cli.prompts import read_prompts
     from gpt2_flax.errors import ExitCode, UserError
 
     prompts = [*(prompt or ()), *(read_prompts(prompt_file) if prompt_file else ())]
@@ -56,11 +56,12 @@ def generate(
 
     tune_cpu()
     from gpt2_flax.checkpoint.source import load_source
-    from gpt2_flax.inference.generate import Generator, with_text_only
+    from gpt2_flax.inference.generate import Generator, unknown_warning, with_text_only
     from gpt2_flax.inference.sampling import Sampling
 
     generator = Generator(load_source(model, step, best=best))
-    warn_of_unknown(generator.tokenizer, prompts)
+    if warning := unknown_warning(generator.tokenizer, prompts):
+        print(f"warning: {warning}", file=sys.stderr)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram)
     sampling = with_text_only(sampling, generator.tokenizer, generator.decoder.cfg.vocab_size, unknown=allow_unknown)
     if stream or (stream is None and one and sys.stdout.isatty()):

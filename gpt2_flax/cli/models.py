@@ -1,7 +1,5 @@
 """Commands about training: doctor, train, plan, configs, init, checkpoints, report, keys, evaluate."""
 
-import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,7 +23,6 @@ from gpt2_flax.cli.app import (
 from gpt2_flax.cli.text import Between, Encoding, Format, OnBad, TextField
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.input_files import MOST_POSITIONS, MOST_ROWS, MOST_STEPS, MOST_TOKENS
-from gpt2_flax.text.documents import CorpusOptions
 
 ConfigFile = Annotated[
     Path | None,
@@ -91,32 +88,20 @@ def train(
     with 75; the same command resumes. A second signal ends the process at once. --max-hours stops in the same way. It
     leaves enough time for the save, by the durations of steps, evaluations and saves so far.
     """
-    begun = time.monotonic()
     config, overrides = _config_and_overrides(config, overrides, "train")
-    from gpt2_flax.config.file import load_stages
-    from gpt2_flax.processes.place import find_place
-    from gpt2_flax.processes.watchdog import announced
+    from gpt2_flax.api.run import train as run
 
-    place = find_place(coordinator, num_processes, process_id)
-    with announced(place):  # the import of JAX may fail on one host
-        from gpt2_flax.cpu import tune_cpu
-
-        tune_cpu()
-        from gpt2_flax.processes.launch import start_processes
-        from gpt2_flax.training.loop import train as run
-
-    deadline = math.inf if max_hours is None else begun + 3600 * max_hours
-    with start_processes(place) as watchdog:
-        stages = load_stages(config, overrides)  # here, so that a bad config in one process ends all
-        changes = allow_change or ()
-        run(
-            *stages,
-            allow_change=changes,
-            profile_steps=profile,
-            watchdog=watchdog,
-            deadline=deadline,
-            quiet=quiet,
-        )
+    run(
+        config,
+        overrides,
+        allow_change=allow_change or (),
+        profile=profile,
+        max_hours=max_hours,
+        quiet=quiet,
+        coordinator=coordinator,
+        num_processes=num_processes,
+        process_id=process_id,
+    )
 
 
 @app.command(epilog="The keys: gpt2-flax keys")
@@ -306,10 +291,19 @@ def evaluate(
     Lines of --per-document have data, index (from 0), tokens, characters, loss, perplexity and bits_per_character. For
     a dataset, characters and bits_per_character are null, because it stores only the total number of characters.
     """
-    from gpt2_flax.checkpoint.source import load_source
-    from gpt2_flax.inference.evaluate import evaluate_source
+    from gpt2_flax.api.model import load
 
-    options = CorpusOptions(format, separator, field, encoding, on_error)
-    source = load_source(model, step, best=best)
-    result = evaluate_source(source, data, seq_length, batch_size, batches, options, split, per_document)
+    result = load(model, step=step, best=best).evaluate(
+        data,
+        seq_length=seq_length,
+        batch_size=batch_size,
+        batches=batches,
+        split=split,
+        per_document=per_document,
+        format=format,
+        separator=separator,
+        field=field,
+        encoding=encoding,
+        on_error=on_error,
+    )
     print(f"{result}  tokens {result.tokens:,}")

@@ -1,14 +1,10 @@
-"""Read prompts from a file, and warn about characters that are not in the vocabulary."""
+"""Read prompts from a file."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from gpt2_flax.errors import ExitCode, UserError, io_error, printable
+from gpt2_flax.errors import ExitCode, UserError, io_error
 from gpt2_flax.input_files import VOCABULARY_BYTES, read_whole
-from gpt2_flax.tokenizers.tokenizer import Tokenizer
-
-_MOST_NAMED = 20  # characters in a warning
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -34,15 +30,3 @@ def read_prompts(path: Path) -> list[str]:
     if prompts := [line for line in lines if line.strip()]:
         return prompts
     raise UserError(ExitCode.NO_INPUT, "no prompt in the file", where, "write one on each line")
-
-
-def warn_of_unknown(tokenizer: Tokenizer, prompts: Sequence[str]) -> None:
-    """Print the characters of the prompts that are not in the vocabulary on stderr."""
-    from gpt2_flax.inference.generate import unknown_in
-
-    unknown = unknown_in(tokenizer, prompts)
-    if not unknown:
-        return
-    named = " ".join(map(printable, unknown[:_MOST_NAMED]))
-    more = f" and {len(unknown) - _MOST_NAMED} more" if len(unknown) > _MOST_NAMED else ""
-    print(f"warning: not in the vocabulary, the model sees [UNK] for it: {named}{more}", file=sys.stderr)

@@ -19,7 +19,7 @@ from gpt2_flax.cli.app import (
 )
 from gpt2_flax.data.workers import Engine
 from gpt2_flax.input_files import MOST_ROWS, MOST_STEPS, MOST_TOKENS
-from gpt2_flax.text.documents import CorpusFormat, CorpusOptions, OnError, Problem, Separator
+from gpt2_flax.text.documents import CorpusFormat, OnError, Separator
 from gpt2_flax.tokenizers.special_tokens import Ends
 
 Corpus = Annotated[
@@ -65,38 +65,22 @@ def tokenizer(
 
     To use an existing tokenizer (vocab.txt, a SentencePiece .model, tokenizer.json), give it to `prepare` instead.
     """
-    from gpt2_flax.folders import check_output, new_folder, scratch_folder
-    from gpt2_flax.text.corpus import corpus_units, empty_corpus, standard_input_as_file
-    from gpt2_flax.tokenizers.survey import encoding_lines, other_encodings
-    from gpt2_flax.tokenizers.train import measure, sample_documents, train_sentencepiece, train_wordpiece
-    from gpt2_flax.tokenizers.transformers_check import check_exported, spread
+    from gpt2_flax.api.text import train_tokenizer
 
-    if kind == "wordpiece" and model_type == "unigram":
-        raise BadParameter("--model-type unigram is for --kind sentencepiece")
-    check_output(output, "tokenizer.json", overwrite)
-    problems: list[Problem] = []
-    with scratch_folder() as folder:
-        files = standard_input_as_file(corpus, folder / "stdin.txt")
-        units = corpus_units(files, CorpusOptions(format, separator, field, encoding, on_error))
-        for line in encoding_lines(other_encodings(units)):
-            print(line, flush=True)
-        unigram = {"training_bytes": 10_000_000} if model_type == "unigram" else {}
-        sample = sample_documents(units, problems.append, **unigram)
-    if not sample.held:
-        raise empty_corpus(corpus)
-    if kind == "wordpiece":
-        made = train_wordpiece(sample.training, vocab_size, lowercase=not cased, merges=model_type == "bpe")
-    else:
-        made = train_sentencepiece(sample.training, vocab_size, model_type, character_coverage)
-    check_exported(made, spread(sample.held), output)
-    coverage = measure(made, sample.held)
-    with new_folder(output, "tokenizer.json", overwrite) as folder:
-        made.save(folder)
-    if problems:
-        print(f"{len(problems)} lines or records could not be read as they are, the first in {problems[0].file}")
-    print(
-        f"{output}: {made.vocab_size} tokens, {coverage.characters_per_token:.3f} characters a token, "
-        f"{coverage.unknown_rate:.4%} unknown"
+    train_tokenizer(
+        corpus,
+        output,
+        kind=kind,
+        vocab_size=vocab_size,
+        model_type=model_type,
+        character_coverage=character_coverage,
+        cased=cased,
+        format=format,
+        separator=separator,
+        field=field,
+        encoding=encoding,
+        on_error=on_error,
+        overwrite=overwrite,
     )
 
 
@@ -124,24 +108,27 @@ def prepare(
 
     After a stop or a kill, the same command resumes.
     """
-    from gpt2_flax.data.inspect import summary_lines
-    from gpt2_flax.data.prepare import prepare as prepare_dataset
-    from gpt2_flax.tokenizers.tokenizer import load_tokenizer
+    from gpt2_flax.api.text import prepare as run
 
-    info = prepare_dataset(
+    run(
         corpus,
-        load_tokenizer(tokenizer, False if cased else None, Ends(bos, eos)),
+        tokenizer,
         output,
-        options=CorpusOptions(format, separator, field, encoding, on_error),
+        format=format,
+        separator=separator,
+        field=field,
+        encoding=encoding,
+        on_error=on_error,
         validation_fraction=validation_fraction,
         deduplicate=deduplicate,
         allow_unknown=allow_unknown,
         workers=workers,
         engine=engine,
+        cased=cased,
+        bos=bos,
+        eos=eos,
         overwrite=overwrite,
     )
-    for line in summary_lines(output, info):
-        print(line)
 
 
 @app.command()

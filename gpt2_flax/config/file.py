@@ -8,7 +8,7 @@ import copy
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,16 @@ from gpt2_flax.config.schema import Config
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.input_files import CONFIG_BYTES, parse_json, parse_toml, read_whole
 
-_OVERRIDE = re.compile(
-    r"(?:stages\.(?P<stage>[0-9]{1,9})\.)?(?P<key>[^\W\d]\w*(?:\.[^\W\d]\w*)*)=(?P<text>.*)", re.DOTALL
-)
+_KEY = re.compile(r"(?:stages\.(?P<stage>[0-9]{1,9})\.)?(?P<key>[^\W\d]\w*(?:\.[^\W\d]\w*)*)")
 _COMMAND_LINE = Path("command line")
+Overrides = Sequence[str] | Mapping[str, Any]
+"""Texts `section.key=value`, with values as in TOML; or keys and their values."""
 
 
 def is_override(text: str) -> bool:
     """Return whether `text` has the form `section.key=value`."""
-    return _OVERRIDE.fullmatch(text) is not None
+    key, equals, _ = text.partition("=")
+    return bool(equals) and _KEY.fullmatch(key) is not None
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = (), stage: int | None = None) -> Config:
@@ -44,8 +45,10 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), stage: int | N
     return stages[(stage or 1) - 1]
 
 
-def load_stages(path: Path | None, overrides: Sequence[str] = ()) -> list[Config]:
+def load_stages(path: Path | Mapping[str, Any] | None, overrides: Overrides = ()) -> list[Config]:
     """Return the configs of the stages of a file in order; one config if it has no stages.
+
+    A mapping in place of the file has the values that a file would have, and may name a key with its section.
 
     The default of `init_from` in a later stage is the output of the stage before it.
 
@@ -58,12 +61,17 @@ def load_stages(path: Path | None, overrides: Sequence[str] = ()) -> list[Config
         UserError: NO_INPUT if the file is missing; CONFIG that names the dotted key and the stage of an error in the
             file; USAGE for a malformed override.
     """
-    values = {"data": {}, "training": {}} if path is None else _read(path)
+    pairs = [*overrides.items()] if isinstance(overrides, Mapping) else [*map(_parse_override, overrides)]
+    if isinstance(path, Mapping):
+        pairs = [pair for pair in path.items() if "." in pair[0]] + pairs
+        values, path = {key: _plain(value) for key, value in path.items() if "." not in key}, Path("config")
+    else:
+        values = {"data": {}, "training": {}} if path is None else _read(path)
     path = path or _COMMAND_LINE
     named = "stages" in values
     stages = _stages(values, path) if named else [values]
-    for override in overrides:
-        _apply_override(stages, override)
+    for key, value in pairs:
+        _override(stages, key, _plain(value))
     for before, stage in itertools.pairwise(stages):
         if "output" in before:
             stage.setdefault("init_from", before["output"])
@@ -112,24 +120,39 @@ def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply_override(stages: Sequence[dict[str, Any]], override: str) -> None:
-    match = _OVERRIDE.fullmatch(override)
-    if not match:
+def _plain(value: Any) -> Any:
+    """Return a copy of a value in which paths are strings."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(one) for key, one in value.items()}
+    return [*map(_plain, value)] if isinstance(value, list | tuple) else value
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    if not is_override(override):
         fix = "write it as section.key=value, for example optimizer.learning_rate=3e-4"
         raise UserError(ExitCode.USAGE, "not an override", quote(override), fix)
+    key, _, text = override.partition("=")
+    return key, _value(text, override)
+
+
+def _override(stages: Sequence[dict[str, Any]], name: str, value: Any) -> None:
+    if not (match := _KEY.fullmatch(name)):
+        fix = "write it as section.key, for example optimizer.learning_rate"
+        raise UserError(ExitCode.USAGE, "not a key of a config", quote(name), fix)
     stage, key = match["stage"], match["key"]
     if stage is not None and not 1 <= int(stage) <= len(stages):
-        raise UserError(ExitCode.USAGE, f"there is no stage {stage}", quote(override), f"take 1 to {len(stages)}")
+        raise UserError(ExitCode.USAGE, f"there is no stage {stage}", quote(name), f"take 1 to {len(stages)}")
     if stage is None and len(stages) > 1 and key in ("output", "init_from"):
-        fix = f"name the stage, for example stages.{1 if key == 'output' else 2}.{override}"
-        raise UserError(ExitCode.USAGE, f"{key} is each stage's own", quote(override), fix)
-    value = _value(match["text"], override)
+        fix = f"name the stage, for example stages.{1 if key == 'output' else 2}.{key}={value}"
+        raise UserError(ExitCode.USAGE, f"{key} is each stage's own", quote(name), fix)
     *sections, last = key.split(".")
     for table in stages if stage is None else [stages[int(stage) - 1]]:
         for section in sections:
             table = table.setdefault(section, {})
             if not isinstance(table, dict):
-                raise UserError(ExitCode.CONFIG, "not a section", f"{section} in {quote(override)}", "check the key")
+                raise UserError(ExitCode.CONFIG, "not a section", f"{section} in {quote(name)}", "check the key")
         table[last] = value
 
 

@@ -11,7 +11,9 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -80,7 +82,7 @@ def _run_in_pool(
         todo = iter(tasks)
         while True:
             for number, task in itertools.islice(todo, 2 * workers - len(running)):
-                with _signals_blocked():  # this may start a worker, which unblocks them when it is ready
+                with _signals_blocked(), _without_script():  # this may start a worker, which unblocks them when ready
                     running[pool.submit(_work, task)] = number
             first.check()
             if not running:
@@ -106,6 +108,16 @@ def _signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _without_script() -> Iterator[None]:
+    """Hide the script of the user, which processes that the block starts would run again."""
+    script, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 _worker: tuple[Work, Tick]  # of this process, if it is a worker

@@ -98,7 +98,7 @@ class _Task(NamedTuple):
 
     @classmethod
     def of(cls, decoder, prompts, eos_id, max_new_tokens, sampling, seed, first_row) -> "_Task":
-        n_positions, n_rows = decoder.cfg.n_positions, _size(len(prompts), 1)
+        n_positions, n_rows = decoder.cfg.n_positions, compiled_size(len(prompts), 1)
         if (longest := max(map(len, prompts))) >= n_positions:
             what = f"prompt of {longest} tokens leaves no room in {n_positions} positions"
             raise UserError(ExitCode.DATA, what, "prompt", f"shorten it to at most {n_positions - 1} tokens")
@@ -112,12 +112,12 @@ class _Task(NamedTuple):
     def start(self, prompts: Sequence[Sequence[int]]) -> State:
         """Return the state after the prompts."""
         n_rows = len(self.stop_B)
-        tokens_BT = np.zeros((n_rows, _size(max(map(len, prompts)), 16)), np.int32)
+        tokens_BT = np.zeros((n_rows, compiled_size(max(map(len, prompts)), 16)), np.int32)
         length_B = np.ones(n_rows, np.int32)
         for row, prompt in enumerate(prompts):
             length_B[row] = len(prompt)
             tokens_BT[row, : len(prompt)] = prompt
-        n_columns = _size(max(tokens_BT.shape[1], int(self.stop_B.max())), 16) + drafts(n_rows)[0]
+        n_columns = compiled_size(max(tokens_BT.shape[1], int(self.stop_B.max())), 16) + drafts(n_rows)[0]
         return read_prompts(self.decoder, tokens_BT, length_B, n_columns)
 
     def advance(self, state: State, until_B: np.ndarray) -> State:
@@ -133,7 +133,7 @@ class _Task(NamedTuple):
         return ~state.ended_B & (state.history.length_B < self.stop_B)
 
 
-def _size(needed: int, least: int) -> int:
+def compiled_size(needed: int, least: int) -> int:
     """Return the smallest of a few sizes, four to a doubling, that is at least `needed` and at least `least`."""
     size = max(needed, least)
     step = max(least, 2 ** (size.bit_length() - 3))

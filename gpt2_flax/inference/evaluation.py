@@ -18,14 +18,19 @@ from gpt2_flax.parallel.device_batches import device_batch, prefetch
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over `tokens` predicted tokens, and figures from the sums; evaluations of several splits add up."""
+    """Sums over predicted tokens, and figures from the sums; evaluations of several splits add up.
+
+    Attributes:
+        nats: The sum of the losses: minus the logarithm of the probability of each token.
+        correct: The number of tokens that the model gave the highest probability.
+        tokens: The number of predicted tokens.
+        characters: The characters of the text that the tokens stand for; None when the dataset does not know.
+    """
 
     nats: float = 0.0
     correct: float = 0.0
-    """Tokens that the model gave the highest probability."""
     tokens: int = 0
     characters: float | None = 0.0
-    """Characters of the text that the tokens stand for; None when the dataset does not know."""
 
     def __add__(self, other: "Evaluation") -> "Evaluation":
         characters = None
@@ -47,10 +52,12 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
+        """The exponential of the loss."""
         return math.exp(min(self.loss, 700.0))
 
     @property
     def accuracy(self) -> float:
+        """The share of correct tokens."""
         return self.correct / max(1, self.tokens)
 
     @property

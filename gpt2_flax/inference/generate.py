@@ -13,6 +13,7 @@ from gpt2_flax.model.decoding import Decoder, decoder_of
 from gpt2_flax.tokenizers.tokenizer import Tokenizer
 
 MOST_ROWS = 32  # of a batch
+_MOST_NAMED = 20  # characters in a warning
 
 
 class Generator:
@@ -91,6 +92,14 @@ def unknown_in(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
     characters = unknown(sorted(set("".join(texts))))
     words = unknown(sorted({word for text in texts for word in text.split()}))
     return characters + [word for word in words if not set(word) & set(characters)]
+
+
+def unknown_warning(tokenizer: Tokenizer, texts: Sequence[str]) -> str | None:
+    """Return a sentence that names what `unknown_in` returns, None if that is nothing."""
+    unknown = unknown_in(tokenizer, texts)
+    named = " ".join(map(printable, unknown[:_MOST_NAMED]))
+    more = f" and {len(unknown) - _MOST_NAMED} more" if len(unknown) > _MOST_NAMED else ""
+    return f"not in the vocabulary, the model sees [UNK] for it: {named}{more}" if unknown else None
 
 
 def with_text_only(sampling: Sampling, tokenizer: Tokenizer, vocab_size: int, unknown: bool = False) -> Sampling:

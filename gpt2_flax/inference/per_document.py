@@ -54,7 +54,7 @@ def evaluate_documents(
         return documents_BT, placed
 
     for documents_BT, batch in prefetch(make, range(0, rows.n_rows, n_rows)):
-        nats_BT, correct_BT = map(np.asarray, _each_target(model, batch, -(-n_rows // row_shards(mesh))))
+        nats_BT, correct_BT = map(np.asarray, each_target(model, batch, -(-n_rows // row_shards(mesh))))
         counted_BT = documents_BT >= 0
         documents = documents_BT[counted_BT]
         np.add.at(nats_M, documents, nats_BT[counted_BT].astype(np.float64))
@@ -118,7 +118,7 @@ def _documents(rows: Rows, first: int, batch: Batch, starts_M: np.ndarray) -> np
 
 
 @jax.jit(static_argnames="rows_a_device")
-def _each_target(model: GPT2, batch: Batch, rows_a_device: int) -> tuple[jax.Array, jax.Array]:
+def each_target(model: GPT2, batch: Batch, rows_a_device: int) -> tuple[jax.Array, jax.Array]:
     """Return float32 nats_BT and whether each target was the most likely token; arbitrary where it is IGNORE."""
     tokens_BT, targets_BT, segments_BT, positions_BT = map(jnp.asarray, batch)
     x_BTD = model.hidden(tokens_BT, segments_BT, positions_BT)

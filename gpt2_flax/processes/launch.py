@@ -8,6 +8,7 @@ import platform
 import jax
 
 import gpt2_flax
+from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.processes.place import Place
 from gpt2_flax.processes.watchdog import Watchdog
 
@@ -31,6 +32,9 @@ def start_processes(place: Place | None) -> Watchdog:
     """
     if place is None:
         return Watchdog()
+    if jax.distributed.is_initialized():
+        fix = "train several stages in one call, or start new processes"
+        raise UserError(ExitCode.USAGE, "this process has joined a run of several processes already", "train", fix)
     watchdog = Watchdog.join(place, _versions())
     address = f"{place.coordinator.rsplit(':', 1)[0]}:{place.port + 1}"
     # An empty list means all devices of the host. With None, JAX takes one device a process under SLURM and Open MPI.

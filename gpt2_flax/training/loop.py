@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -41,6 +41,7 @@ def train(
     watchdog: Watchdog | None = None,
     deadline: float = math.inf,
     quiet: bool = False,
+    on_step: Callable[[dict[str, float]], object] | None = None,
 ) -> None:
     """Train each stage to its `training.total_steps`, from the newest checkpoint of its run folder if there is one.
 
@@ -54,6 +55,7 @@ def train(
         watchdog: of several processes, the connection to the others.
         deadline: seconds of `time.monotonic` by which the run has stopped and saved.
         quiet: print nothing but warnings.
+        on_step: called by process 0 with the record of each step.
 
     Raises:
         Stopped: TRY_AGAIN when the run was asked to stop and has saved.
@@ -82,7 +84,7 @@ def train(
         stop, trained = stack.enter_context(StopRequest(watchdog, deadline)), False
         for name, stage in zip(names, opened, strict=True):
             with naming_stage(name):
-                trained = _train_stage(stage, stop, watchdog, allow_change, name, profile_steps, screen)
+                trained = _train_stage(stage, stop, watchdog, allow_change, name, profile_steps, screen, on_step)
                 if stage is not opened[-1] and stop("start", "step"):
                     raise _stopped("its end", stage.config)
         if trained and watchdog.number == 0:
@@ -99,6 +101,7 @@ def _train_stage(
     name: str,
     profile_steps: int,
     screen: Screen,
+    on_step: Callable[[dict[str, float]], object] | None,
 ) -> bool:
     """Train a stage; return whether it had a step to train."""
     config, training, run, leads = stage.config, stage.config.training, stage.run, jax.process_index() == 0
@@ -106,7 +109,7 @@ def _train_stage(
     with contextlib.ExitStack() as stack:
         if leads:
             stack.enter_context(run.lock())
-        log = stack.enter_context(MetricsLog(run if leads else None, screen))
+        log = stack.enter_context(MetricsLog(run if leads else None, screen, on_step))
         screen.begin(name)
 
         def say(line: str) -> None:

@@ -75,8 +75,11 @@ class StepReport:
 
     def finished(self, finished: FinishedStep) -> None:
         """Write a line and a record of the step when they are due, and always a line of the first step."""
-        step, _, metrics = finished
+        step, samples_seen, metrics = finished
         self.figures = {"train/loss": metrics.loss}
+        if self._log.on_step is not None:
+            values = self._model_values(metrics) | self._epochs(samples_seen)
+            self._log.on_step({"step": step} | {name: value for name, value in values.items() if value is not None})
         self._real += metrics.real
         self.screen.stepped(step, metrics.loss)
         first, remark = step == self._first_step + 1, None

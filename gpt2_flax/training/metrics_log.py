@@ -23,10 +23,16 @@ class MetricsLog(AbstractContextManager):
 
     A step that a resumed run repeats is written again, and its last line counts. Lines that do not fit on a full disk
     wait in memory, and are written later. Leaving the context raises `UserError` (IO) if they still do not fit.
+    `on_step` is called with the record of each step, written or not.
     """
 
-    def __init__(self, run: RunFolder | None, screen: Screen | None = None):
-        self._run, self.screen = run, screen or Screen()
+    def __init__(
+        self,
+        run: RunFolder | None,
+        screen: Screen | None = None,
+        on_step: Callable[[dict[str, float]], object] | None = None,
+    ):
+        self._run, self.screen, self.on_step = run, screen or Screen(), on_step if run else None
         if run:
             self._records, self._texts = (_Lines(path, self.say) for path in (run.metrics, run.samples))
             self._events = TensorBoard(run.tensorboard, self.say)
