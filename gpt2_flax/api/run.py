@@ -35,9 +35,9 @@ def train(
     In the main thread, the first Ctrl-C stops the run after the current step, and saves; the same call resumes.
 
     Args:
-        config: The name of a config of the package such as `"base"`, a TOML or JSON file, or a mapping with the same
+        config: The name of a config of the package, such as `base`; a TOML or JSON file; or a mapping with the same
             sections and keys: `{"model": {"n_layer": 4}}`, or `{"model.n_layer": 4}`. A config may have several stages.
-            None: all values are in `overrides`.
+            None if `overrides` have all values.
         overrides: Values that replace those of the config, by key: `{"data.dataset": "data/mine"}`, or
             `["data.dataset=data/mine"]` as on the command line. `stages.2.data.seq_length` is a key of the second
             stage.
@@ -72,9 +72,8 @@ def train(
 
     deadline = math.inf if max_hours is None else begun + 3600 * max_hours
     with start_processes(place) as watchdog:
-        given = config if config is None or isinstance(config, Mapping) else Path(config)
         # Here, so that a bad config in one process ends all.
-        stages = load_stages(given, overrides)
+        stages = load_stages(Path(config) if isinstance(config, str | os.PathLike) else config, overrides)
         run(
             *stages,
             allow_change=allow_change,

@@ -199,6 +199,12 @@ def test_a_run_that_is_interrupted_saves_and_resumes(tutorial, tmp_path):
         (lambda model: gpt2_flax.prepare([3], "tokenizer", "d"), 64, "bad value of corpus"),
         (lambda model: gpt2_flax.train_tokenizer("a", "b", vocab_size=0), 64, "bad value of vocab_size"),
         (lambda model: gpt2_flax.train({"modle": {}}), 78, "unknown key modle: config; did you mean model?"),
+        (
+            lambda model: gpt2_flax.train(None, {"output": "r", "data.dataset": "d"}),
+            78,
+            "missing key training.total_steps",
+        ),
+        (lambda model: gpt2_flax.train("base"), 66, "dataset not found: data/mine"),
         (lambda model: gpt2_flax.train({}, {"n layer": 2}), 64, "not a key of a config: 'n layer'"),
         (lambda model: gpt2_flax.train({}, ["n_layer"]), 64, "not an override: 'n_layer'"),
         (lambda model: gpt2_flax.train("nowhere.toml"), 66, "config not found"),
