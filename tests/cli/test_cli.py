@@ -658,7 +658,7 @@ def test_help_names_every_option(capsys, command):
 def test_keys_names_every_key(capsys):
     assert cli.exit_code(["keys"]) == 0
     out = capsys.readouterr().out
-    assert "optimizer.learning_rate            0.02     highest learning rate" in out
+    assert "optimizer.learning_rate            0.02       highest learning rate" in out
     assert len(out.splitlines()) == len(set(out.splitlines())) > 35
 
 
