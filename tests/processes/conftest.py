@@ -36,8 +36,9 @@ def left(monkeypatch):
     """Record the exit code and the sentence of each process that would have ended, by its number."""
     said = {}
 
-    def leave(code, sentence=""):
-        said[numbers[threading.current_thread()]] = (code, sentence)
+    def leave(code, line=""):
+        assert not line or (line.endswith("\n") and line.startswith(("error: ", "stopped at ")))
+        said[numbers[threading.current_thread()]] = (code, line.removeprefix("error: ").removesuffix("\n"))
         raise Ended
 
     numbers = {}

@@ -329,7 +329,7 @@ def test_a_member_that_sends_nonsense_ends_the_run_but_no_thread_crashes(port, l
     visitor.say(said)
     wait_until(lambda: left)
     assert left[0][0] == ExitCode.TRY_AGAIN
-    assert left[0][1].startswith("error: process 1 (host far, pid 7) of the run said what no process of a run says: '")
+    assert left[0][1].startswith("process 1 (host far, pid 7) of the run said what no process of a run says: '")
     assert result(*process_0)
     visitor.socket.close()
 
@@ -342,7 +342,7 @@ def test_a_hub_that_sends_nonsense_counts_as_gone(port, left, said):
     result(*come(port, 1))
     wait_until(lambda: left)
     assert left[1][0] == ExitCode.TRY_AGAIN
-    assert left[1][1].startswith("error: process 0 (host h) of the run has ended")
+    assert left[1][1].startswith("process 0 (host h) of the run has ended")
 
 
 VALUES = st.recursive(
