@@ -73,7 +73,7 @@ def test_a_second_start_reads_what_the_first_has_compiled(config, tmp_path):
         command = [sys.executable, "-m", "gpt2_flax", "train", path, f"output={tmp_path / str(number)}"]
         here = environment | {"JAX_COMPILATION_CACHE_DIR": folder}
         done = subprocess.run(command, env=here, capture_output=True, text=True, check=True)
-        losses += [line for line in done.stdout.splitlines() if "loss" in line and "validation" in line]
+        losses += [line for line in done.stdout.splitlines() if line.startswith("step ") and "validation loss" in line]
         assert len(sorted(cache.glob("jit_train_step-*-cache"))) == 1  # from the first of the calls
     assert len(losses) == 4
     assert len(set(losses)) == 1

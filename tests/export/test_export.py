@@ -68,9 +68,9 @@ def exported_sentencepiece(tmp_path_factory, request):
 @pytest.mark.parametrize(
     ("optimizer", "words"),
     [
-        ({}, "| optimizer | AdamW, betas 0.9 and 0.95, weight decay 0.1 |"),
+        ({"name": "adamw"}, "| optimizer | AdamW, betas 0.9 and 0.95, weight decay 0.1 |"),
         ({"preset": "uer"}, "| optimizer | AdamW without bias correction, as in UER-py, betas 0.9 and 0.999,"),
-        ({"name": "muon"}, "| optimizer | Muon for matrices and AdamW for all else, betas"),
+        ({}, "| optimizer | Muon for matrices and AdamW for all else, betas"),
     ],
 )
 def test_the_card_names_the_optimizer_of_the_run(config, optimizer, words):

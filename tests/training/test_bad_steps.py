@@ -20,6 +20,7 @@ from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.parallel.device_batches import prefetch
 from gpt2_flax.processes.watchdog import Watchdog
 from gpt2_flax.training import loop
+from gpt2_flax.training.metrics_log import MetricsLog
 from gpt2_flax.training.open_stage import open_stage
 from gpt2_flax.training.saving import Saver
 from gpt2_flax.training.signals import StopRequest
@@ -114,7 +115,7 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on_as_though_it_had_not_be
 def test_a_state_with_one_number_that_is_not_finite_is_not_saved(config):
     state, watchdog = step_and_state(config, 0)[1](), Watchdog()
     stage = open_stage(changed(config, output="run"), Mixture(config.data.datasets), [])
-    saver = Saver(stage, None, None, watchdog.phases, StopRequest(watchdog))
+    saver = Saver(stage, None, MetricsLog(None), watchdog.phases, StopRequest(watchdog))
     assert bool(all_finite(state))
     for bad in (jnp.nan, -jnp.inf):
         spoilt_state = jax.tree.map(lambda leaf: leaf, state)
