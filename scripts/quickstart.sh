@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Go the whole path from text to a transformers folder, with real Chinese text and a small model. It takes about 4 minutes
+# Go the whole path from text to a transformers folder, with real Chinese text and a small model. It takes about 5 minutes
 # on two CPU cores after installation. All results are in quickstart/. A second call keeps finished results and resumes
 # the rest; `bash scripts/quickstart.sh --fresh` starts over.
 set -euo pipefail
