@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -40,6 +41,7 @@ from gpt2_flax.progress import si
 
 for _name in ("absl", "asyncio"):  # errors that they log are raised too; asyncio also logs their consequences
     logging.getLogger(_name).setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # another consequence
 
 # Replicas write slices of large arrays only: for each slice of a small array, the first save would compile a program.
 cast("Any", ocp.type_handlers.get_type_handler(jax.Array))._min_slice_bytes_for_replica_parallel = 2**20
@@ -107,10 +109,7 @@ class CheckpointStore:
         return _together(lambda: read_meta(self.folder / str(step), step))
 
     def save(self, step: int, model: Any, opt_state: Any | None, meta: Mapping[str, Any]) -> None:
-        """Start to write a step, and return when the arrays may change.
-
-        `seal` reports whether the step was written; call it before the next save.
-        """
+        """Start to write a step, and return when the arrays may change; `seal` ends it, before the next save."""
         if self._writer is None:
             raise RuntimeError("this store only reads")
         trees = {"model": model} if opt_state is None else {"model": model, "opt_state": opt_state}
