@@ -14,9 +14,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from gpt2_flax.errors import ExitCode, UserError, io_error, naming_file
 from gpt2_flax.interruption import cleaned_up, uninterrupted
+
+_HUB = "hf://"
+_HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w./-]*))?", re.ASCII)
 
 
 def speak_utf8() -> None:
@@ -59,6 +63,39 @@ def local_path(given: str) -> str:
     if path.startswith("~") and not os.path.lexists(path):
         raise ValueError(f"{given} is in a home folder that is not known: write the whole path")
     return path
+
+
+class HubModel(NamedTuple):
+    """A model on the hub."""
+
+    repo_id: str
+    """OWNER/NAME."""
+    revision: str | None = None
+    """A branch, a tag or a commit; None for `main`."""
+
+    def __fspath__(self) -> str:
+        return f"{_HUB}{self.repo_id}{'' if self.revision is None else f'@{self.revision}'}"
+
+    __str__ = __fspath__
+
+
+def model_place(given: str, guess: bool = True) -> Path | HubModel:
+    """Return the place that a user means by `given`: a path of this machine, or a model on the hub.
+
+    Args:
+        given: `hf://OWNER/NAME@REVISION`, without `@REVISION` for `main`, or a path.
+        guess: Take `OWNER/NAME@REVISION` for a model on the hub unless the path, or a folder `OWNER`, exists here.
+
+    Raises:
+        ValueError: As `local_path`, and for another address.
+    """
+    address = given.startswith(_HUB)
+    if name := _HUB_NAME.fullmatch(given.removeprefix(_HUB)):
+        if address or (guess and not os.path.lexists(given) and not os.path.lexists(given.partition("/")[0])):
+            return HubModel(name[1], name[2])
+    elif address:
+        raise ValueError(f"{given} is no model on the hub: write {_HUB}OWNER/NAME or {_HUB}OWNER/NAME@REVISION")
+    return Path(local_path(given))
 
 
 def path_or_address(given: str) -> str:

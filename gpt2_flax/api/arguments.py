@@ -10,7 +10,7 @@ from typing import Annotated, ParamSpec, TypeVar
 from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter, ValidationError
 
 from gpt2_flax.errors import ExitCode, UserError, quote
-from gpt2_flax.folders import corpus_source, is_utf8, local_path, path_or_address
+from gpt2_flax.folders import HubModel, corpus_source, is_utf8, local_path, model_place, path_or_address
 from gpt2_flax.input_files import MOST_POSITIONS, MOST_ROWS, MOST_STEPS
 
 P = ParamSpec("P")
@@ -58,6 +58,10 @@ def sources_of(corpus: object) -> list[str]:
     return [corpus_source(_text_of(one)) for one in several]
 
 
+def _model_place(given: object) -> Path | HubModel:
+    return model_place(_text_of(given), guess=isinstance(given, str))
+
+
 def _utf8(text: str) -> str:
     if not is_utf8(text):
         raise ValueError("give text that UTF-8 can encode")
@@ -66,6 +70,7 @@ def _utf8(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_utf8)]
 LocalPath = Annotated[str | os.PathLike[str], PlainValidator(lambda given: Path(local_path(_text_of(given))))]
+ModelPlace = Annotated[str | os.PathLike[str], PlainValidator(_model_place)]
 PathOrAddress = Annotated[str | os.PathLike[str], PlainValidator(lambda given: path_or_address(_text_of(given)))]
 Source = Annotated[str | os.PathLike[str], PlainValidator(lambda given: corpus_source(_text_of(given)))]
 Corpus = Annotated[str | os.PathLike[str] | list[str] | list[Path], PlainValidator(sources_of)]

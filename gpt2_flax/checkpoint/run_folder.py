@@ -31,7 +31,7 @@ from gpt2_flax.config.file import load_config
 from gpt2_flax.config.parse import dump_config
 from gpt2_flax.config.schema import Config
 from gpt2_flax.errors import ExitCode, UserError, naming_file
-from gpt2_flax.folders import check_link, folder_lock, write_whole
+from gpt2_flax.folders import HubModel, check_link, folder_lock, is_address, write_whole
 
 SIGHT = 15.0  # seconds until other hosts see a new file; NFS caches the content of a folder
 SAVED = "checkpoint"  # the key, in a record of metrics.jsonl, of the step that was committed
@@ -50,14 +50,18 @@ def run_of_checkpoint(path: Path) -> Path | None:
     return path.parent.parent if path.parent.name == "checkpoints" and path.name.isdecimal() else None
 
 
-def check_model(path: Path) -> Path:
+def check_model(path: Path | HubModel) -> Path | HubModel:
     """Return `path` if it may hold a model: a file, a `transformers` folder, a run, or RUN/checkpoints/STEP.
 
-    This function does not import jax, so a wrong name is reported at once. Raises `UserError` (NO_INPUT).
+    A model on the hub is not checked. This function does not import jax, so a wrong name is reported at once. Raises
+    `UserError` (NO_INPUT).
     """
+    if isinstance(path, HubModel):
+        return path
     run = RunFolder(run_of_checkpoint(path) or path)
     if not (path.is_file() or (path / "config.json").is_file() or run.checkpoints.is_dir()):
         fix = "give a run, RUN/checkpoints/STEP, a transformers folder, a .bin of UER-py or a ckpt.pt of nanoGPT"
+        fix += ", or hf://OWNER/NAME on the Hugging Face hub"
         raise UserError(ExitCode.NO_INPUT, "no model found", path, fix)
     return path
 
@@ -216,6 +220,6 @@ def with_absolute_paths(config: Config) -> Config:
     dataset = next(iter(folders)) if isinstance(config.data.dataset, str) else folders
     places: dict[str, Any] = {"data": config.data.model_copy(update={"dataset": dataset})}
     for name in ("output", "init_from"):
-        if (place := getattr(config, name)) is not None:
+        if (place := getattr(config, name)) is not None and not is_address(place):
             places[name] = str(Path(place).absolute())
     return config.model_copy(update=places)

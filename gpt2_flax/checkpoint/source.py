@@ -1,4 +1,4 @@
-"""Load a model from any place that a user may name: a run, a checkpoint, a `transformers` folder, a file of others."""
+"""Load a model from any place that a user may name: a run, a checkpoint, a folder, a file of others, the hub."""
 
 import dataclasses
 import math
@@ -12,6 +12,7 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gpt2_flax.checkpoint.hub import download
 from gpt2_flax.checkpoint.huggingface import read_folder
 from gpt2_flax.checkpoint.run_folder import RunFolder, check_model, run_of_checkpoint
 from gpt2_flax.checkpoint.step_meta import VALIDATION_LOSS, DamagedCheckpoint
@@ -22,7 +23,7 @@ from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.config.parse import parse_config, parse_model
 from gpt2_flax.config.schema import Config
 from gpt2_flax.errors import ExitCode, UserError
-from gpt2_flax.folders import new_folder
+from gpt2_flax.folders import HubModel, new_folder
 from gpt2_flax.formats.registry import FORMATS, reader, recognize
 from gpt2_flax.parallel.mesh import make_mesh
 from gpt2_flax.tokenizers.special_tokens import FROM_FILES, Ends
@@ -60,14 +61,15 @@ class Source:
 
 
 def load_source(
-    path: Path,
+    place: Path | HubModel,
     step: int | None = None,
     tokenizer: Path | None = None,
     uer_config: Path | None = None,
     ends: Ends = FROM_FILES,
     best: bool = False,
+    revision: str | None = None,
 ) -> Source:
-    """Read the model at `path`; of a run, the newest checkpoint that is not damaged.
+    """Read the model at `place`; of a run, the newest checkpoint that is not damaged.
 
     Args:
         step: The checkpoint of a run to read.
@@ -75,11 +77,13 @@ def load_source(
         uer_config: The config.json of a UER-py `.bin`.
         ends: As in `load_tokenizer`.
         best: Read the checkpoint with the lowest validation loss.
+        revision: The branch, tag or commit of a model on the hub.
 
     Raises:
         UserError: NO_INPUT if there is no model; DATA or IO if it is damaged or holds numbers that are not finite;
-            USAGE if `step`, `best` or `uer_config` does not fit the kind of model, or `tokenizer` is missing.
+            USAGE if an argument does not fit the kind of model, or `tokenizer` is missing; and as `hub.download`.
     """
+    path, origin = _local(place, revision)
     check_model(path)
     run = run_of_checkpoint(path)
     is_file, is_folder = path.is_file(), (path / "config.json").is_file()
@@ -93,7 +97,7 @@ def load_source(
     if is_file:
         source = _file_source(path, tokenizer, uer_config)
     elif is_folder:
-        source = Source(f"transformers folder {path}", *read_folder(path), path)
+        source = Source(origin, *read_folder(path), path)
     else:
         source = _run_source(RunFolder(run or path), int(path.name) if run else step, best)
     if tokenizer is not None:
@@ -101,13 +105,13 @@ def load_source(
     return dataclasses.replace(source, ends=ends)
 
 
-def compare_with_original(path: Path, source: Source) -> str | None:
-    """Return how `source` differs from the file at `path`, computed like the program that wrote it.
+def compare_with_original(place: Path | HubModel, source: Source) -> str | None:
+    """Return how `source` differs from the file at `place`, computed like the program that wrote it.
 
     Returns:
         None if no other program wrote the file.
     """
-    return source.format and str(reader(source.format).compare(path, source.weights, source.model))
+    return source.format and str(reader(source.format).compare(place, source.weights, source.model))
 
 
 def save_as_run(source: Source, output: Path, overwrite: bool = False) -> None:
@@ -127,6 +131,19 @@ def save_as_run(source: Source, output: Path, overwrite: bool = False) -> None:
         meta = {"model": source.model.model_dump(), "tokenizer_fingerprint": tokenizer.fingerprint, "step": 0}
         with CheckpointStore(run.checkpoints, keep=1) as store:
             store.save(0, model_from_weights(source.model, source.weights), None, meta)
+
+
+def _local(place: Path | HubModel, revision: str | None) -> tuple[Path, str]:
+    """Return the path of a model on this machine, after a download if needed, and words for its origin."""
+    if isinstance(place, Path):
+        if revision is not None:
+            fix = "leave it out: this is a path of this machine"
+            raise UserError(ExitCode.USAGE, "--revision is for a model on the Hugging Face hub", place, fix)
+        return place, f"transformers folder {place}"
+    if revision is not None and place.revision not in (None, revision):
+        raise UserError(ExitCode.USAGE, f"--revision {revision} is another revision", place, "give one of them")
+    folder, commit = download(place._replace(revision=revision or place.revision))
+    return folder, f"{place.repo_id} at commit {commit[:12]} of the Hugging Face hub"
 
 
 def _file_source(path: Path, tokenizer: Path | None, uer_config: Path | None) -> Source:

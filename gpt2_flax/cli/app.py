@@ -5,14 +5,14 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from typer import Argument, Option
 
 import gpt2_flax
 from gpt2_flax import folders
-from gpt2_flax.folders import is_utf8, local_path
+from gpt2_flax.folders import HubModel, is_utf8, local_path, model_place
 from gpt2_flax.input_files import MOST_STEPS
 
 app = typer.Typer(
@@ -90,21 +90,33 @@ def config_or_override(given: str) -> Path | str:
 path_or_address, corpus_source = _parser(folders.path_or_address), _parser(folders.corpus_source)
 
 
-def existing_model(path: Path) -> Path:
+def existing_model(place: "Place") -> "Place":
     """Reject a path without a model before a command imports, computes or writes anything."""
     from gpt2_flax.checkpoint.run_folder import check_model
 
-    return check_model(path)
+    return check_model(place)
 
+
+if TYPE_CHECKING:
+    Place = Path | HubModel
+else:
+    Place = Path  # typer does not take a union; the parser decides
 
 TextArgument = partial(Argument, callback=utf8)
 TextOption = partial(Option, callback=utf8)
 PathArgument = partial(Argument, parser=_path)
 PathOption = partial(Option, parser=_path)
-ModelArgument = partial(PathArgument, callback=existing_model)
+ModelArgument = partial(Argument, parser=_parser(model_place), callback=existing_model)
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an output folder from an earlier call.")]
-Model = Annotated[Path, ModelArgument(help="A run folder, RUN/checkpoints/STEP, or a transformers folder.")]
+Model = Annotated[
+    Place,
+    ModelArgument(help="A run folder, RUN/checkpoints/STEP, a transformers folder, or OWNER/NAME on the hub."),
+]
+Revision = Annotated[
+    str | None, TextOption(help="Branch, tag or commit of a model on the Hugging Face hub. Default: main.")
+]
 Step = Annotated[int | None, Option(min=0, max=MOST_STEPS, help="The checkpoint of a run to use. Default: the newest.")]
+Json = Annotated[bool, Option("--json", help="Print JSON instead of text.")]
 Best = Annotated[bool, Option("--best", help="Use the checkpoint of a run with the lowest validation loss.")]
 Bos = Annotated[str | None, TextOption(help="Token that begins a document. Default: by the tokenizer's files.")]
 Eos = Annotated[str | None, TextOption(help="Token that ends a document. Default: by the tokenizer's files.")]

@@ -14,6 +14,8 @@ from gpt2_flax.cli.app import (
     Overwrite,
     PathArgument,
     PathOption,
+    Place,
+    Revision,
     Step,
     TextArgument,
     TextOption,
@@ -36,6 +38,7 @@ def export(
     output: Annotated[Path, PathArgument(help="The new folder for transformers.")],
     step: Step = None,
     best: Best = False,
+    revision: Revision = None,
     format: Annotated[
         Literal["safetensors", "bin", "gguf"],
         Option(help="bin and gguf add pytorch_model.bin or model.gguf to model.safetensors."),
@@ -61,7 +64,7 @@ def export(
 
     shard_size(max_shard_size)
     check_output(output, MARKER, overwrite)
-    compared = load(model, step=step, best=best).export(
+    compared = load(model, step=step, best=best, revision=revision).export(
         output,
         format=format,
         dtype=dtype,
@@ -80,12 +83,16 @@ def export(
 
 @app.command(name="import")
 def import_(
-    model: Annotated[Path, ModelArgument(help="A transformers folder, a .bin of UER-py, or a ckpt.pt of nanoGPT.")],
+    model: Annotated[
+        Place,
+        ModelArgument(help="A transformers folder, OWNER/NAME on the hub, a .bin of UER-py, a ckpt.pt of nanoGPT."),
+    ],
     output: Annotated[Path, PathArgument(help="The new run folder, for init_from, generate and other commands.")],
     tokenizer: ItsTokenizer = None,
     uer_config: UerConfig = None,
     bos: Bos = None,
     eos: Eos = None,
+    revision: Revision = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Import a GPT-2 of transformers, UER-py, TencentPretrain or nanoGPT, for training or any other use."""
@@ -93,7 +100,7 @@ def import_(
     from gpt2_flax.folders import check_output
 
     check_output(output, IMPORTED, overwrite)
-    source = load_source(model, tokenizer=tokenizer, uer_config=uer_config, ends=Ends(bos, eos))
+    source = load_source(model, None, tokenizer, uer_config, Ends(bos, eos), revision=revision)
     compared = f", {found}" if (found := compare_with_original(model, source)) else ""
     save_as_run(source, output, overwrite)
     print(f"{output}: {len(source.weights)} parameter arrays of {model}{compared}")
@@ -101,7 +108,10 @@ def import_(
 
 @app.command()
 def convert(
-    model: Annotated[Path, ModelArgument(help="A file of UER-py or nanoGPT, a transformers folder, or a run.")],
+    model: Annotated[
+        Place,
+        ModelArgument(help="A file of UER-py or nanoGPT, a transformers folder, a run, or OWNER/NAME on the hub."),
+    ],
     output: Annotated[Path, PathArgument(help="The new folder for transformers, or with --format uer for UER-py.")],
     format: Annotated[
         Literal["safetensors", "bin", "gguf", "uer"],
@@ -116,6 +126,7 @@ def convert(
     license: License = None,
     step: Step = None,
     best: Best = False,
+    revision: Revision = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Convert a model of UER-py, nanoGPT, transformers or this program to another format, and compare the two."""
@@ -127,7 +138,7 @@ def convert(
     from gpt2_flax.formats.registry import writer
 
     check_output(output, writer("uer").MARKER if format == "uer" else MARKER, overwrite)
-    source = load_source(model, step, tokenizer, uer_config, Ends(bos, eos), best)
+    source = load_source(model, step, tokenizer, uer_config, Ends(bos, eos), best, revision)
     if found := compare_with_original(model, source):
         print(f"{model}: {found}")
     if format == "uer":

@@ -9,7 +9,8 @@ from typing import Annotated
 
 from typer import Option
 
-from gpt2_flax.cli.app import Best, Model, PathOption, Step, TextOption, app
+from gpt2_flax.cli.app import Best, Model, PathOption, Revision, Step, TextOption, app
+from gpt2_flax.folders import HubModel
 from gpt2_flax.input_files import MOST_POSITIONS, MOST_ROWS, MOST_TOKENS
 
 
@@ -40,6 +41,7 @@ def generate(
     seed: Annotated[int, Option(min=0, max=2**32 - 1, help="The same seed gives the same text.")] = 0,
     step: Step = None,
     best: Best = False,
+    revision: Revision = None,
 ) -> None:
     """Generate continuations of texts."""
     from gpt2_flax.cli.prompts import read_prompts
@@ -59,7 +61,7 @@ def generate(
     from gpt2_flax.inference.generate import Generator, unknown_warning, with_text_only
     from gpt2_flax.inference.sampling import Sampling
 
-    generator = Generator(load_source(model, step, best=best))
+    generator = Generator(load_source(model, step, best=best, revision=revision))
     if warning := unknown_warning(generator.tokenizer, prompts):
         print(f"warning: {warning}", file=sys.stderr)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram)
@@ -83,6 +85,7 @@ def serve(
     max_concurrent: Annotated[int, Option(min=1, max=MOST_ROWS, help="Limit of running and queued requests.")] = 4,
     step: Step = None,
     best: Best = False,
+    revision: Revision = None,
 ) -> None:
     """Serve a web page for experiments, and OpenAI's /v1/completions.
 
@@ -102,8 +105,11 @@ def serve(
     from gpt2_flax.serve.server import listen
     from gpt2_flax.serve.server import serve as run
 
-    path = Path(os.path.realpath(model))
-    name = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
+    if isinstance(model, HubModel):
+        name = model.repo_id
+    else:
+        path = Path(os.path.realpath(model))
+        name = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
     limits = Limits(max_tokens=max_tokens, max_concurrent=max_concurrent)
     with listen(host, port) as listener:  # first, because this step fails most often and takes no time
-        run(load_source(model, step, best=best), name, listener, limits)
+        run(load_source(model, step, best=best, revision=revision), name, listener, limits)

@@ -1,6 +1,7 @@
 """Commands about training: doctor, train, plan, configs, init, checkpoints, report, keys, evaluate."""
 
 from collections.abc import Mapping
+from json import dumps as to_json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,9 +9,11 @@ from typer import Argument, Option
 
 from gpt2_flax.cli.app import (
     Best,
+    Json,
     Model,
     PathArgument,
     PathOption,
+    Revision,
     Step,
     TextArgument,
     TextOption,
@@ -125,6 +128,7 @@ def plan(
     seq_length: Annotated[
         int | None, Option(min=1, max=MOST_POSITIONS, help="With --budget: tokens in a row. Default: 1024.")
     ] = None,
+    json: Json = False,
 ) -> None:
     """Estimate a run before it starts: parameters, tokens, FLOPs, memory, days. Or propose a run for a --budget.
 
@@ -137,6 +141,7 @@ def plan(
     of_corpus = {"--corpus-tokens": corpus_tokens, "--vocab-size": vocab_size}
     if budget is not None:
         _refuse("does not go with --budget", {"CONFIG": config, "--stage": stage, "--optimize": optimize or None})
+        _refuse("does not go with --budget, which prints TOML", {"--json": json or None})
         if dataset is not None:
             _refuse("does not go with --dataset, which has its own", of_corpus)
         from gpt2_flax.plan.budget import Corpus, parse_tokens, read_corpus
@@ -153,8 +158,12 @@ def plan(
     stages = load_stages(config, overrides) if stage is None else [load_config(config, overrides, stage)]
     from gpt2_flax.plan.report import plan_lines
     from gpt2_flax.plan.topology import devices_for
+    from gpt2_flax.plan.values import plan_values
 
     devices = devices_for(topology)
+    if json:
+        print(to_json([plan_values(planned, devices, mfu, topology, optimize) for planned in stages], indent=1))
+        return
     for number, planned in enumerate(stages, 1):
         if len(stages) > 1:
             print(f"{'' if number == 1 else chr(10)}stage {number} of {len(stages)}: {planned.output}")
@@ -202,13 +211,12 @@ def init(
 def checkpoints(
     run: Annotated[Path, PathArgument(help="A run folder.")],
     verify: Annotated[bool, Option("--verify", help="Compare the checksums of all arrays; 74 if one differs.")] = False,
-    json: Annotated[bool, Option("--json", help="Print a JSON list instead of a table.")] = False,
+    json: Json = False,
 ) -> None:
     """List the checkpoints of a run: step, date, losses, size, state.
 
     This command changes nothing. All other commands skip a damaged checkpoint; `train` moves it to RUN/damaged.
     """
-    import json as json_format
     import time
 
     from gpt2_flax.checkpoint.listing import list_checkpoints
@@ -217,7 +225,7 @@ def checkpoints(
 
     found = list_checkpoints(RunFolder(run), verify)
     if json:
-        print(json_format.dumps([one._asdict() for one in found], indent=1))
+        print(to_json([one._asdict() for one in found], indent=1))
     else:
         print(f"{'step':>9}  {'saved':<19}  {'loss':>8}  {'validation':>10}  {'size':>8}  state")
         for one in found:
@@ -285,6 +293,8 @@ def evaluate(
     on_error: OnBad = "stop",
     step: Step = None,
     best: Best = False,
+    revision: Revision = None,
+    json: Json = False,
 ) -> None:
     """Print loss, perplexity, bits per character and accuracy on held-out text.
 
@@ -293,7 +303,7 @@ def evaluate(
     """
     from gpt2_flax.api.model import load
 
-    result = load(model, step=step, best=best).evaluate(
+    result = load(model, step=step, best=best, revision=revision).evaluate(
         data,
         seq_length=seq_length,
         batch_size=batch_size,
@@ -306,4 +316,4 @@ def evaluate(
         encoding=encoding,
         on_error=on_error,
     )
-    print(f"{result}  tokens {result.tokens:,}")
+    print(to_json(result.figures(), indent=1) if json else f"{result}  tokens {result.tokens:,}")

@@ -1,6 +1,7 @@
 """Commands about text and tokens: tokenizer, prepare, inspect, import-tokens."""
 
 from collections.abc import Iterator
+from json import dumps as to_json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +10,7 @@ from typer import Argument, BadParameter, Option
 from gpt2_flax.cli.app import (
     Bos,
     Eos,
+    Json,
     Overwrite,
     PathArgument,
     PathOption,
@@ -144,17 +146,18 @@ def inspect(
     ] = None,
     config: Annotated[Path | None, PathOption(help="For --batch: a config as for train.")] = None,
     stage: Annotated[int | None, Option(min=1, max=MOST_ROWS, help="For --batch: stage of the config.")] = None,
+    json: Json = False,
 ) -> None:
     """Show a dataset: counts, lengths of documents, unknown tokens, some text.
 
     Or show the batch of one training step: gpt2-flax inspect --batch 100 --config runs/mine/config.toml
     """
     from gpt2_flax.data.dataset import TokenDataset
-    from gpt2_flax.data.inspect import inspection_lines
+    from gpt2_flax.data.inspect import inspection_lines, inspection_values
 
     if batch is not None:
-        if verify or config is None:
-            raise BadParameter("--batch goes with --config and without --verify")
+        if verify or json or config is None:
+            raise BadParameter("--batch goes with --config and without --verify and --json")
         for line in _batch_lines(dataset, batch, config, stage, samples):
             print(line)
         return
@@ -163,6 +166,9 @@ def inspect(
     opened = TokenDataset(dataset)
     if verify:
         opened.verify()
+    if json:
+        print(to_json(inspection_values(opened), ensure_ascii=False, indent=1))
+        return
     for line in inspection_lines(opened, samples):
         print(line)
     if verify:

@@ -12,10 +12,11 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from gpt2_flax.config.model import ModelConfig, ModelOptions, Positions, Section
 from gpt2_flax.errors import quote
-from gpt2_flax.folders import local_path
+from gpt2_flax.folders import local_path, model_place
 from gpt2_flax.input_files import MOST_ROWS, MOST_STEPS
 
 LocalPath = Annotated[str, AfterValidator(local_path)]
+InitialWeights = Annotated[str, AfterValidator(lambda given: str(model_place(given, guess=False)))]
 
 Packing = Literal["stream", "best_fit", "document"]
 Verify = Literal["first-use", "full", "off"]
@@ -223,7 +224,9 @@ class Config(Section, frozen=True):
     """One training run."""
 
     output: LocalPath = Field(description="run folder: checkpoints, metrics, resolved config")
-    init_from: LocalPath | None = Field(default=None, description="run, checkpoint or folder with initial weights")
+    init_from: InitialWeights | None = Field(
+        default=None, description="initial weights: a run, RUN/checkpoints/STEP, a folder, or hf://OWNER/NAME@REVISION"
+    )
     model: ModelOptions = ModelOptions()
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -6,7 +6,8 @@ Dimension key: B documents, N different lengths, T tokens.
 import bisect
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -104,6 +105,26 @@ def inspection_lines(dataset: TokenDataset, samples: int = 3, lengths: Sequence[
             yield f"{split.name} document {number:,} of {split.n_documents:,}, {stop - start:,} tokens"
             yield f"  {printable(shown)}"
     dataset.check_unchanged()
+
+
+def inspection_values(dataset: TokenDataset) -> dict[str, Any]:
+    """Return the counts of `inspection_lines` as JSON can hold them.
+
+    Raises `UserError` (DATA) if document starts are damaged or a file changed meanwhile.
+    """
+    info = dataset.info
+    splits = {split.name: asdict(split_figures(split)) for split in (dataset.train, dataset.validation)}
+    for figures in splits.values():
+        figures["quantiles"] = dict(zip(map(str, PERCENTS), figures["quantiles"], strict=False))
+    dataset.check_unchanged()
+    return {
+        "sources": list(info.sources),
+        "vocab_size": info.vocab_size,
+        "bos_id": info.bos_id,
+        "eos_id": info.eos_id,
+        "unk_id": info.unk_id,
+        "splits": splits,
+    }
 
 
 def batch_lines(config: Config, mixture: Mixture, step: int, samples: int) -> Iterator[str]:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_flax.checkpoint.checksums import SUMS, check_sums, read_sums
-from gpt2_flax.errors import ExitCode, UserError, missing_package, quote
+from gpt2_flax.checkpoint.hub import connected, said
+from gpt2_flax.errors import ExitCode, UserError, quote
 
 # Files of an earlier push that would be loaded in place of the new files.
 _STALE = [
@@ -25,32 +26,11 @@ def push(folder: Path, repo_id: str, *, private: bool = False, revision: str | N
             repository was to be private; IO if the hub cannot be reached.
     """
     check_whole(folder)
-    try:
-        import huggingface_hub as hub
-        from huggingface_hub import constants, errors
-    except ImportError:
-        raise missing_package("push", "huggingface_hub", "push", folder) from None
-    if hub.get_token() is None:
-        fix = "run: hf auth login, or set HF_TOKEN to a token that may write"
-        raise UserError(ExitCode.USAGE, "no token for the Hugging Face hub", repo_id, fix)
-    # The base class of the errors of the HTTP library under the hub's client, which differs between versions.
-    network_error: type[Exception] = errors.HfHubHTTPError.__mro__[1]
-    try:
+    with connected(repo_id, _refusal) as hub:
+        if hub.get_token() is None:
+            fix = "run: hf auth login, or set HF_TOKEN to a token that may write"
+            raise UserError(ExitCode.USAGE, "no token for the Hugging Face hub", repo_id, fix)
         return _upload(hub.HfApi(library_name="gpt2_flax"), folder, repo_id, private, revision)
-    except errors.OfflineModeIsEnabled:
-        fix = "unset HF_HUB_OFFLINE and run the same command again"
-        raise UserError(ExitCode.USAGE, "the hub is switched off", repo_id, fix) from None
-    except errors.HfHubHTTPError as error:
-        raise _refusal(error, repo_id) from None
-    except (network_error, OSError) as error:
-        fix = f"check the network and run the same command again ({type(error).__name__}: {quote(str(error))})"
-        raise UserError(ExitCode.IO, "the hub cannot be reached", constants.ENDPOINT, fix) from None
-    except errors.HFValidationError as error:
-        fix = quote(str(error), 200)
-        raise UserError(ExitCode.USAGE, "not the name of a repository", quote(repo_id), fix) from None
-    except ValueError as error:  # a bad header of README.md
-        fix = f"export again with other --language, --license or --dataset ({quote(str(error), 300)})"
-        raise UserError(ExitCode.DATA, "the hub does not take the model card", folder / "README.md", fix) from None
 
 
 def check_whole(folder: Path) -> None:
@@ -77,19 +57,24 @@ def _upload(api: Any, folder: Path, repo_id: str, private: bool, revision: str |
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     message = f"Model exported by gpt2_flax ({folder.resolve().name})"
-    commit = api.upload_folder(
-        repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message, delete_patterns=_STALE
-    )
+    try:
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message, delete_patterns=_STALE
+        )
+    except ValueError as error:
+        if isinstance(error, OSError):  # an answer with status 400 is both
+            raise
+        fix = f"export again with other --language, --license or --dataset ({quote(str(error), 300)})"
+        raise UserError(ExitCode.DATA, "the hub does not take the model card", folder / "README.md", fix) from None
     return str(commit.commit_url)
 
 
 def _refusal(error: Any, repo_id: str) -> UserError:
     status = error.response.status_code
-    said = quote(error.server_message or str(error), 200)
     if status == 401:
-        fix = f"run: hf auth login, or set HF_TOKEN to a token that is valid ({said})"
+        fix = f"run: hf auth login, or set HF_TOKEN to a token that is valid ({said(error)})"
         return UserError(ExitCode.USAGE, "the hub does not know the token", repo_id, fix)
     if status == 403:
-        fix = f"use a token with write access to it, or another name ({said})"
+        fix = f"use a token with write access to it, or another name ({said(error)})"
         return UserError(ExitCode.CANT_CREATE, "the token may not write there", repo_id, fix)
-    return UserError(ExitCode.IO, f"the hub answered with status {status}", repo_id, f"it says: {said}")
+    return UserError(ExitCode.IO, f"the hub answered with status {status}", repo_id, f"it says: {said(error)}")

@@ -45,6 +45,11 @@ class Evaluation:
             f"accuracy {self.accuracy:.1%}"
         )
 
+    def figures(self) -> dict[str, float | None]:
+        """Return the figures and the counts by their names, as JSON can hold them."""
+        names = ("loss", "perplexity", "bits_per_character", "accuracy", "tokens", "characters")
+        return {name: getattr(self, name) for name in names}
+
     @property
     def loss(self) -> float:
         """Mean nats a token."""

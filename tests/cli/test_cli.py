@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import re
 import shlex
@@ -23,6 +24,7 @@ from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint.step_meta import sealed
 from gpt2_flax.cli import DEBUG, app
 from gpt2_flax.config.parse import dump_config
+from gpt2_flax.data.dataset import TokenDataset
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "这是很久之前的事情了"
@@ -571,6 +573,37 @@ def test_a_damaged_tokenizer_of_a_run_is_found_and_copied_again(inputs, capsys):
     assert cli.exit_code(["train", str(inputs["config"]), f"output={run}"]) == 0
     assert f"moved to {run / 'damaged/tokenizer-0'}; copied again" in capsys.readouterr().out
     assert path.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_json_has_the_figures_of_the_text(inputs, capsys):
+    def printed(*arguments: str) -> str:
+        assert cli.exit_code(list(arguments)) == 0
+        return capsys.readouterr().out
+
+    run, dataset = str(inputs["run"]), str(inputs["dataset"])
+    figures = json.loads(printed("evaluate", run, "--json"))
+    text = printed("evaluate", run)
+    bits = f"bits/character {figures['bits_per_character']:.4f}  accuracy {figures['accuracy']:.1%}"
+    assert text == (
+        f"loss {figures['loss']:.4f}  perplexity {figures['perplexity']:.2f}  {bits}  tokens {figures['tokens']:,}\n"
+    )
+    seen = json.loads(printed("inspect", dataset, "--json"))
+    split = TokenDataset(inputs["dataset"]).train
+    assert seen["vocab_size"] == TokenDataset(inputs["dataset"]).info.vocab_size
+    assert (seen["splits"]["train"]["documents"], seen["splits"]["train"]["tokens"]) == (
+        split.n_documents,
+        split.n_tokens,
+    )
+    assert seen["splits"]["train"]["quantiles"]["100"] == max(len(ids) for ids in split.documents())
+    config = str(inputs["run"] / "config.toml")
+    (plan,) = json.loads(printed("plan", config, "--json"))
+    lines = printed("plan", config).splitlines()
+    assert lines[0].startswith(f"parameters              {plan['parameters']:,}: ")
+    total = sum(plan["memory"][name] for name in ("parameters", "gradients", "optimizer", "activations", "loss"))
+    assert plan["memory"]["total"] == total
+    assert math.prod(plan["mesh"].values()) == plan["devices"]["count"]
+    assert plan["tokens"] == plan["steps"] * plan["tokens_per_step"]
 
 
 @pytest.mark.slow

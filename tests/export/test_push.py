@@ -109,7 +109,7 @@ def test_without_network_or_token_it_says_so(folder):
         address = f"http://127.0.0.1:{unused.getsockname()[1]}"
         code, said = command(folder, address, "somebody/a-model", HF_TOKEN=TOKEN)
     assert code == ExitCode.IO
-    assert said.startswith(f"error: the hub cannot be reached: {address}; check the network")
+    assert said.startswith(f"error: the hub cannot be reached: {address}/somebody/a-model; check the network")
     code, said = command(folder, address, "somebody/a-model")
     assert code == ExitCode.USAGE
     assert "hf auth login" in said
@@ -161,4 +161,4 @@ def test_missing_and_surplus_files_are_refused(folder):
 
 def test_without_the_package_it_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install 'gpt2_flax[push]'" in refusal(folder)
+    assert "pip install 'gpt2_flax[hub]'" in refusal(folder)

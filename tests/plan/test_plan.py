@@ -28,6 +28,7 @@ from gpt2_flax.plan.ahead_of_time import compile_step, memory_fraction, smallest
 from gpt2_flax.plan.estimate import checkpoint_bytes, figures, memory, read_datasets
 from gpt2_flax.plan.report import plan_lines
 from gpt2_flax.plan.topology import devices_for
+from gpt2_flax.plan.values import plan_values
 from gpt2_flax.training.step import initial_state, state_layout
 
 ROOT = Path(__file__).parents[2]
@@ -474,6 +475,9 @@ def test_the_command_reports_the_time_if_the_peak_is_known():
 
     lines = list(plan_lines(published(2), [Device()] * 8, 0.4))
     assert lines[-1].split(None, 1) == ["time", "2h04m at 40% of 8 x 989T FLOP/s; the MFU is assumed, see --mfu"]
+    values = plan_values(published(2), [Device()] * 8, 0.4)
+    assert values["devices"] == {"kind": "NVIDIA H200", "count": 8, "peak_flops": 989e12}
+    assert values["days"] == values["flops"] / (8 * 989e12 * 0.4) / 86400
     lines = list(plan_lines(published(2), [Device()], 0.2))
     assert lines[-1].startswith("time                    1.4 days at 20% of 1 x")
 
