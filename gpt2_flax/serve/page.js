@@ -7,7 +7,7 @@ const TEXTS = {
     copy: "Copy", copied: "Copied", keys: "Ctrl + Enter", reset: "Defaults", other: "中文",
     max_tokens: "New tokens", temperature: "Temperature", top_k: "Top-k", top_p: "Top-p",
     repetition_penalty: "Repetition penalty", seed: "Seed", random: "random", all: "all", off: "off",
-    greedy: "0 (likeliest)", placeholder: "Once upon a time",
+    greedy: "0 (likeliest)", placeholder: "Leave it empty to let the model begin.",
     facts: (parameters, positions, step) =>
       `${parameters} parameters · ${positions} positions${step === null ? "" : ` · step ${step}`}`,
     waiting: "Waiting …", running: (n, seed) => `${n} characters · seed ${seed}`,
@@ -21,7 +21,7 @@ const TEXTS = {
     copy: "复制", copied: "已复制", keys: "Ctrl + Enter", reset: "恢复默认", other: "English",
     max_tokens: "新词元数", temperature: "温度", top_k: "Top-k", top_p: "Top-p",
     repetition_penalty: "重复惩罚", seed: "随机种子", random: "随机", all: "全部", off: "关",
-    greedy: "0（最可能）", placeholder: "这是很久之前的事情了",
+    greedy: "0（最可能）", placeholder: "留空则由模型自己开头。",
     facts: (parameters, positions, step) =>
       `${parameters} 个参数 · 最长 ${positions} 个词元${step === null ? "" : ` · 第 ${step} 步`}`,
     waiting: "等待中……", running: (n, seed) => `${n} 个字符 · 种子 ${seed}`,
@@ -119,7 +119,7 @@ function chosenSeed() {
 
 async function generate() {
   if (state.running) return state.running.abort();
-  const prompt = at("prompt").value || at("prompt").placeholder, seed = chosenSeed(), began = performance.now();
+  const prompt = at("prompt").value, seed = chosenSeed(), began = performance.now();
   const values = Object.fromEntries(Object.keys(SLIDERS).map((name) => [name, at(name).valueAsNumber]));
   const made = showPrompt(prompt), running = new AbortController();
   const length = () => [...made.textContent].length;

@@ -115,12 +115,13 @@ def joined(parts):
 
 
 @pytest.mark.slow
-def test_a_text_is_the_one_that_the_generator_makes(port, generator):
+@pytest.mark.parametrize("prompt", ["这是很久", ""])
+def test_a_text_is_the_one_that_the_generator_makes(port, generator, prompt):
     sampling = Sampling(temperature=0.7, top_k=20, top_p=0.9, repetition_penalty=1.2)
     fields = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2, "max_tokens": 12}
-    (expected,) = generator.texts(["这是很久"], 12, sampling, seed=5)
-    assert texts(port, prompt="这是很久", seed=5, echo=True, **fields) == [expected]
-    assert texts(port, prompt="这是很久", seed=5, **fields) == [expected.removeprefix("这是很久")]
+    (expected,) = generator.texts([prompt], 12, sampling, seed=5)
+    assert texts(port, prompt=prompt, seed=5, echo=True, **fields) == [expected]
+    assert texts(port, prompt=prompt, seed=5, **fields) == [expected.removeprefix(prompt)]
 
 
 @pytest.mark.slow
@@ -659,5 +660,10 @@ def test_the_page_streams_stops_and_says_what_is_wrong(gated, tmp_path, language
         assert see("generate") == {"Generate": "生成", "生成": "Generate"}[generate]
         assert all(element.text for element in page.find_elements("css selector", "button, h1, h2, label"))
         assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        page.find_element("id", "prompt").clear()
+        page.find_element("id", "generate").click()
+        until(lambda: gated.running)
+        gated.allow(2)
+        until(lambda: see("output") == "好好")
         problems = [line["message"] for line in page.get_log("browser") if "429" not in line["message"]]
         assert problems == []
