@@ -660,10 +660,5 @@ def test_the_page_streams_stops_and_says_what_is_wrong(gated, tmp_path, language
         assert see("generate") == {"Generate": "生成", "生成": "Generate"}[generate]
         assert all(element.text for element in page.find_elements("css selector", "button, h1, h2, label"))
         assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
-        page.find_element("id", "prompt").clear()
-        page.find_element("id", "generate").click()
-        until(lambda: gated.running)
-        gated.allow(2)
-        until(lambda: see("output") == "好好")
         problems = [line["message"] for line in page.get_log("browser") if "429" not in line["message"]]
         assert problems == []
