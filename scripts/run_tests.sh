@@ -13,7 +13,7 @@ if [ "${1:-}" = --fast ]; then
     chosen=(-m "not slow and not multiprocess")
     shift
 fi
-extras=dev,docs,export,gguf,hub,quickstart,corpora,ray,report,serve
+extras=dev,docs,export,gguf,hub,quickstart,corpora,ray,report,serve,wandb,mlflow
 # The compilers for TPUs and GPUs exist for this platform only; they need no TPU and no GPU.
 [ "$(uname -sm)" != "Linux x86_64" ] || extras+=,tpu,cuda-compiler
 make_environment .test-environment "$extras"

@@ -58,6 +58,7 @@ KEYS = [
     "training.seed",
     "training.deterministic",
     "training.log_every",
+    "training.logging",
     "training.evaluate_every",
     "training.evaluation_batches",
     "training.save_every",

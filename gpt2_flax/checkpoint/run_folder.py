@@ -7,6 +7,8 @@ damaged/                     damaged files that are not used; a user may delete 
 metrics.jsonl tensorboard/   metrics over the run
 crash-TIME-PROCESS.log       stacks and tracebacks of a process that died, hung or had a bug, see `crash_log`
 report.html                  the page about the run, written when the run ends, see `report`
+loggers.json                 the names of the run in Weights & Biases and MLflow, see `training.loggers`
+wandb/ mlruns/               the files of these two
 samples.txt                  the continuation of each of `training.prompts` at each evaluation
 lock                         held by the process that trains
 token                        exists for a moment while several processes check that all of them see the same folder
@@ -77,6 +79,7 @@ class RunFolder:
         self.damaged = self.path / "damaged"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.loggers = self.path / "loggers.json"
         self.samples = self.path / "samples.txt"
         self.report = self.path / "report.html"
         self.token = self.path / "token"

@@ -167,6 +167,9 @@ class TrainingConfig(Section, frozen=True):
         default=False, description="use only GPU kernels that give the same bits each time; slower"
     )
     log_every: Steps = Field(default=10, description="steps between lines of metrics")
+    logging: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        default=["tensorboard"], description="programs that get the metrics: tensorboard, wandb, mlflow"
+    )
     evaluate_every: Steps = Field(default=1000, description="steps between evaluations on validation splits")
     evaluation_batches: int = Field(
         default=0, ge=0, le=MOST_STEPS, description="global batches an evaluation reads of each dataset; 0: all"

@@ -126,6 +126,10 @@ def _train_stage(
             run.check_tokenizer(stage.mixture.tokenizer_folder, say)
             run.write_config(config, stage.mixture.tokenizer_folder)
         if state is not None:
+            if leads:
+                from gpt2_flax.training.loggers import open_loggers  # here, as in `run_steps`
+
+                log.loggers = open_loggers(config, run, say)
             profiler = stack.enter_context(Profiler(profile_steps, run.tensorboard, progress.step, say))
             with naming_checkpoint(run):
                 run_steps(stage, progress, state, store, log, profiler, stop, watchdog)

@@ -1,4 +1,4 @@
-"""The log of a run: lines on the screen, metrics.jsonl, samples.txt, and TensorBoard events."""
+"""The log of a run: lines on the screen, metrics.jsonl, samples.txt, and other programs that show metrics."""
 
 import contextlib
 import errno
@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpt2_flax.checkpoint.run_folder import SAVED, RunFolder
-from gpt2_flax.errors import UserError, io_error, naming_file, printable
+from gpt2_flax.errors import Stopped, UserError, io_error, naming_file, printable
 from gpt2_flax.training.screen import Screen
-from gpt2_flax.training.tensorboard import TensorBoard
+
+if TYPE_CHECKING:
+    from gpt2_flax.training.loggers import Logger
 
 
 class MetricsLog(AbstractContextManager):
@@ -23,7 +25,7 @@ class MetricsLog(AbstractContextManager):
 
     A step that a resumed run repeats is written again, and its last line counts. Lines that do not fit on a full disk
     wait in memory, and are written later. Leaving the context raises `UserError` (IO) if they still do not fit.
-    `on_step` is called with the record of each step, written or not.
+    `on_step` is called with the record of each step, written or not. The `loggers` get all values and texts.
     """
 
     def __init__(
@@ -33,13 +35,14 @@ class MetricsLog(AbstractContextManager):
         on_step: Callable[[dict[str, float]], object] | None = None,
     ):
         self._run, self.screen, self.on_step = run, screen or Screen(), on_step if run else None
+        self.loggers: Sequence[Logger] = ()
         if run:
             self._records, self._texts = (_Lines(path, self.say) for path in (run.metrics, run.samples))
-            self._events = TensorBoard(run.tensorboard, self.say)
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self._run:
-            self._events.close()
+            for logger in self.loggers:
+                logger.close(error is None or isinstance(error, Stopped))
             for lines in (self._records, self._texts):
                 with contextlib.suppress(*((UserError,) if error else ())):  # report the first failure
                     lines.close()
@@ -50,7 +53,9 @@ class MetricsLog(AbstractContextManager):
             return
         record = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
         self._add_record(step, record)
-        self._events.add_scalars(step, {name: value for name, value in values.items() if math.isfinite(value)})
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        for logger in self.loggers:
+            logger.add_scalars(step, finite)
         self.say(line)
 
     def write_texts(self, step: int, texts: Sequence[str]) -> None:
@@ -59,7 +64,8 @@ class MetricsLog(AbstractContextManager):
             return
         lines = [printable(text) for text in texts]
         self._texts.add(step, "".join(f"step {step:>7}  {line}\n" for line in lines))
-        self._events.add_text(step, "samples", "\n\n".join(lines))
+        for logger in self.loggers:
+            logger.add_text(step, "samples", "\n\n".join(lines))
 
     def committed(self, step: int | None) -> None:
         """Record that the checkpoint of `step` was committed, so that a later loss is noticed; None: nothing."""

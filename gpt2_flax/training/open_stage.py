@@ -32,6 +32,7 @@ FREE_TO_CHANGE = (
     "training.accumulation_steps",
     "training.deterministic",
     "training.log_every",
+    "training.logging",
     "training.evaluate_every",
     "training.evaluation_batches",
     "training.save_every",

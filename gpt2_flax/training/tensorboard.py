@@ -34,7 +34,7 @@ class TensorBoard:
         """Add a text in Markdown."""
         self._add(step, self._summary.text(name, text).value)
 
-    def close(self) -> None:
+    def close(self, succeeded: bool = True) -> None:
         """Write the events that are still in memory."""
         with self._warning():
             if self._writer:
