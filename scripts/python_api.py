@@ -30,7 +30,7 @@ INTRODUCTION = """# Python
 <!-- Made by scripts/python_api.py from the docstrings: change them instead. -->
 
 Everything here is a name of `gpt2_flax`. `import gpt2_flax` takes no time; functions import JAX when they need it.
-Defaults are those of the command line, and so are the messages: where a message names an option, such as
+Defaults and messages are the same as on the command line: where a message names an option, such as
 `--batch-size`, the argument is `batch_size`. A path is a string or a `pathlib.Path`.
 
 A failure that you can fix is a [`UserError`](#usererror). Its message is a sentence with what to do, and its

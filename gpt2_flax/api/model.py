@@ -225,7 +225,7 @@ class Model:
 
         Args:
             data: A dataset or a corpus; None for the datasets of the run.
-            seq_length: The number of tokens in a row; None for that of the run, or else `n_positions`.
+            seq_length: The number of tokens in a row; None for the length of the run, or else `n_positions`.
             batch_size: The number of rows in a batch.
             batches: The number of batches; 0 for all.
             split: The split of a dataset; None for `validation`.
@@ -314,7 +314,7 @@ class Model:
             license: The license for the model card, such as `apache-2.0`.
             prompt: The example of the model card; None for one from the run.
             dataset: Names of datasets on the Hugging Face hub, for the model card.
-            hardware: The hardware, for the model card; None for that of the run.
+            hardware: The hardware, for the model card; None for the hardware of the run.
             card_extra: A Markdown file to append to the model card.
             overwrite: Whether `output` may replace a folder from an earlier call.
 

@@ -38,7 +38,7 @@ def train(
         config: The name of a config of the package, such as `base`; a TOML or JSON file; or a mapping with the same
             sections and keys: `{"model": {"n_layer": 4}}`, or `{"model.n_layer": 4}`. A config may have several stages.
             None if `overrides` have all values.
-        overrides: Values that replace those of the config, by key: `{"data.dataset": "data/mine"}`, or
+        overrides: Values that replace values of the config, by key: `{"data.dataset": "data/mine"}`, or
             `["data.dataset=data/mine"]` as on the command line. `stages.2.data.seq_length` is a key of the second
             stage.
         on_step: Called after each step with its record: `step`, `train/loss`, `train/learning_rate` and others, named

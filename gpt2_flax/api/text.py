@@ -223,7 +223,7 @@ class Dataset:
             step: The number of the step, from 1 as in the log of a run.
             seed: `training.seed` of the run.
             data: Other keys of the section `data` of a config, such as `seq_length=1024`, `global_batch_size=32` and
-                `packing="best_fit"`. The defaults are those of a config.
+                `packing="best_fit"`. The defaults are the defaults of a config.
 
         Returns:
             A named tuple of four int32 arrays of shape (rows, seq_length): `tokens_BT`; `targets_BT`, the next tokens,
