@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gpt2_flax.errors import ExitCode, UserError, missing_package, quote
+from gpt2_flax.errors import ExitCode, UserError, io_error, missing_package, quote
 from gpt2_flax.folders import HubModel
 
 _SMALL_FILES = ["*config.json", "*tokens*.json", "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "*.model"]
@@ -61,8 +61,8 @@ def connected(repo_id: str, refusal: Callable[[Any, str], UserError]) -> Iterato
         if constants.HF_HUB_OFFLINE:
             fix = "unset HF_HUB_OFFLINE and run the same command again"
             raise UserError(ExitCode.USAGE, "the hub is switched off", repo_id, fix) from None
-        if isinstance(error, OSError) and error.errno:
-            raise  # a full disk, for example
+        if isinstance(error, OSError) and error.errno:  # a full disk, for example
+            raise io_error(error, error.filename or repo_id) from None
         fix = f"check the network, or set HF_ENDPOINT to a mirror ({type(error).__name__}: {quote(str(error))})"
         raise UserError(ExitCode.IO, "the hub cannot be reached", f"{constants.ENDPOINT}/{repo_id}", fix) from None
     except errors.HFValidationError as error:

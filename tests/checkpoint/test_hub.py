@@ -1,5 +1,6 @@
 """Models and corpora of the hub: the same as their files, from the cache without a network, and clear refusals."""
 
+import errno
 import os
 import re
 import subprocess
@@ -186,6 +187,12 @@ def test_what_is_not_there_or_not_allowed_is_one_sentence(hub, monkeypatch):
     code, said = refusal()
     assert code == ExitCode.IO
     assert "reach" in said or "status 500" in said
+
+    def full_disk(*arguments, **more):
+        raise OSError(errno.ENOSPC, "No space left on device", "blob")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full_disk)
+    assert refusal() == (ExitCode.IO, "disk full: blob; free some space and run the same command again")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     code, said = refusal()
     assert code == ExitCode.USAGE
