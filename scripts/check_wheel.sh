@@ -24,11 +24,13 @@ missing=$(comm -23 \
     <(tar -tzf "$folder"/dist/*.tar.gz | cut -d/ -f2- | LC_ALL=C sort))
 [ -z "$missing" ] || { echo "error: the sdist lacks files, add them to MANIFEST.in: $missing" >&2; exit 1; }
 
-echo "installing the wheel into an environment of its own"
+echo "installing the wheel into an environment of its own, by the steps of scripts/Dockerfile"
 "$python" -m venv "$folder/bare"
-"$folder/bare/bin/pip" install --constraint scripts/constraints.txt "$folder"/dist/*.whl
-"$folder/bare/bin/pip" check
-export PATH="$folder/bare/bin:$PATH" JAX_PLATFORMS=cpu
+export PATH="$folder/bare/bin:$PATH" JAX_PLATFORMS=cpu XDG_CACHE_HOME="$folder/cache"
+steps=$(sed -n 's/^RUN //p' scripts/Dockerfile)
+steps=${steps//\/wheels\//$folder/dist/} steps=${steps//\/cache/$XDG_CACHE_HOME}
+EXTRAS='' PIP_CONSTRAINT=scripts/constraints.txt sh -euxc "$steps"
+pip check
 
 cd "$folder"
 gpt2-flax --help >/dev/null

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Functions for the other scripts, which source this file. `make_environment FOLDER EXTRAS` makes a virtual environment
 # with this project in FOLDER and puts its programs first on PATH. Nothing outside FOLDER changes.
 

@@ -20,5 +20,7 @@ make_environment .test-environment "$extras"
 ruff check .
 ruff format --check .
 basedpyright
+shellcheck --external-sources .ci/run scripts/*.sh scripts/train.slurm
+hadolint scripts/Dockerfile
 # The order of the files is chosen by tests/conftest.py.
 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder ${chosen[@]+"${chosen[@]}"} "$@"

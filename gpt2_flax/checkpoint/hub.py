@@ -1,6 +1,7 @@
 """Models on the Hugging Face hub: their files in the cache of `huggingface_hub`, and its errors."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,8 @@ def download(model: HubModel) -> tuple[Path, str]:
         UserError: NO_INPUT if there is no such model or revision; USAGE if `huggingface_hub` is missing; IO if the hub
             cannot be reached and the cache does not have the model.
     """
-    with connected(model.repo_id, _refusal) as hub:
+    before = "" if os.path.lexists(model.repo_id) else "no such path here, and "  # which the user may have meant
+    with connected(model.repo_id, _refusal, before) as hub:
         wanted = [*_SMALL_FILES, *_SAFETENSORS]
         folder = Path(hub.snapshot_download(model.repo_id, revision=model.revision, allow_patterns=wanted))
         if not any(folder.glob("*.safetensors")):
@@ -36,19 +38,20 @@ def download(model: HubModel) -> tuple[Path, str]:
 
 
 @contextlib.contextmanager
-def connected(repo_id: str, refusal: Callable[[Any, str], UserError]) -> Iterator[Any]:
+def connected(repo_id: str, refusal: Callable[[Any, str], UserError], before: str = "") -> Iterator[Any]:
     """Yield the package `huggingface_hub`, and turn its errors in the block into `UserError`.
 
     Args:
         repo_id: The repository that the block reads or writes.
         refusal: Makes a `UserError` from an `HfHubHTTPError` and `repo_id`.
+        before: Begins the sentence that says why there is no hub.
     """
     try:
         import huggingface_hub as hub
         from huggingface_hub import constants, errors
         from huggingface_hub.utils import disable_progress_bars
     except ImportError:
-        raise missing_package("the Hugging Face hub", "huggingface_hub", "hub", repo_id) from None
+        raise missing_package(f"{before}the Hugging Face hub", "huggingface_hub", "hub", repo_id) from None
     # The base class of the errors of the HTTP library under the hub's client, which differs between versions.
     network_error: type[Exception] = errors.HfHubHTTPError.__mro__[1]
     if not sys.stderr.isatty():
@@ -60,11 +63,13 @@ def connected(repo_id: str, refusal: Callable[[Any, str], UserError]) -> Iterato
     except (network_error, OSError) as error:
         if constants.HF_HUB_OFFLINE:
             fix = "unset HF_HUB_OFFLINE and run the same command again"
-            raise UserError(ExitCode.USAGE, "the hub is switched off", repo_id, fix) from None
+            raise UserError(ExitCode.USAGE, f"{before}the hub is switched off", repo_id, fix) from None
         if isinstance(error, OSError) and error.errno:  # a full disk, for example
             raise io_error(error, error.filename or repo_id) from None
         fix = f"check the network, or set HF_ENDPOINT to a mirror ({type(error).__name__}: {quote(str(error))})"
-        raise UserError(ExitCode.IO, "the hub cannot be reached", f"{constants.ENDPOINT}/{repo_id}", fix) from None
+        raise UserError(
+            ExitCode.IO, f"{before}the hub cannot be reached", f"{constants.ENDPOINT}/{repo_id}", fix
+        ) from None
     except errors.HFValidationError as error:
         fix = quote(str(error), 200)
         raise UserError(ExitCode.USAGE, "not the name of a repository", quote(repo_id), fix) from None

@@ -130,7 +130,8 @@ def test_without_a_network_the_cache_answers(hub, folder, monkeypatch):
     assert gpt2_flax.load(NAME).origin == f"{NAME} at commit {hub.commit_of('main')[:12]} of the Hugging Face hub"
     assert refusal("somebody/another") == (
         ExitCode.USAGE,
-        "the hub is switched off: somebody/another; unset HF_HUB_OFFLINE and run the same command again",
+        "no such path here, and the hub is switched off: somebody/another; "
+        "unset HF_HUB_OFFLINE and run the same command again",
     )
 
 
@@ -178,6 +179,8 @@ def test_training_starts_from_a_model_of_the_hub(hub, folder, config, tmp_path):
 
 
 def test_what_is_not_there_or_not_allowed_is_one_sentence(hub, monkeypatch):
+    from huggingface_hub import constants
+
     code, said = refusal("somebody/another")
     assert (code, said.partition(":")[0]) == (ExitCode.NO_INPUT, "no such model here or on the Hugging Face hub")
     hub.gated = True
@@ -187,6 +190,10 @@ def test_what_is_not_there_or_not_allowed_is_one_sentence(hub, monkeypatch):
     code, said = refusal()
     assert code == ExitCode.IO
     assert "reach" in said or "status 500" in said
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    code, said = refusal("runs/mine")
+    assert code == ExitCode.IO
+    assert said.startswith("no such path here, and the hub cannot be reached: http://127.0.0.1:9/runs/mine; check")
 
     def full_disk(*arguments, **more):
         raise OSError(errno.ENOSPC, "No space left on device", "blob")

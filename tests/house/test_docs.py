@@ -15,7 +15,6 @@ import pytest
 import typer
 
 import gpt2_flax
-from gpt2_flax import __main__ as cli
 from gpt2_flax.cli import app
 from gpt2_flax.config.file import load_stages
 from gpt2_flax.config.parse import config_keys
@@ -28,7 +27,8 @@ PAGES = [*READMES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md
 COMMANDS = typer.main.get_command(app).commands
 PLACEHOLDERS = {"N": "1", "H": "1", "STEP": "1", "CONFIG": "quickstart", "NAME": "quickstart"}
 PLACEHOLDERS |= {"section.key=value": "model.n_layer=1", "KEY=VALUE": "model.n_layer=1", "KEY": "model.n_layer"}
-OTHER_PROGRAMS = {"cat", "curl", "kubectl", "llama-completion", "llama-server", "lm_eval", "mkdocs", "pip", "sbatch"}
+OTHER_PROGRAMS = {"cat", "curl", "docker", "kubectl", "llama-completion", "llama-server", "lm_eval", "mkdocs"}
+OTHER_PROGRAMS |= {"pip", "sbatch"}
 
 SETUP = configparser.ConfigParser(interpolation=None)
 SETUP.read(ROOT / "setup.cfg", encoding="utf-8")
@@ -214,15 +214,3 @@ def test_every_exit_code_is_documented():
     table = (ROOT / "docs" / "exit_codes.md").read_text(encoding="utf-8")
     documented = {int(code) for cell in re.findall(r"^\| ([\d, ]+) \|", table, re.M) for code in cell.split(", ")}
     assert documented == {int(code) for code in ExitCode}
-
-
-def test_the_commands_for_your_own_text_run_as_printed(corpus, tmp_path, monkeypatch, capsys):
-    """Up to the training, which is planned here; tests/cli/test_cli.py trains and exports in small."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "corpus").symlink_to(corpus.parent)
-    section = READMES[0].read_text(encoding="utf-8").partition("## Your own text")[2]
-    tokenizer, prepare, train, export = (words[1:] for words in commands(f"```bash\n{blocks(section, 'bash')[0]}```"))
-    assert (train[0], export[:2]) == ("train", ["export", "runs/mine"])
-    for arguments in (tokenizer, prepare, ["inspect", "data/mine"], ["plan", *train[1:]]):
-        assert cli.exit_code(arguments) == 0, capsys.readouterr().err
-    assert re.search(r"epochs +\S+ of 13,468 tokens in data/mine", capsys.readouterr().out)
