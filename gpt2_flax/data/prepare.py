@@ -37,6 +37,7 @@ from gpt2_flax.tokenizers.transformers_check import check_exported, spread
 SETTINGS = "settings.json"
 HASHES = "hashes/"
 SPOOL = "stdin/"
+MOST_HELD_OUT = 10  # times the share that validation should have
 NOTHING_DROPPED = np.zeros(0, np.int64)
 
 
@@ -62,7 +63,8 @@ def prepare(
         output: The folder to make, or an address that `fsspec` knows.
         options: How to read the sources.
         validation_fraction: The share of documents for validation, 0 for none. If all documents fall into one split,
-            the last tokens of all are for validation.
+            or the few that are chosen hold more than `MOST_HELD_OUT` times this share of all tokens, then the last
+            tokens of all are for validation.
         deduplicate: Whether to keep only the first of equal documents.
         allow_unknown: Whether to accept a large share of unknown tokens.
         workers: The number of processes; None means one for each core.
@@ -99,6 +101,9 @@ def prepare(
             job = ShardJob(partial, tokenizer, validation_fraction, options.on_error)
             records = _records(job, units, dropped, workers, engine)
             info = _info(sources, units, tokenizer, records, deduplicate)
+            if _share_held_out(info) > MOST_HELD_OUT * validation_fraction:
+                records = _records(dataclasses.replace(job, validation_fraction=0.0), units, dropped, workers, engine)
+                info = _info(sources, units, tokenizer, records, deduplicate)
         share = info.unknown_share
         if not allow_unknown and share is not None and share > survey.MOST_UNKNOWN:
             # The sample did not show this. Finished shards are kept for a call that allows it.
@@ -213,6 +218,11 @@ def _info(
     )
 
 
+def _share_held_out(info: DatasetInfo) -> float:
+    tokens = {split: sum(shard.tokens for shard in info.shards[split]) for split in SPLITS}
+    return tokens["validation"] / max(1, sum(tokens.values()))
+
+
 def _with_both_splits(
     partial: OutputFolder, tokenizer: Tokenizer, info: DatasetInfo, validation_fraction: float
 ) -> DatasetInfo:
@@ -225,7 +235,7 @@ def _with_both_splits(
     info = hold_out_tail(partial, tokenizer, info, validation_fraction)
     tokens = {split: sum(shard.tokens for shard in info.shards[split]) for split in SPLITS}
     held, total = tokens["validation"], sum(tokens.values())
-    print(f"all documents fell into one split: the last {held:,} of {total:,} tokens are for validation", flush=True)
+    print(f"too few documents for whole ones: the last {held:,} of {total:,} tokens are for validation", flush=True)
     return info
 
 

@@ -33,6 +33,7 @@ class ShardRecord(Record):
     """The result of a task, written as a file after its shards; `fingerprint` identifies the task."""
 
     fingerprint: str
+    validation_fraction: float
     on_error: str
     shards: dict[str, Shard]
     left_out: LeftOut
@@ -74,7 +75,8 @@ class ShardJob:
         except (FileNotFoundError, ValidationError):
             return None
         same_reading = record.on_error == self.on_error or not (record.left_out.skipped or record.left_out.replaced)
-        return record if record.fingerprint == task.fingerprint and same_reading else None
+        same_splits = record.validation_fraction == self.validation_fraction
+        return record if record.fingerprint == task.fingerprint and same_reading and same_splits else None
 
     def __call__(self, task: ShardTask, tick: Tick) -> ShardRecord:
         size, unknown = self.tokenizer.vocab_size, self.tokenizer.unk_id
@@ -88,6 +90,7 @@ class ShardJob:
                     tick(batch.n_bytes, sorter.add(batch))
                 record = ShardRecord(
                     fingerprint=task.fingerprint,
+                    validation_fraction=self.validation_fraction,
                     on_error=self.on_error,
                     shards={split: writer.close() for split, writer in zip(SPLITS, writers, strict=True)},
                     left_out=LeftOut(skipped=problems.skipped, replaced=problems.replaced, examples=problems.examples),

@@ -211,16 +211,22 @@ def expected_tail(documents: list[list[int]], fraction: float) -> list[list[list
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-@pytest.mark.parametrize("fraction", [0.01, 0.5])
-@pytest.mark.parametrize("side", SPLITS)
-@pytest.mark.parametrize("count", [1, 3])
-def test_of_documents_in_one_split_the_last_tokens_are_for_validation(
-    tokenizer, tmp_path, monkeypatch, capsys, fraction, side, count
+@pytest.mark.parametrize(
+    ("fraction", "sides"),
+    [
+        *itertools.product([0.01, 0.5], [["train"], ["validation"], ["train"] * 3, ["validation"] * 3]),
+        (0.01, ["validation", "train", "train"]),
+    ],
+)
+def test_of_too_few_documents_for_two_splits_the_last_tokens_are_for_validation(
+    tokenizer, tmp_path, monkeypatch, capsys, fraction, sides
 ):
     """The cut does not depend on the number of workers or on the ends of units and reading blocks."""
     monkeypatch.setattr(flat_files, "CHUNK", 700)
-    texts = [text for text in (ONE[number * 20 :] for number in range(10**3)) if split_of(text, fraction) == side]
-    texts = texts[:count]
+    by_side: dict[str, list[str]] = {}
+    for text in (ONE[number * 2 :] for number in range(10**3)):
+        by_side.setdefault(split_of(text, fraction), []).append(text)
+    texts = [by_side[side].pop() for side in sides]
     (tmp_path / "corpus.txt").write_text("\n".join(texts), encoding="utf-8")
     framed = [[tokenizer.bos_id, *row.tolist(), tokenizer.eos_id] for row in tokenizer.encode_batch(texts)]
     found = []
@@ -249,8 +255,11 @@ def test_the_end_is_cut_off_at_an_address_too(tokenizer, tmp_path):
     assert files_of(tmp_path / "there") == files_of(tmp_path / "here")
 
 
-def test_a_call_that_was_killed_while_it_cut_the_end_off_gives_the_same_bytes(tokenizer, tmp_path, monkeypatch):
-    (tmp_path / "corpus.txt").write_text(ONE, encoding="utf-8")
+@pytest.mark.parametrize("sides", [["train"], ["validation", "train", "train"]])
+def test_a_call_that_was_killed_while_it_cut_the_end_off_gives_the_same_bytes(tokenizer, tmp_path, monkeypatch, sides):
+    texts = (ONE[number:] for number in range(10**3))
+    few = [next(text for text in texts if split_of(text, 0.01) == side) for side in sides]
+    (tmp_path / "corpus.txt").write_text("\n".join(few), encoding="utf-8")
     for output in ("whole", "killed"):
         with monkeypatch.context() as patch:
             if output == "killed":
