@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -90,8 +90,8 @@ class LiveScreen(Screen):
         if self._steps:
             self._steps.add(step, loss)
 
-    def __rich__(self) -> RenderableType:
-        """Return the status of this moment."""
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Return the status of this moment, with room for the `^C` that a terminal writes behind it."""
         steps, doing = self._steps, self._doing[-1:]
         if steps and steps.compiling and not doing:
             doing = [steps.compiling]
@@ -101,7 +101,7 @@ class LiveScreen(Screen):
         rows.append(doing[0].line() if doing else Text(steps.speed(self.memory) if steps else "starting"))
         if interruption.asked:
             rows.append(Text("stops after this step, and saves; a second signal ends it at once", style="yellow"))
-        return Group(*rows)
+        yield from console.render(Group(*rows), options.update_width(max(1, options.max_width - 3)))
 
 
 class _Status(Live):

@@ -97,7 +97,7 @@ def way(corpus, tmp_path_factory):
     call("tokenizer", "tokenizer", "corpus.txt", "--output", "tokenizer", "--vocab-size", "100")
     call("prepare", "prepare", "corpus.txt", *["--tokenizer", "tokenizer", "--output", "dataset"])
     train = [sys.executable, "-m", "gpt2_flax", "train", "run.toml"]
-    code, printed["stopped"] = at_terminal(train, folder, environment, "next evaluation", signal.SIGINT)
+    code, printed["stopped"] = at_terminal(train, folder, environment, "next evaluation")
     assert code == 75, printed["stopped"]
     call("resumed", "train", "run.toml")
     call("evaluate", "evaluate", "run")

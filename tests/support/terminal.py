@@ -12,21 +12,22 @@ COLUMNS = 100
 _TOKENS = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])|([\r\n])|([^\x1b\r\n]+)")
 
 
-def at_terminal(command, folder, environment, until, number):
-    """Run a command; send it a signal once it has written `until`; return its exit code and all that it wrote."""
+def at_terminal(command, folder, environment, until):
+    """Run a command; press Ctrl-C once it has written `until`; return its exit code and all that was written."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
     switches = ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES")
     environment = {name: value for name, value in environment.items() if name not in switches} | {"TERM": "xterm"}
     streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-    with subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **streams) as process:
+    keyboard = {"start_new_session": True, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY)}
+    with subprocess.Popen(command, cwd=folder, env=environment, **keyboard, **streams) as process:
         os.close(theirs)
         written, asked = b"", False
         try:
             while more := _read(ours):
                 written += more
                 if not asked and until in written.decode(errors="ignore"):
-                    process.send_signal(number)
+                    os.write(ours, b"\x03")  # the terminal writes ^C and sends SIGINT
                     asked = True
             return process.wait(60), written.decode()
         finally:

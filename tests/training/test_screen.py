@@ -112,7 +112,7 @@ def test_the_status_counts_the_time_of_steps_only(config, clock):
     _, steps, speed = drawn(screen)
     assert re.fullmatch(r"step 21/1,000  ━+ +2%  loss 4.2500  █+▁", steps.strip())
     assert speed == "128 tokens/s  MFU 50.0%  ETA 32m38s  memory 12.3 GB  next evaluation 30, save 24"
-    assert all(len(line) <= 60 for line in drawn(screen, 60))
+    assert all(len(line) <= 60 - len("^C ") for line in drawn(screen, 60))
 
 
 def test_the_status_says_that_a_signal_has_come(monkeypatch):
