@@ -43,7 +43,7 @@ from typing import Any, NamedTuple
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.source import load_source
 from gpt2_flax.config.model import ModelConfig
-from gpt2_flax.config.parse import dump_config, parse_config
+from gpt2_flax.config.parse import parse_config
 from gpt2_flax.config.schema import Config, ResolvedConfig
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.prepare import prepare
@@ -77,7 +77,7 @@ class Run(NamedTuple):
     tuned: dict[str, Any]
     """The values of the keys for which the recipe has a list."""
     key: str
-    """A checksum of the config and the dataset, by which the run is found again."""
+    """A checksum of all that the numbers depend on, by which the run is found again."""
 
 
 class Ratio(NamedTuple):
@@ -147,6 +147,17 @@ def run_config(
     values["training"] |= {"total_steps": steps, "evaluate_every": steps, "save_every": steps}
     values["training"]["log_every"] = min(10, max(1, steps // 8))  # each part of a run has its seconds
     return parse_config(values, "the recipe")
+
+
+def run_key(config: Config, dataset: TokenDataset) -> str:
+    """Return a checksum of the dataset and of what the config says about the model and the training.
+
+    It does not depend on keys that change no number, such as those about logs and checkpoints.
+    """
+    training = config.training.model_dump(include={"total_steps", "accumulation_steps", "seed"})
+    what = [config.model_dump(mode="json", include={"model", "data", "optimizer", "growth"}), training]
+    content = json.dumps([*what, dataset.fingerprints()["tokens_fingerprint"]], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def optimizer_flops(model: ModelConfig, config: Config) -> float:
@@ -258,8 +269,7 @@ class Benchmark:
         """Return the result of a run; make the run if it is not known."""
         args, positions = self.args, round(budget * self.args.positions)
         config = run_config(recipe, args.layers, width, length, positions, seed, args.step_positions)
-        what = dump_config(config) + self.dataset.fingerprints()["tokens_fingerprint"]
-        key = hashlib.sha256(what.encode()).hexdigest()[:16]
+        key = run_key(config, self.dataset)
         if (run := self.known().get(key)) is None:
             run = Run(name, width, length, budget, seed, *measure(config, self.dataset), tuned, key)
             with open(self.results, "a", encoding="utf-8") as file:

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.configs import changed
 
 from gpt2_flax.config.model import ModelConfig
+from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.model.flops import flops_per_token
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark_recipe.py"
@@ -64,6 +66,17 @@ def test_ratios_compare_equal_seeds_at_equal_bits():
         benchmark.written(benchmark.ratios(first, [run(1e2, 3.0), run(2e2, 2.9)], "flops"))
         == ">40.00x (40.00 to 40.00)"
     )
+
+
+def test_a_run_is_found_again_by_what_its_numbers_depend_on(dataset_folder):
+    dataset = TokenDataset(dataset_folder)
+    config = benchmark.run_config({}, 2, 32, 16, 4096, 0, 128)
+    key = benchmark.run_key(config, dataset)
+    for same in ({"output": "elsewhere"}, {"training__save_every": 7, "training__logging": []}):
+        assert benchmark.run_key(changed(config, **same), dataset) == key
+    others = [{"training__seed": 1}, {"training__total_steps": 33}, {"model__n_layer": 3}, {"optimizer__warmup": 0.5}]
+    others += [{"data__global_batch_size": 16}, {"growth__until": 0.5, "growth__n_layer": 1}]
+    assert len({key, *(benchmark.run_key(changed(config, **other), dataset) for other in others)}) == 1 + len(others)
 
 
 def test_products_of_the_optimizer_are_counted():
