@@ -296,17 +296,21 @@ def plot(path: Path, curves: Mapping[tuple[int, int], Mapping[str, Sequence[Run]
     """Draw bits a character over FLOPs, a panel for each width and length."""
     try:
         from matplotlib import pyplot
+        from matplotlib.ticker import NullFormatter
     except ImportError:
         raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
     figure, axes = pyplot.subplots(1, len(curves), figsize=(6 * len(curves), 4), squeeze=False)
+    names = dict.fromkeys(name for recipes in curves.values() for name in recipes)
+    colors = {name: f"C{index}" for index, name in enumerate(names)}
     for axis, ((width, length), recipes) in zip(axes[0], curves.items(), strict=True):
         for name, runs in recipes.items():
             budgets = sorted({run.budget for run in runs})
             groups = [[run for run in runs if run.budget == budget] for budget in budgets]
             mean = [sum(run.bits for run in group) / len(group) for group in groups]
-            axis.plot([group[0].flops for group in groups], mean, label=name)
-            axis.scatter([run.flops for run in runs], [run.bits for run in runs], s=8)
+            axis.plot([group[0].flops for group in groups], mean, "o-", label=name, color=colors[name])
+            axis.scatter([run.flops for run in runs], [run.bits for run in runs], s=8, color=colors[name])
         axis.set(xscale="log", xlabel="FLOPs", ylabel="bits a character", title=f"width {width}, length {length}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.legend()
     figure.tight_layout()
     figure.savefig(path)
