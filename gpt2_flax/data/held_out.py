@@ -34,7 +34,7 @@ def tail_tokens(total: int, fraction: float) -> int | None:
 
 
 def hold_out_tail(output: OutputFolder, tokenizer: Tokenizer, info: DatasetInfo, fraction: float) -> DatasetInfo:
-    """Move the last `fraction` of all tokens to the validation split, if all documents fell into one split.
+    """Move the last `fraction` of all tokens to the validation split, if all documents are in one split.
 
     The second half of a document that is cut has no `bos_id`. The position of the cut depends only on the tokens. The
     records of shards that change are removed first, so if this call is killed, the next one makes them again.

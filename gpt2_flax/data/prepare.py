@@ -101,7 +101,8 @@ def prepare(
             job = ShardJob(partial, tokenizer, validation_fraction, options.on_error)
             records = _records(job, units, dropped, workers, engine)
             info = _info(sources, units, tokenizer, records, deduplicate)
-            if _share_held_out(info) > MOST_HELD_OUT * validation_fraction:
+            held, total = _held_out(info)
+            if held > MOST_HELD_OUT * validation_fraction * total:
                 records = _records(dataclasses.replace(job, validation_fraction=0.0), units, dropped, workers, engine)
                 info = _info(sources, units, tokenizer, records, deduplicate)
         share = info.unknown_share
@@ -218,9 +219,10 @@ def _info(
     )
 
 
-def _share_held_out(info: DatasetInfo) -> float:
+def _held_out(info: DatasetInfo) -> tuple[int, int]:
+    """Return the number of tokens for validation, and of all tokens."""
     tokens = {split: sum(shard.tokens for shard in info.shards[split]) for split in SPLITS}
-    return tokens["validation"] / max(1, sum(tokens.values()))
+    return tokens["validation"], sum(tokens.values())
 
 
 def _with_both_splits(
@@ -233,8 +235,7 @@ def _with_both_splits(
     if all(documents.values()) or not validation_fraction:
         return info
     info = hold_out_tail(partial, tokenizer, info, validation_fraction)
-    tokens = {split: sum(shard.tokens for shard in info.shards[split]) for split in SPLITS}
-    held, total = tokens["validation"], sum(tokens.values())
+    held, total = _held_out(info)
     print(f"too few documents for whole ones: the last {held:,} of {total:,} tokens are for validation", flush=True)
     return info
 
