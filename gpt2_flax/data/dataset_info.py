@@ -100,6 +100,10 @@ class DatasetInfo(Record):
     """None if no duplicates were searched for."""
     shards: dict[str, list[Shard]]
 
+    def n_tokens(self, split: str) -> int:
+        """Return the number of tokens of a split."""
+        return sum(shard.tokens for shard in self.shards[split])
+
     @property
     def unknown_share(self) -> float | None:
         """The share of unknown tokens among the tokens of text; None if the vocabulary has no unknown token."""

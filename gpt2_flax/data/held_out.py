@@ -41,7 +41,7 @@ def hold_out_tail(output: OutputFolder, tokenizer: Tokenizer, info: DatasetInfo,
     Raises `UserError` (DATA) if there are too few tokens.
     """
     split = next(split for split in SPLITS if any(shard.documents for shard in info.shards[split]))
-    total = sum(shard.tokens for shard in info.shards[split])
+    total = info.n_tokens(split)
     if (held := tail_tokens(total, fraction)) is None:
         fix = "bring more text, or take --validation-fraction 0"
         raise UserError(ExitCode.DATA, f"{total} tokens are too few for two splits", ", ".join(info.sources), fix)

@@ -203,7 +203,7 @@ def summary_lines(output: object, info: DatasetInfo) -> Iterator[str]:
         warning = "warning: " if info.unknown_share > MUCH_UNKNOWN else ""
         yield f"{warning}unknown tokens: {unknown:,} ({info.unknown_share:.2%})"
     yield from left_out_lines(info)
-    held = sum(shard.tokens for shard in info.shards["validation"])
+    held = info.n_tokens("validation")
     if not held:
         yield "no validation split: training on this dataset has no validation loss"
     elif held < FEW_TOKENS:

@@ -221,7 +221,7 @@ def _info(
 
 def _held_out(info: DatasetInfo) -> tuple[int, int]:
     """Return the number of tokens for validation, and of all tokens."""
-    tokens = {split: sum(shard.tokens for shard in info.shards[split]) for split in SPLITS}
+    tokens = {split: info.n_tokens(split) for split in SPLITS}
     return tokens["validation"], sum(tokens.values())
 
 

@@ -175,7 +175,7 @@ def _dataset(folder: str, weight: float) -> dict[str, Any]:
     splits: Mapping[str, dict[str, int | None]] = {
         split: {
             "documents": sum(shard.documents for shard in info.shards[split]),
-            "tokens": sum(shard.tokens for shard in info.shards[split]),
+            "tokens": info.n_tokens(split),
             "characters": _sum_or_none(shard.characters for shard in info.shards[split]),
         }
         for split in SPLITS

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.documents import blocks
 
 import gpt2_flax
 from gpt2_flax import __main__ as cli
@@ -36,14 +37,14 @@ ELSEWHERE = {
 RAN: set[str] = set()  # commands and programs
 
 
-def fenced(page: Path) -> list[tuple[str, str]]:
-    """The languages and contents of the fenced blocks of a page."""
-    return re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+def programs(page: Path, what: str) -> list[str]:
+    """The programs of a page that contain a word."""
+    return [program for program in blocks(page.read_text(encoding="utf-8"), "python") if what in program]
 
 
 def our_commands(page: Path) -> list[str]:
     """The lines of a page's blocks of bash that call this program and that this module can run."""
-    lines = "".join(content for language, content in fenced(page) if language == "bash").replace("\\\n", " ")
+    lines = "".join(blocks(page.read_text(encoding="utf-8"), "bash")).replace("\\\n", " ")
     found = (line.partition(" #")[0].partition(";")[0] for line in lines.splitlines() if "gpt2-flax " in line)
     return [line for line in found if line.startswith("gpt2-flax ") and not any(what in line for what in ELSEWHERE)]
 
@@ -113,10 +114,10 @@ def test_the_commands_of_a_page_run_in_their_order(page, workplace, tmp_path, mo
                 shutil.rmtree(output, ignore_errors=True)
             run(line)
             assert all(Path(output).exists() for output in outputs), line
-    for language, content in fenced(page):
-        if language == "python" and "TextGenerationPipeline" in content and content not in RAN:
-            RAN.add(content)
-            exec(compile(re.sub(r"max_length=\d+", "max_length=20", content), page.name, "exec"), {})
+    for program in programs(page, "TextGenerationPipeline"):
+        if program not in RAN:
+            RAN.add(program)
+            exec(compile(re.sub(r"max_length=\d+", "max_length=20", program), page.name, "exec"), {})
 
 
 def test_the_program_runs(workplace, tmp_path, monkeypatch, capsys):
@@ -126,10 +127,7 @@ def test_the_program_runs(workplace, tmp_path, monkeypatch, capsys):
     train, make = gpt2_flax.train, gpt2_flax.train_tokenizer
     monkeypatch.setattr(gpt2_flax, "train", lambda config, values: train(config, values | SMALLER | ALSO_GROWN))
     monkeypatch.setattr(gpt2_flax, "train_tokenizer", lambda *given, **more: make(*given, vocab_size=100, **more))
-    english, chinese = (
-        [content for language, content in fenced(page) if language == "python" and "gpt2_flax" in content]
-        for page in PAGES[:2]
-    )
+    english, chinese = (programs(page, "gpt2_flax") for page in PAGES[:2])
     assert english == chinese
     exec(compile(english[0].replace("max_new_tokens=100", "max_new_tokens=5"), "README.md", "exec"), {})
     text, bits = capsys.readouterr().out.splitlines()[-2:]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.documents import blocks
 
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.dataset_info import SPLITS, DatasetInfo, Duplicates, Example, LeftOut, write_info
@@ -171,7 +172,7 @@ def test_figures_of_a_real_corpus(tmp_path):
 
 @pytest.mark.multiprocess
 def test_the_program_in_the_documentation_reads_what_we_read(tmp_path, dataset):
-    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), re.S)
+    (program,) = blocks((ROOT / "docs" / "data.md").read_text(encoding="utf-8"), "python")
     assert len(program.splitlines()) <= 22
     more = []  # another shard, and an empty one
     for number, ids in ((1, [2, 5, 6, 3, 2, 7, 3]), (2, [])):

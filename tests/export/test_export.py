@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import math
 import os
-import re
 import runpy
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
+from support.documents import blocks
 from support.weight_folders import random_weights
 
 from gpt2_flax.checkpoint.huggingface import read_folder
@@ -340,7 +340,7 @@ def test_a_card_says_what_is_known():
         "corpus.txt",
     ):
         assert part in text
-    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+    for code in blocks(text, "python"):
         compile(code, "card", "exec")
 
 
@@ -370,7 +370,7 @@ def test_the_code_of_a_card_runs_in_its_folder(exported, tmp_path, monkeypatch, 
     monkeypatch.chdir(exported[0])
     text = (exported[0] / "README.md").read_text(encoding="utf-8")
     scope = {}
-    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+    for code in blocks(text, "python"):
         (tmp_path / "card.py").write_text(code, encoding="utf-8")
         scope = runpy.run_path(str(tmp_path / "card.py"), scope)
     lines = capsys.readouterr().out.replace(" ", "").splitlines()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from support.configs import changed
+from support.documents import blocks
 from support.weight_folders import random_weights
 
 from gpt2_flax.checkpoint.source import Source
@@ -165,7 +166,7 @@ def test_the_code_of_the_card_runs_in_the_folder(source, tmp_path, monkeypatch, 
     publish(source, tmp_path / "out", format=format, name="A model")
     monkeypatch.chdir(tmp_path / "out")
     text, scope = card_of(tmp_path / "out")[1], {}
-    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+    for code in blocks(text, "python"):
         (tmp_path / "card.py").write_text(code, encoding="utf-8")
         scope = runpy.run_path(str(tmp_path / "card.py"), scope)
     lines = capsys.readouterr().out.replace(" ", "").splitlines()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from support.documents import blocks
 
 import gpt2_flax
 from gpt2_flax.cli import app
@@ -37,12 +38,6 @@ EXTRAS = set(SETUP["options.extras_require"])
 
 def relative(path):
     return str(path.relative_to(ROOT))
-
-
-def blocks(text, *languages):
-    """The contents of the fenced blocks in one of the languages; "" is a block without one."""
-    fences = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
-    return [content for language, content in fences if language in languages]
 
 
 def shell_lines(text):
