@@ -16,6 +16,7 @@ os.environ["XLA_FLAGS"] = (
     # The first as in training; the second halves the time to compile, and so does what XLA made before.
     " --xla_backend_extra_options=xla_cpu_use_multi_output_fusion=true,xla_cpu_disable_new_fusion_emitters=true"
 )
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compile time is most of what tests wait for
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -31,8 +32,6 @@ import hypothesis
 import jax
 import pytest
 from support.configs import CHARACTERS
-
-jax.config.update("jax_disable_most_optimizations", True)  # compile time is most of what tests wait for
 
 # A machine may be busy; and what a gate tries must not depend on chance.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize="CI" in os.environ)

@@ -66,7 +66,7 @@ def test_what_the_user_says_counts(environment):
 def test_a_second_start_reads_what_the_first_has_compiled(config, tmp_path):
     path, cache = tmp_path / "config.toml", tmp_path / "cache"
     path.write_text(dump_config(changed(config, training__total_steps=1)), encoding="utf-8")
-    environment = dict(os.environ, JAX_DISABLE_MOST_OPTIMIZATIONS="1", JAX_LOG_COMPILES="0")
+    environment = dict(os.environ, JAX_LOG_COMPILES="0")
     environment |= {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("_count=8", "_count=1"), NAMES[2]: "0"}
     losses = []
     for number, folder in enumerate([str(cache), str(cache), "", "/proc/none"]):

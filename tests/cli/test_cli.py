@@ -79,7 +79,6 @@ def way(corpus, tmp_path_factory):
         encoding="utf-8",
     )
     environment = processes_environment(
-        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
         JAX_COMPILATION_CACHE_DIR=str(folder / "compiled"),
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     )

@@ -476,7 +476,7 @@ def served(folder, *options):
     """A process of the command, and the port it says."""
     command = [sys.executable, "-m", "gpt2_flax", "serve", str(folder), "--port", "0", *options]
     kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment = kept | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = kept | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
     with subprocess.Popen(command, env=environment, **pipes) as process:
         try:

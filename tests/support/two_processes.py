@@ -27,7 +27,7 @@ def start(config, tmp_path, *more, of_1=(), devices_of_1=1, before=("", ""), fol
     path = tmp_path / "config.toml"
     path.write_text(dump_config(config), encoding="utf-8")
     command = ["train", path, "--coordinator", f"localhost:{free_ports()}", "--num-processes", "2", *more]
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return [
         subprocess.Popen(
             [sys.executable, "-c", f"{before[number]}\n{RUN}", *command, "--process-id", str(number), *own],
