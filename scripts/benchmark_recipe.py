@@ -1,8 +1,10 @@
 """Measure how much less compute a training recipe needs than others for the same quality, on the same text.
 
 A recipe is a table of scripts/recipes.toml, or of another file: keys of a config, such as the packing, the optimizer
-and the dropout. All recipes train the same model on the same text. A run of each recipe at several budgets and with
-several seeds gives its curve. Each run is whole: its schedule ends where the budget ends.
+and the dropout. Two more keys are `budgets`, multiples of --positions, and `average`: 0.25 means that the result of a
+run is the mean of eight checkpoints from the last quarter of its steps. All recipes train the same model on the same
+text. A run of each recipe at several budgets and with several seeds gives its curve. Each run is whole: its schedule
+ends where the budget ends.
 
     positions         rows x length x steps of the run; a position of padding costs as much as any other
     FLOPs             of the training steps: products of the model (see `flops_of_steps`), and of the optimizer
@@ -60,6 +62,7 @@ from gpt2_flax.training.optimizer import POLAR_EXPRESS
 VOCAB_SIZE = 5000
 VALIDATION_TOKENS = 40_000
 EVALUATED_TOGETHER = 4096  # positions
+AVERAGED = 8  # checkpoints
 
 
 class Run(NamedTuple):
@@ -130,7 +133,8 @@ def run_config(
 ) -> Config:
     """Return the config of a run; `batch` is the number of positions of a step that the recipe can change.
 
-    The paths in the config are relative to the folder of the benchmark.
+    The result of the run is the mean of the checkpoints that it keeps. The paths in the config are relative to the
+    folder of the benchmark.
     """
     values: dict[str, Any] = {
         "output": "run",
@@ -142,9 +146,14 @@ def run_config(
         "training": {"seed": seed, "evaluation_batches": 1},
     }
     for section, keys in recipe.items():
-        values[section] = values[section] | keys
+        if section != "average":
+            values[section] = values[section] | keys
     steps = max(1, round(positions / (length * values["data"]["global_batch_size"])))
-    values["training"] |= {"total_steps": steps, "evaluate_every": steps, "save_every": steps}
+    n_last = recipe.get("average", 0) * steps
+    n_averaged = min(AVERAGED, max(1, round(n_last)))
+    save_every = max(1, round(n_last / n_averaged)) if n_last else steps
+    values["training"] |= {"total_steps": steps, "evaluate_every": steps}
+    values["training"] |= {"save_every": save_every, "keep_checkpoints": n_averaged, "keep_best": 0}
     values["training"]["log_every"] = min(10, max(1, steps // 8))  # each part of a run has its seconds
     return parse_config(values, "the recipe")
 
@@ -152,9 +161,10 @@ def run_config(
 def run_key(config: Config, dataset: TokenDataset) -> str:
     """Return a checksum of the dataset and of what the config says about the model and the training.
 
-    It does not depend on keys that change no number, such as those about logs and checkpoints.
+    It does not depend on keys that change no number, such as those about logs.
     """
-    training = config.training.model_dump(include={"total_steps", "accumulation_steps", "seed"})
+    averaged = {"save_every", "keep_checkpoints"} if config.training.keep_checkpoints > 1 else set()
+    training = config.training.model_dump(include={"total_steps", "accumulation_steps", "seed"} | averaged)
     what = [config.model_dump(mode="json", include={"model", "data", "optimizer", "growth"}), training]
     content = json.dumps([*what, dataset.fingerprints()["tokens_fingerprint"]], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -192,7 +202,7 @@ def measure(config: Config, dataset: TokenDataset) -> tuple[int, float, float, f
         train(config)
     run, steps = RunFolder(config.output), config.training.total_steps
     positions = steps * data.global_batch_size * data.seq_length
-    source = load_source(run.path)
+    source = load_source(run.path, average=config.training.keep_checkpoints)
     source = dataclasses.replace(source, config=None)  # otherwise the packing of the run would apply
     rows = max(1, EVALUATED_TOGETHER // data.seq_length)
     found = evaluate_source(source, str(dataset.folder), data.seq_length, rows, 0, CorpusOptions())

@@ -3,7 +3,7 @@
 #   bash scripts/run_tests.sh                                everything
 #   bash scripts/run_tests.sh --fast                         without the tests that are slow or start processes
 #   bash scripts/run_tests.sh tests/model/test_model.py -k cache    other arguments go to pytest
-# pytest uses two processes; with -n 0 it uses its own process alone.
+# pytest uses three processes, because some tests wait; with -n 0 it uses its own process alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
@@ -19,8 +19,15 @@ extras=dev,docs,export,gguf,hub,quickstart,corpora,ray,report,serve,wandb,mlflow
 make_environment .test-environment "$extras"
 ruff check .
 ruff format --check .
-basedpyright
 shellcheck --external-sources .ci/run scripts/*.sh scripts/train.slurm
 hadolint scripts/Dockerfile
+# Types are checked beside the tests: basedpyright needs only one core.
+log=$(mktemp)
+basedpyright >"$log" 2>&1 &
+types=$! code=0
+trap 'kill "$types" 2>/dev/null || true; rm -f "$log"' EXIT
 # The order of the files is chosen by tests/conftest.py.
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder ${chosen[@]+"${chosen[@]}"} "$@"
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder ${chosen[@]+"${chosen[@]}"} "$@" || code=$?
+wait "$types" || code=$?
+cat "$log"
+exit "$code"

@@ -131,7 +131,6 @@ def silence(caplog):
 @pytest.fixture
 def interpreted(monkeypatch):
     """Interprets the Pallas kernels of attention, so that they run on a CPU."""
-    import jax
 
     from gpt2_flax.model import attention
 

@@ -75,6 +75,7 @@ PathOrAddress = Annotated[str | os.PathLike[str], PlainValidator(lambda given: p
 Source = Annotated[str | os.PathLike[str], PlainValidator(lambda given: corpus_source(_text_of(given)))]
 Corpus = Annotated[str | os.PathLike[str] | list[str] | list[Path], PlainValidator(sources_of)]
 Step = Annotated[int, Field(ge=0, le=MOST_STEPS)]
+Count = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 FirstStep = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 Length = Annotated[int, Field(ge=1, le=MOST_POSITIONS)]
 Rows = Annotated[int, Field(ge=1, le=MOST_ROWS)]

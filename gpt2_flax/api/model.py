@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, overload
 
 from pydantic import Field
 
-from gpt2_flax.api.arguments import Length, LocalPath, ModelPlace, Rows, Seed, Share, Source, Step, Text, checked
+from gpt2_flax.api.arguments import Count, Length, LocalPath, ModelPlace, Rows, Seed, Share, Source, Step, Text, checked
 from gpt2_flax.api.set_up import set_up_jax
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import HubModel
@@ -33,6 +33,7 @@ def load(
     *,
     step: Step | None = None,
     best: bool = False,
+    average: Count = 1,
     revision: str | None = None,
     tokenizer: LocalPath | None = None,
     uer_config: LocalPath | None = None,
@@ -46,6 +47,7 @@ def load(
             nanoGPT, or a model on the Hugging Face hub: `OWNER/NAME`, or `hf://OWNER/NAME@REVISION`.
         step: The checkpoint of a run; None for the newest.
         best: Take the checkpoint of a run with the lowest validation loss.
+        average: Average the weights of this many checkpoints of a run: the one to take and those before it.
         revision: The branch, tag or commit of a model on the hub; None for `main`.
         tokenizer: A tokenizer in place of the one beside the model. A file of UER-py or nanoGPT needs one.
         uer_config: The `config.json` of a UER-py model, with its number of heads.
@@ -64,7 +66,7 @@ def load(
     from gpt2_flax.checkpoint.source import load_source
 
     own, uer = (None if given is None else Path(given) for given in (tokenizer, uer_config))
-    source = load_source(place, step, own, uer, Ends(bos, eos), best, revision)
+    source = load_source(place, step, own, uer, Ends(bos, eos), best, revision, average)
     return Model(dataclasses.replace(source, tokenizer_folder=source.tokenizer_folder.absolute()))  # it is read later
 
 

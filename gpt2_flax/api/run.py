@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from gpt2_flax.api.arguments import LocalPath, Rows, Step, checked
+from gpt2_flax.api.arguments import Count, LocalPath, Rows, Step, checked
 from gpt2_flax.api.model import Model, load
 from gpt2_flax.api.set_up import set_up_jax
 from gpt2_flax.errors import ExitCode, UserError
@@ -142,21 +142,24 @@ class Run:
         """
         return list(self._folder.records())
 
-    def load(self, *, step: int | None = None, best: bool = False) -> Model:
+    def load(self, *, step: int | None = None, best: bool = False, average: int = 1) -> Model:
         """Load the model of a checkpoint; arguments as in `gpt2_flax.load`."""
-        return load(self.path, step=step, best=best)
+        return load(self.path, step=step, best=best, average=average)
 
     @checked
-    def export(self, output: LocalPath, *, step: Step | None = None, best: bool = False, **options: Any) -> str:
+    def export(
+        self, output: LocalPath, *, step: Step | None = None, best: bool = False, average: Count = 1, **options: Any
+    ) -> str:
         """Export the model of a checkpoint as a `transformers` folder; see `Model.export`.
 
         Args:
             output: The new folder.
             step: The checkpoint; None for the newest.
             best: Take the checkpoint with the lowest validation loss.
+            average: Average the weights of this many checkpoints: the one to take and those before it.
             options: Further arguments of `Model.export`.
 
         Returns:
             A sentence that says what was compared, with the largest difference found.
         """
-        return self.load(step=step, best=best).export(output, **options)
+        return self.load(step=step, best=best, average=average).export(output, **options)

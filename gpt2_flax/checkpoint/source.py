@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ class Source:
     """The name in `FORMATS` of a file of another program."""
     tokenizer_fingerprint: str | None = None
     """The fingerprint that the tokenizer must have."""
+    averaged: Sequence[int] = ()
+    """The steps of the checkpoints whose mean the weights are, the last of them `step`."""
 
     def tokenizer(self) -> Tokenizer:
         """Read the tokenizer. Raises `UserError` as `load_tokenizer`, and DATA if its fingerprint differs."""
@@ -68,6 +70,7 @@ def load_source(
     ends: Ends = FROM_FILES,
     best: bool = False,
     revision: str | None = None,
+    average: int = 1,
 ) -> Source:
     """Read the model at `place`; of a run, the newest checkpoint that is not damaged.
 
@@ -78,10 +81,12 @@ def load_source(
         ends: As in `load_tokenizer`.
         best: Read the checkpoint with the lowest validation loss.
         revision: The branch, tag or commit of a model on the hub.
+        average: Take the mean of the weights of this many checkpoints of a run: the one to read and those before it.
 
     Raises:
-        UserError: NO_INPUT if there is no model; DATA or IO if it is damaged or holds numbers that are not finite;
-            USAGE if an argument does not fit the kind of model, or `tokenizer` is missing; and as `hub.download`.
+        UserError: NO_INPUT if there is no model, or too few checkpoints; DATA or IO if it is damaged or holds numbers
+            that are not finite; USAGE if an argument does not fit the kind of model, or `tokenizer` is missing; and as
+            `hub.download`.
     """
     path, origin = _local(place, revision)
     check_model(path)
@@ -89,6 +94,8 @@ def load_source(
     is_file, is_folder = path.is_file(), (path / "config.json").is_file()
     if step is not None and best:
         raise UserError(ExitCode.USAGE, "--step and --best name a checkpoint each", path, "give one of them")
+    if average > 1 and (is_folder or is_file):
+        raise UserError(ExitCode.USAGE, "--average is for a run", path, "leave --average out, or name the run")
     if (step is not None or best) and (run is not None or is_folder or is_file):
         option = "--best" if best else "--step"
         raise UserError(ExitCode.USAGE, f"{option} is for a run folder", path, f"leave {option} out, or name the run")
@@ -99,7 +106,7 @@ def load_source(
     elif is_folder:
         source = Source(origin, *read_folder(path), path)
     else:
-        source = _run_source(RunFolder(run or path), int(path.name) if run else step, best)
+        source = _run_source(RunFolder(run or path), int(path.name) if run else step, best, average)
     if tokenizer is not None:
         source = dataclasses.replace(source, tokenizer_folder=tokenizer, tokenizer_fingerprint=None)
     return dataclasses.replace(source, ends=ends)
@@ -166,7 +173,7 @@ def _no_uer_config(path: Path) -> UserError:
     return UserError(ExitCode.USAGE, "--uer-config is for a .bin file of UER-py", path, fix)
 
 
-def _run_source(run: RunFolder, step: int | None, best: bool) -> Source:
+def _run_source(run: RunFolder, step: int | None, best: bool, average: int) -> Source:
     with CheckpointStore(run.checkpoints, tell=_warn) as store:
         if step is None and not best:
             found = store.newest(lambda step: _read(store, step))
@@ -175,25 +182,60 @@ def _run_source(run: RunFolder, step: int | None, best: bool) -> Source:
             if step not in (steps := store.steps()):
                 there = f"there are {', '.join(map(str, steps))}" if steps else "there are none"
                 raise UserError(ExitCode.NO_INPUT, f"no checkpoint {step}", store.folder, there)
-            try:
-                found = step, _read(store, step)
-            except DamagedCheckpoint as error:
-                what = f"checkpoint {step} is damaged ({error})"
-                raise UserError(ExitCode.IO, what, store.folder, "use another step") from error
-    if found is None:
-        raise UserError(ExitCode.NO_INPUT, "no checkpoint yet", run.checkpoints, "wait for the first save of the run")
-    step, (meta, model, weights) = found
+            found = step, _read_or_refuse(store, step)
+        if found is None:
+            fix = "wait for the first save of the run"
+            raise UserError(ExitCode.NO_INPUT, "no checkpoint yet", run.checkpoints, fix)
+        step, (meta, model, weights) = found
+        averaged = _steps_to_average(store, step, average) if average > 1 else ()
+        weights = _mean(store, weights, averaged[:-1], meta)
+    metrics = meta["metrics"] if "metrics" in meta else run.metrics_at(step)
     return Source(
-        f"{run.path} at step {step}",
+        f"{run.path} at step {step}" + (f", the mean of {average} checkpoints" if averaged else ""),
         model,
         weights,
         run.tokenizer,
         parse_config(meta["config"], f"{run.checkpoints / str(step)}") if "config" in meta else run.read_config(),
         step,
-        meta["metrics"] if "metrics" in meta else run.metrics_at(step),
+        {} if averaged else metrics,
         meta.get("hardware"),
         tokenizer_fingerprint=meta.get("tokenizer_fingerprint"),
+        averaged=averaged,
     )
+
+
+def _steps_to_average(store: CheckpointStore, last: int, count: int) -> list[int]:
+    """Return the steps of the last `count` checkpoints up to the step `last`."""
+    steps = [step for step in store.steps() if step <= last]
+    if len(steps) < count:
+        fix = f"{_at_most(len(steps))}, or train with a larger training.keep_checkpoints"
+        what = f"only {len(steps)} of {count} checkpoints: {', '.join(map(str, steps))}"
+        raise UserError(ExitCode.NO_INPUT, what, store.folder, fix)
+    return steps[-count:]
+
+
+def _mean(store: CheckpointStore, weights: Weights, others: Sequence[int], newest: Mapping[str, Any]) -> Weights:
+    """Return the mean of the weights of the newest checkpoint and of the others, which are read one at a time."""
+    for count, step in enumerate(reversed(others), 1):
+        meta, _, more = _read_or_refuse(store, step)
+        if meta.get("grown", True) != newest.get("grown", True):
+            what = f"checkpoint {step} is from before the model grew"
+            raise UserError(ExitCode.USAGE, what, store.folder, _at_most(count))
+        weights = {name: mean + (more[name] - mean) / (count + 1) for name, mean in weights.items()}
+    return weights
+
+
+def _at_most(count: int) -> str:
+    return f"give --average {count}" if count > 1 else "leave --average out"
+
+
+def _read_or_refuse(store: CheckpointStore, step: int) -> tuple[dict[str, Any], ModelConfig, Weights]:
+    """Read a checkpoint as `_read` does. Raises `UserError` (IO) if it is damaged."""
+    try:
+        return _read(store, step)
+    except DamagedCheckpoint as error:
+        what = f"checkpoint {step} is damaged ({error})"
+        raise UserError(ExitCode.IO, what, store.folder, "use another step") from error
 
 
 def _read(store: CheckpointStore, step: int) -> tuple[dict[str, Any], ModelConfig, Weights]:

@@ -118,5 +118,9 @@ Revision = Annotated[
 Step = Annotated[int | None, Option(min=0, max=MOST_STEPS, help="The checkpoint of a run to use. Default: the newest.")]
 Json = Annotated[bool, Option("--json", help="Print JSON instead of text.")]
 Best = Annotated[bool, Option("--best", help="Use the checkpoint of a run with the lowest validation loss.")]
+Average = Annotated[
+    int,
+    Option(min=1, max=MOST_STEPS, help="Average the weights of this many checkpoints of a run, up to the one to use."),
+]
 Bos = Annotated[str | None, TextOption(help="Token that begins a document. Default: by the tokenizer's files.")]
 Eos = Annotated[str | None, TextOption(help="Token that ends a document. Default: by the tokenizer's files.")]

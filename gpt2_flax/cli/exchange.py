@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from typer import Option
 
 from gpt2_flax.cli.app import (
+    Average,
     Best,
     Bos,
     Eos,
@@ -38,6 +39,7 @@ def export(
     output: Annotated[Path, PathArgument(help="The new folder for transformers.")],
     step: Step = None,
     best: Best = False,
+    average: Average = 1,
     revision: Revision = None,
     format: Annotated[
         Literal["safetensors", "bin", "gguf"],
@@ -64,7 +66,7 @@ def export(
 
     shard_size(max_shard_size)
     check_output(output, MARKER, overwrite)
-    compared = load(model, step=step, best=best, revision=revision).export(
+    compared = load(model, step=step, best=best, average=average, revision=revision).export(
         output,
         format=format,
         dtype=dtype,
@@ -126,6 +128,7 @@ def convert(
     license: License = None,
     step: Step = None,
     best: Best = False,
+    average: Average = 1,
     revision: Revision = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -138,7 +141,7 @@ def convert(
     from gpt2_flax.formats.registry import writer
 
     check_output(output, writer("uer").MARKER if format == "uer" else MARKER, overwrite)
-    source = load_source(model, step, tokenizer, uer_config, Ends(bos, eos), best, revision)
+    source = load_source(model, step, tokenizer, uer_config, Ends(bos, eos), best, revision, average)
     if found := compare_with_original(model, source):
         print(f"{model}: {found}")
     if format == "uer":

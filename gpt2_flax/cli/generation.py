@@ -9,7 +9,7 @@ from typing import Annotated
 
 from typer import Option
 
-from gpt2_flax.cli.app import Best, Model, PathOption, Revision, Step, TextOption, app
+from gpt2_flax.cli.app import Average, Best, Model, PathOption, Revision, Step, TextOption, app
 from gpt2_flax.folders import HubModel
 from gpt2_flax.input_files import MOST_POSITIONS, MOST_ROWS, MOST_TOKENS
 
@@ -41,6 +41,7 @@ def generate(
     seed: Annotated[int, Option(min=0, max=2**32 - 1, help="The same seed gives the same text.")] = 0,
     step: Step = None,
     best: Best = False,
+    average: Average = 1,
     revision: Revision = None,
 ) -> None:
     """Generate continuations of texts."""
@@ -61,7 +62,7 @@ def generate(
     from gpt2_flax.inference.generate import Generator, unknown_warning, with_text_only
     from gpt2_flax.inference.sampling import Sampling
 
-    generator = Generator(load_source(model, step, best=best, revision=revision))
+    generator = Generator(load_source(model, step, best=best, average=average, revision=revision))
     if warning := unknown_warning(generator.tokenizer, prompts):
         print(f"warning: {warning}", file=sys.stderr)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram)
@@ -85,6 +86,7 @@ def serve(
     max_concurrent: Annotated[int, Option(min=1, max=MOST_ROWS, help="Limit of running and queued requests.")] = 4,
     step: Step = None,
     best: Best = False,
+    average: Average = 1,
     revision: Revision = None,
 ) -> None:
     """Serve a web page for experiments, and OpenAI's /v1/completions.
@@ -112,4 +114,4 @@ def serve(
         name = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
     limits = Limits(max_tokens=max_tokens, max_concurrent=max_concurrent)
     with listen(host, port) as listener:  # first, because this step fails most often and takes no time
-        run(load_source(model, step, best=best, revision=revision), name, listener, limits)
+        run(load_source(model, step, best=best, average=average, revision=revision), name, listener, limits)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from gpt2_flax.cli.app import (
+    Average,
     Best,
     Json,
     Model,
@@ -293,6 +294,7 @@ def evaluate(
     on_error: OnBad = "stop",
     step: Step = None,
     best: Best = False,
+    average: Average = 1,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -303,7 +305,7 @@ def evaluate(
     """
     from gpt2_flax.api.model import load
 
-    result = load(model, step=step, best=best, revision=revision).evaluate(
+    result = load(model, step=step, best=best, average=average, revision=revision).evaluate(
         data,
         seq_length=seq_length,
         batch_size=batch_size,

@@ -46,6 +46,7 @@ class CardFacts:
     learning_rate: float | None = None
     schedule: str | None = None
     growth: str | None = None  # what the first steps trained
+    averaged: str | None = None  # the steps of the checkpoints whose mean the weights are
     training_loss: float | None = None  # nats a token, as is validation_loss
     validation_loss: float | None = None
     bits_per_character: float | None = None

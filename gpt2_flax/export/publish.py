@@ -136,6 +136,7 @@ def run_facts(source: Source, config: Config, datasets: Mapping[str, TokenDatase
         "learning_rate": optimizer.learning_rate,
         "schedule": f"{optimizer.schedule} after {config.warmup_steps:,} steps of warm-up",
         "growth": _growth(config),
+        "averaged": ", ".join(f"{step:,}" for step in source.averaged) or None,
         "training_loss": source.metrics.get("train/loss"),
         "validation_loss": source.metrics.get("validation/loss"),
         "bits_per_character": source.metrics.get("validation/bits_per_character"),

@@ -266,6 +266,32 @@ def test_a_model_saved_as_a_run_is_loaded_exactly(tmp_path, tokenizer_folder, fo
 
 
 @pytest.mark.slow
+def test_an_average_is_the_mean_of_the_last_checkpoints(folder, models):
+    run = folder.parent
+    for place, steps, options in (
+        (run, (2, 3, 4), {"average": 3}),
+        (run, (2, 3), {"step": 3, "average": 2}),
+        (folder / "4", (3, 4), {"average": 2}),
+    ):
+        source = load_source(place, **options)
+        assert (source.averaged, source.step, source.metrics) == ([*steps], steps[-1], {})
+        assert source.origin == f"{run} at step {steps[-1]}, the mean of {len(steps)} checkpoints"
+        for name, array in source.weights.items():
+            expected = np.mean([weights_of(models[step])[name].astype(np.float64) for step in steps], axis=0)
+            np.testing.assert_allclose(array, expected, rtol=1e-6, atol=1e-7)
+    assert load_source(run, average=1).averaged == ()
+    with pytest.raises(UserError, match=r"only 3 of 4 checkpoints: 2, 3, 4: .*; give --average 3, or") as error:
+        load_source(run, average=4)
+    assert error.value.exit_code == ExitCode.NO_INPUT
+    with pytest.raises(UserError, match=r"only 1 of 2 checkpoints: 2: .*; leave --average out, or"):
+        load_source(run, step=2, average=2)
+    shutil.rmtree(folder / "3" / "model")
+    with pytest.raises(UserError, match=r"checkpoint 3 is damaged") as error:
+        load_source(run, average=2)
+    assert error.value.exit_code == ExitCode.IO
+
+
+@pytest.mark.slow
 def test_a_model_is_not_bound_to_the_kernel_it_was_trained_with(tmp_path, tokenizer_folder, models):
     trained = CFG.model_copy(update={"attention": "cudnn"})  # refused where there is no GPU
     (tmp_path / "tokenizer").symlink_to(tokenizer_folder)

@@ -663,8 +663,13 @@ def test_the_best_checkpoint_is_read_wherever_a_model_is(inputs, capsys):
         output = inputs["tmp"] / command.split()[0]
         assert cli.exit_code([*command.format(run, output).split(), "--best"]) == 0
         assert "1.5" in (output / "README.md").read_text() or command.startswith("convert")
+        assert cli.exit_code([*command.format(run, f"{output}-mean").split(), "--average", "2"]) == 0
+        mean = Path(f"{output}-mean/README.md").read_text()
+        assert "mean of the checkpoints of steps 2, 4 |" in mean or command.startswith("convert")
+        assert load_file(f"{output}-mean/model.safetensors").keys() == load_file(output / "model.safetensors").keys()
     fails(capsys, 64, ["evaluate", run, "--best", "--step", "2"], "--step and --best")
     fails(capsys, 64, ["evaluate", run / "checkpoints/2", "--best"], "--best is for a run folder")
+    fails(capsys, 64, ["evaluate", output, "--average", "2"], "--average is for a run")
     path.write_text(json.dumps(sealed(content | {"metrics": {}})))
     shutil.rmtree(run / "checkpoints/2")
     fails(capsys, 66, ["evaluate", run, "--best"], "no checkpoint has a validation loss")

@@ -23,6 +23,7 @@ PAGES = [ROOT / "README.md", ROOT / "README.zh.md", *sorted((ROOT / "docs").rglo
 SMALLER = {
     **{"model.n_positions": 32, "model.n_layer": 2, "model.n_head": 2, "model.n_embd": 32, "model.dtype": "float32"},
     **{"data.seq_length": 32, "data.global_batch_size": 8, "training.total_steps": 4},
+    "training.save_every": 1,
 }
 QUICK = {"optimizer.name": "adamw"}  # compiles in half the time of Muon
 GROWN = {"growth.n_layer": 1}
@@ -55,8 +56,8 @@ def run(line: str) -> None:
     RAN.add(line)
     line, _, redirected = line.partition(">")
     _, command, *words = shlex.split(line)
-    for option, value in (("--vocab-size", "320"), ("--workers", "1")):
-        if option in words and command in ("tokenizer", "prepare"):
+    for option, value in (("--vocab-size", "320"), ("--workers", "1"), ("--average", "2")):
+        if option in words and command not in ("train", "plan"):
             words[words.index(option) + 1] = value
     if command in ("train", "plan") and "--budget" not in words:
         grown = words[0] in ("base", "quickstart", "run.toml")

@@ -75,19 +75,22 @@ def exported_sentencepiece(tmp_path_factory, request):
 )
 def test_the_card_names_the_optimizer_of_the_run(config, optimizer, words):
     config = parse_config(config.model_dump(exclude_none=True) | {"optimizer": optimizer}, "test")
-    facts = run_facts(SimpleNamespace(step=3, metrics={}, hardware=None), config, {})
+    facts = run_facts(SimpleNamespace(step=3, metrics={}, hardware=None, averaged=()), config, {})
     assert words in model_card(CardFacts("a model", ModelConfig(vocab_size=300), False, PROMPT, **facts))
 
 
-def test_the_card_says_how_the_model_grew(config):
-    def card(**growth):
+def test_the_card_says_how_the_model_grew_and_of_what_it_is_the_mean(config):
+    def card(averaged=(), **growth):
         grown = parse_config(config.model_dump(exclude_none=True) | {"growth": growth}, "test")
-        facts = run_facts(SimpleNamespace(step=3, metrics={}, hardware=None), grown, {})
+        source = SimpleNamespace(step=3, metrics={}, hardware=None, averaged=averaged)
+        facts = run_facts(source, grown, {})
         return model_card(CardFacts("a model", ModelConfig(vocab_size=300), False, PROMPT, **facts))
 
     line = "| growth | 1 of 2 layers, rows of 16 tokens in the first 3 steps |"
     assert line in card(until=0.5, n_layer=1)
     assert "growth" not in card()
+    assert "| weights | mean of the checkpoints of steps 2, 1,000 |" in card(averaged=(2, 1000))
+    assert "mean of" not in card()
 
 
 # What transformers makes of it

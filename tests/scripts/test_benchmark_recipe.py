@@ -79,6 +79,20 @@ def test_a_run_is_found_again_by_what_its_numbers_depend_on(dataset_folder):
     assert len({key, *(benchmark.run_key(changed(config, **other), dataset) for other in others)}) == 1 + len(others)
 
 
+@pytest.mark.parametrize(("steps", "saved"), [(320, range(250, 321, 10)), (64, range(50, 65, 2)), (8, (7, 8))])
+def test_an_average_is_of_the_last_share_of_the_steps(dataset_folder, steps, saved):
+    config = benchmark.run_config({"average": 0.25}, 2, 32, 16, 128 * steps, 0, 128)
+    training = config.training
+    assert training.total_steps == steps
+    every = range(training.save_every, steps + 1, training.save_every)
+    assert list(every)[-training.keep_checkpoints :] == list(saved)
+    keys = {
+        benchmark.run_key(benchmark.run_config(recipe, 2, 32, 16, 128 * steps, 0, 128), TokenDataset(dataset_folder))
+        for recipe in ({}, {"average": 0.25}, {"average": 0.5})
+    }
+    assert len(keys) == 3
+
+
 def test_products_of_the_optimizer_are_counted():
     model = ModelConfig(vocab_size=100, n_positions=32, n_layer=2, n_head=4, n_embd=32)
     config = benchmark.run_config({}, 2, 32, 16, 4096, 0, 128)
@@ -111,7 +125,7 @@ def test_the_recipes_of_the_project_are_configs(path):
 def test_a_comparison_is_resumed_and_repeats_no_run(corpus, tmp_path):
     (tmp_path / "recipes.toml").write_text(
         'a = {optimizer = {name = "adamw", learning_rate = [1e-3, 1e-2]}, budgets = [1]}\n'
-        'b = {data = {packing = "document"}, budgets = [1]}\n'
+        'b = {data = {packing = "document"}, budgets = [1], average = 0.25}\n'
     )
     command = [sys.executable, SCRIPT, "--folder", tmp_path / "out", "--corpus", corpus, "--widths", "32"]
     command += ["--recipes", tmp_path / "recipes.toml", "--lengths", "16", "--layers", "1"]

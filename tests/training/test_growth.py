@@ -148,6 +148,9 @@ def test_a_model_grows_once_and_a_checkpoint_before_is_a_whole_model(growing, ca
     assert [layer.any() for layer in early["h/mlp/c_proj/kernel"]] == [True, False, False]
     late = load_source(RunFolder(growing.output).checkpoints / "6").weights["h/mlp/c_proj/kernel"]
     assert np.abs(late[1] - late[0]).max() > 0
+    with pytest.raises(UserError, match=r"checkpoint 2 is from before the model grew: .*; give --average 2"):
+        load_source(RunFolder(growing.output).path, average=3)
+    assert load_source(RunFolder(growing.output).path, average=2).averaged == [4, 6]
     # Half of 14 steps is step 7: a model that has grown at step 3 does not grow again.
     allowed = ["training.total_steps"]
     train(changed(growing, training__total_steps=14, training__save_every=2), allow_change=allowed)
