@@ -174,7 +174,8 @@ def optimizer_flops(model: ModelConfig, config: Config) -> float:
     """Return the operations of an optimizer step: 15 a parameter for Adam, and the products of Muon's polynomials."""
     width, wider = model.n_embd, 4 * model.n_embd
     kernels = 12 * model.n_layer * width**2
-    adam = 15.0 * (kernels + (model.vocab_size + model.n_positions) * width)
+    n_tables = 1 if model.tie_word_embeddings else 2  # (V, D)
+    adam = 15.0 * (kernels + (n_tables * model.vocab_size + model.n_positions) * width)
     if config.optimizer.name != "muon":
         return adam
     # Each polynomial: X Xᵀ, its square, and a product with X. Each layer: 4 matrices (D, D) and 2 matrices (D, 4 D).

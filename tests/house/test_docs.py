@@ -5,7 +5,6 @@ import configparser
 import importlib.util
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tomllib
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from support.documents import blocks
+from support.documents import blocks, commands
 
 import gpt2_flax
 from gpt2_flax.cli import app
@@ -38,35 +37,6 @@ EXTRAS = set(SETUP["options.extras_require"])
 
 def relative(path):
     return str(path.relative_to(ROOT))
-
-
-def shell_lines(text):
-    """Every command in a document: lines of bash, lines after a `$ `, and code in a sentence that begins like one."""
-    for content in blocks(text, "bash"):
-        yield from content.replace("\\\n", " ").splitlines()
-    for content in blocks(text, ""):
-        yield from re.findall(r"^\$ (.*)$", content.replace("\\\n", " "), re.M)
-    prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
-    for span in re.findall(r"`([^`]+)`", prose):
-        if re.match(r"(gpt2-flax|python|bash|pip|sbatch|mkdocs) ", span):
-            yield " ".join(span.split())
-
-
-def commands(text):
-    """The words of every command, without placeholders' brackets, environment variables and what the shell does."""
-    for line in shell_lines(text):
-        lexer = shlex.shlex(line, posix=True, punctuation_chars=";<>|&")
-        lexer.whitespace_split = True
-        words, skip = [], False
-        for word in [*lexer, ";"]:
-            if set(word) <= set(";|&"):
-                if words:
-                    yield words
-                words, skip = [], False
-            elif set(word) <= set("<>") or skip:
-                skip = not skip
-            elif words or not re.fullmatch(r"[A-Z_]+=.*", word):
-                words.append(word)
 
 
 def without_brackets(words):

@@ -102,6 +102,8 @@ def test_products_of_the_optimizer_are_counted():
         products += 2 * 3 * (2 * rows * rows * columns + 2 * rows**3 + 2 * rows * rows * columns)
     difference = benchmark.optimizer_flops(model, config) - benchmark.optimizer_flops(model, adam)
     assert difference == products
+    untied = model.model_copy(update={"tie_word_embeddings": False})
+    assert benchmark.optimizer_flops(untied, config) - benchmark.optimizer_flops(model, config) == 15 * 100 * 32
     assert config.training.total_steps == 4096 // 128
     growth = {"growth": {"until": 0.25, "n_layer": 1, "seq_length": 8}}
     growing = benchmark.run_config(growth, 2, 32, 16, 4096, 0, 128)
