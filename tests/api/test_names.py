@@ -44,7 +44,7 @@ COMMANDS = {
     "evaluate": gpt2_flax.Model.evaluate,
     "export": gpt2_flax.Model.export,
 }
-ONLY_IN_THE_SHELL = {"model", "step", "best", "revision", "prompt_file", "json"}  # `load` has the first four
+ONLY_IN_THE_SHELL = {"model", "step", "best", "average", "revision", "prompt_file", "json"}  # `load` has the first five
 ONLY_IN_PYTHON = {"self", "on_step"}
 
 

@@ -105,12 +105,15 @@ def test_the_bounds_are_where_they_are_said_to_be(config, key, most):
 
 
 OPTIONS = [
-    ("generate {dataset} --prompt x", ("--samples", "--max-new-tokens", "--top-k", "--no-repeat-ngram", "--step")),
+    (
+        "generate {dataset} --prompt x",
+        ("--samples", "--max-new-tokens", "--top-k", "--no-repeat-ngram", "--step", "--average"),
+    ),
     ("generate {dataset} --prompt x", ("--temperature", "--repetition-penalty", "--top-p", "--min-p", "--seed")),
-    ("serve {dataset}", ("--port", "--max-tokens", "--max-concurrent", "--step")),
-    ("evaluate {dataset}", ("--seq-length", "--batch-size", "--batches", "--step")),
-    ("export {dataset} {new}", ("--step",)),
-    ("convert {dataset} {new}", ("--step",)),
+    ("serve {dataset}", ("--port", "--max-tokens", "--max-concurrent", "--step", "--average")),
+    ("evaluate {dataset}", ("--seq-length", "--batch-size", "--batches", "--step", "--average")),
+    ("export {dataset} {new}", ("--step", "--average")),
+    ("convert {dataset} {new}", ("--step", "--average")),
     ("tokenizer {corpus} --output {new}", ("--vocab-size", "--character-coverage")),
     ("prepare {corpus} --tokenizer {tokenizer} --output {new}", ("--workers", "--validation-fraction")),
     ("import-tokens {corpus} --tokenizer {tokenizer} --output {new}", ("--validation-fraction",)),
