@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, overload
 
 from pydantic import Field
 
-from gpt2_flax.api.arguments import Count, Length, LocalPath, ModelPlace, Rows, Seed, Share, Source, Step, Text, checked
+from gpt2_flax.api.arguments import (
+    Length,
+    LocalPath,
+    ModelPlace,
+    Positive,
+    Rows,
+    Seed,
+    Share,
+    Source,
+    Step,
+    Text,
+    checked,
+)
 from gpt2_flax.api.set_up import set_up_jax
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import HubModel
@@ -33,7 +45,7 @@ def load(
     *,
     step: Step | None = None,
     best: bool = False,
-    average: Count = 1,
+    average: Positive = 1,
     revision: str | None = None,
     tokenizer: LocalPath | None = None,
     uer_config: LocalPath | None = None,

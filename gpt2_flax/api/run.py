@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from gpt2_flax.api.arguments import Count, LocalPath, Rows, Step, checked
+from gpt2_flax.api.arguments import LocalPath, Positive, Rows, Step, checked
 from gpt2_flax.api.model import Model, load
 from gpt2_flax.api.set_up import set_up_jax
 from gpt2_flax.errors import ExitCode, UserError
@@ -148,7 +148,7 @@ class Run:
 
     @checked
     def export(
-        self, output: LocalPath, *, step: Step | None = None, best: bool = False, average: Count = 1, **options: Any
+        self, output: LocalPath, *, step: Step | None = None, best: bool = False, average: Positive = 1, **options: Any
     ) -> str:
         """Export the model of a checkpoint as a `transformers` folder; see `Model.export`.
 

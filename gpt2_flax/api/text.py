@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from gpt2_flax.api.arguments import Corpus, FirstStep, LocalPath, PathOrAddress, checked, sources_of
+from gpt2_flax.api.arguments import Corpus, LocalPath, PathOrAddress, Positive, checked, sources_of
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.folders import check_output, is_address, new_folder, scratch_folder
 from gpt2_flax.input_files import MOST_STEPS, MOST_TOKENS
@@ -216,7 +216,7 @@ class Dataset:
         return self._mixture.vocab_size
 
     @checked
-    def batch(self, step: FirstStep, *, seed: int = 0, **data: Any) -> "Batch[np.ndarray]":
+    def batch(self, step: Positive, *, seed: int = 0, **data: Any) -> "Batch[np.ndarray]":
         """Return the rows that a step of training reads, without training.
 
         Args:

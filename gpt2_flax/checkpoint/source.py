@@ -189,7 +189,6 @@ def _run_source(run: RunFolder, step: int | None, best: bool, average: int) -> S
         step, (meta, model, weights) = found
         averaged = _steps_to_average(store, step, average) if average > 1 else ()
         weights = _mean(store, weights, averaged[:-1], meta)
-    metrics = meta["metrics"] if "metrics" in meta else run.metrics_at(step)
     return Source(
         f"{run.path} at step {step}" + (f", the mean of {average} checkpoints" if averaged else ""),
         model,
@@ -197,7 +196,7 @@ def _run_source(run: RunFolder, step: int | None, best: bool, average: int) -> S
         run.tokenizer,
         parse_config(meta["config"], f"{run.checkpoints / str(step)}") if "config" in meta else run.read_config(),
         step,
-        {} if averaged else metrics,
+        {} if averaged else meta["metrics"] if "metrics" in meta else run.metrics_at(step),
         meta.get("hardware"),
         tokenizer_fingerprint=meta.get("tokenizer_fingerprint"),
         averaged=averaged,
