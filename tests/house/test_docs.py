@@ -28,7 +28,7 @@ COMMANDS = typer.main.get_command(app).commands
 PLACEHOLDERS = {"N": "1", "H": "1", "STEP": "1", "CONFIG": "quickstart", "NAME": "quickstart"}
 PLACEHOLDERS |= {"section.key=value": "model.n_layer=1", "KEY=VALUE": "model.n_layer=1", "KEY": "model.n_layer"}
 OTHER_PROGRAMS = {"cat", "curl", "docker", "kubectl", "llama-completion", "llama-server", "lm_eval", "mkdocs"}
-OTHER_PROGRAMS |= {"pip", "sbatch"}
+OTHER_PROGRAMS |= {"pip", "sbatch", "swanlab"}
 
 SETUP = configparser.ConfigParser(interpolation=None)
 SETUP.read(ROOT / "setup.cfg", encoding="utf-8")
