@@ -30,6 +30,9 @@ _MOST_REPETITIONS = -math.log(LEAST_WORTH)  # in units of R*: of the corpus 46, 
 DROPOUT, DROPOUT_EPOCHS = 0.1, 4
 """Dropout, and the epochs from which on it is used: the second paper finds 4 epochs almost as good as new text."""
 
+_GROWTH_UNTIL = 0.5
+"""The share of the steps that train a quarter of the layers, as in `base`. The laws predict losses without growth."""
+
 _LARGEST_CORPUS = 1e15  # tokens
 _LEAST_FLOPS, _MOST_FLOPS = 1e12, 1e26
 _FEWEST_STEPS = 100  # so that whole batches use 99% of the budget
@@ -90,8 +93,8 @@ class Choice:
     corpus_tokens: float | None
 
     @property
-    def flops_per_token(self) -> int:
-        return flops_per_token(self.model, self.seq_length)
+    def flops_per_token(self) -> float:
+        return _mean_flops_per_token(self.model, self.seq_length)
 
     @property
     def epochs(self) -> float | None:
@@ -170,7 +173,7 @@ def choices(flops: float, corpus: Corpus, seq_length: int) -> list[Choice]:
         model = ModelConfig(
             vocab_size=vocab_size, n_positions=seq_length, n_layer=n_layer, n_head=n_head, n_embd=n_embd
         )
-        tokens = min(flops / flops_per_token(model, seq_length), most_tokens)
+        tokens = min(flops / _mean_flops_per_token(model, seq_length), most_tokens)
         loss = predicted_loss(model.parameters, tokens, corpus_tokens)
         found.append(Choice(shape, model, seq_length, tokens, loss, corpus_tokens))
         if corpus_tokens is not None:
@@ -213,7 +216,19 @@ def run_values(choice: Choice, n_devices: int) -> dict[str, dict[str, Any]]:
     if choice.dropout:
         model |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), choice.dropout)
     data = {"seq_length": choice.seq_length, "global_batch_size": n_rows}
-    return {"model": model, "data": data, "training": {"total_steps": steps}}
+    growth = {"until": _GROWTH_UNTIL, "n_layer": _layers_before_growth(choice.model)}
+    return {"model": model, "data": data, "growth": growth, "training": {"total_steps": steps}}
+
+
+def _layers_before_growth(model: ModelConfig) -> int:
+    return max(1, model.n_layer // 4)
+
+
+def _mean_flops_per_token(model: ModelConfig, seq_length: int) -> float:
+    """Return the operations of `flops_per_token`, the mean over all steps of a run that grows."""
+    smaller = model.model_copy(update={"n_layer": _layers_before_growth(model)})
+    before, after = (flops_per_token(each, seq_length) for each in (smaller, model))
+    return _GROWTH_UNTIL * before + (1 - _GROWTH_UNTIL) * after
 
 
 def _worth(amount: float, unique: float, r_star: float) -> float:

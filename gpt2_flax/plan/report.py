@@ -159,7 +159,7 @@ def _reason_lines(chosen: Choice, values: Mapping[str, Any], flops: float, corpu
     used, ratio = chosen.tokens * chosen.flops_per_token / flops, chosen.tokens / chosen.model.parameters
     spent = f"{used:.0%}" if used >= 0.01 else "less than 1%"
     yield _line("tokens", f"{chosen.tokens:,.0f}, {ratio:.3g} for each parameter; {spent} of the budget at")
-    yield _line("", f"{_flop(chosen.flops_per_token)} for a token, including attention and the head")
+    yield _line("", f"{_flop(chosen.flops_per_token)} for a token, including attention and the head, and with growth")
     if used < 0.99:
         yield _line(
             "", f"of this corpus, more epochs or parameters would be worth less than {LEAST_WORTH:.0%} of new ones"
@@ -170,6 +170,10 @@ def _reason_lines(chosen: Choice, values: Mapping[str, Any], flops: float, corpu
     near = f"near 0.58 x tokens^0.571 = {best_batch(chosen.tokens):,.0f} (arXiv:2503.04715)"
     yield _line("batch", f"{rows:,} rows of {length:,}, {rows * length:,} tokens; {near}")
     yield _line("steps", f"{steps:,}, as many whole batches as the tokens fill")
+    smaller = "{until:.0%} of the steps train {n_layer}".format(**values["growth"])
+    saved = 1 - chosen.flops_per_token / flops_per_token(chosen.model, length)
+    of_all = f"of {chosen.model.n_layer} layers, {saved:.0%} fewer FLOP"
+    yield _line("growth", f"{smaller} {of_all}; the laws do not know it")
     rate = OptimizerConfig().learning_rate
     yield _line("learning rate", f"{rate}, the default of Muon; its updates have the same spectral norm at every width")
     why = f"text that is read fewer than {DROPOUT_EPOCHS} times is almost as good as new text"
