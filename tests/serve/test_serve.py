@@ -357,7 +357,7 @@ class Gated:
     def __init__(self, tokenizer_folder):
         self.tokenizer = load_tokenizer(tokenizer_folder)
         self.decoder = SimpleNamespace(cfg=SimpleNamespace(n_positions=10**6))
-        self.made, self.running, self.most_running = 0, 0, 0
+        self.made, self.running, self.most_running, self.prompts = 0, 0, 0, []
         self._gate = threading.Semaphore(0)
 
     def allow(self, n):
@@ -365,6 +365,7 @@ class Gated:
 
     def new_ids(self, prompt, max_new_tokens, sampling, seed):
         (ids,) = self.tokenizer.encode_batch(["好"])
+        self.prompts.append(prompt)
         for _ in range(max_new_tokens):
             self.running += 1
             self.most_running = max(self.running, self.most_running)
@@ -641,6 +642,12 @@ def test_the_page_streams_stops_and_says_what_is_wrong(gated, tmp_path, language
         until(lambda: see("name") == "tiny")
         assert "1,234" in see("facts")
         assert see("generate") == generate
+        page.find_element("id", "generate").click()
+        until(lambda: gated.running)
+        assert gated.prompts == [[gated.tokenizer.bos_id]]  # not the placeholder of the box
+        page.find_element("id", "generate").click()
+        gated.allow(1)
+        until(lambda: server.queue.n_requests == 0)
         page.find_element("id", "prompt").send_keys("这是")
         page.find_element("id", "generate").click()
         until(lambda: gated.running)

@@ -1,6 +1,7 @@
-"""A real browser, where there is a Chromium and its driver."""
+"""A real browser, where there is one: Chromium or Chrome, and its driver."""
 
 import contextlib
+import os
 import shutil
 
 import pytest
@@ -8,13 +9,18 @@ import pytest
 
 @contextlib.contextmanager
 def browser(language, tmp_path):
-    """Yields a headless Chromium of a user with this language; skips the test if there is none."""
+    """Yields a headless browser of a user with this language.
+
+    Without a browser it skips the test, and fails it if GPT2_FLAX_BROWSER_TESTS is in the environment.
+    """
     webdriver = pytest.importorskip("selenium.webdriver")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("no chromium and chromedriver")
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not (program and driver):
+        assert "GPT2_FLAX_BROWSER_TESTS" not in os.environ, "no browser, or no chromedriver"
+        pytest.skip("no browser, or no chromedriver")
     options = webdriver.ChromeOptions()
-    options.binary_location = chromium
+    options.binary_location = program
     switches = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
     for switch in f"{switches} disable-component-update disable-sync user-data-dir={tmp_path} lang={language}".split():
         options.add_argument(f"--{switch}")
