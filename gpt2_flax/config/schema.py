@@ -148,6 +148,14 @@ class GrowthConfig(Section, frozen=True):
     n_layer: int | None = Field(default=None, gt=0, le=512, description="layers in these steps, later copied upwards")
     seq_length: Positions | None = Field(default=None, description="tokens a row in these steps; divides data's")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _switched_off(cls, values: Any) -> Any:
+        """Leave out the sizes if `until` is 0, so that `growth.until=0` on a command line ends a config's growth."""
+        if isinstance(values, dict) and values.get("until") == 0:
+            return {key: value for key, value in values.items() if key not in ("n_layer", "seq_length")}
+        return values
+
     @model_validator(mode="after")
     def _keys_fit(self) -> "GrowthConfig":
         if isinstance(self.until, float) and self.until >= 1:
@@ -269,7 +277,9 @@ class Config(Section, frozen=True):
         if growth.n_layer and growth.n_layer > layers:
             raise ValueError(f"growth.n_layer {growth.n_layer} is above model.n_layer {layers}")
         if growth.n_layer and self.init_from:
-            raise ValueError("growth.n_layer does not go with init_from, whose weights are of all layers")
+            raise ValueError(
+                "growth.n_layer does not go with init_from, whose weights are of all layers; set growth.until = 0"
+            )
         if growth.seq_length and length % growth.seq_length:
             raise ValueError(f"data.seq_length {length} is not a multiple of growth.seq_length {growth.seq_length}")
         if growth.until and not 0 < self.growth_steps < self.training.total_steps:

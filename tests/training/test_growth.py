@@ -3,6 +3,7 @@
 import itertools
 import json
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from support.rows import batches_of
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.source import load_source
 from gpt2_flax.checkpoint.weights import abstract_model, model_logits, weights_of
+from gpt2_flax.config.file import load_config
+from gpt2_flax.config.parse import parse_config
+from gpt2_flax.config.schema import GrowthConfig
 from gpt2_flax.data.batches import rows_of
 from gpt2_flax.data.dataset import TokenDataset
 from gpt2_flax.data.packing import RowLayout, cut_rows
@@ -172,7 +176,6 @@ def test_flops_of_steps_are_those_of_both_models(growing):
 @pytest.mark.parametrize(
     ("keys", "problem"),
     [
-        ({"n_layer": 1}, "growth.until needs growth.n_layer or growth.seq_length"),
         ({"until": 3}, "growth.until needs growth.n_layer or growth.seq_length"),
         ({"until": 3, "n_layer": 3}, "growth.n_layer 3 is above model.n_layer 2"),
         ({"until": 3, "seq_length": 5}, "data.seq_length 16 is not a multiple of growth.seq_length 5"),
@@ -187,3 +190,16 @@ def test_a_growth_that_cannot_be_is_refused(config, keys, problem):
     if "n_layer" in keys and keys.get("until") == 3:
         with pytest.raises(UserError, match=r"growth\.n_layer does not go with init_from"):
             changed(config, init_from="runs/before", growth__until=3, growth__n_layer=1)
+
+
+def test_a_growth_of_a_config_can_be_switched_off():
+    with pytest.raises(UserError, match=r"growth\.until needs growth\.n_layer or growth\.seq_length, and they need it"):
+        load_config(None, ["data.dataset=d", "output=r", "training.total_steps=9", "growth.n_layer=1"])
+    overrides = ["data.dataset=d", "init_from=runs/before", "growth.until=0"]
+    config = load_config(Path("base"), overrides)
+    assert config.growth == GrowthConfig()
+    assert parse_config(config.model_dump(exclude_none=True), "again") == config
+    with pytest.raises(UserError, match=r"growth\.n_layer does not go with init_from.*set growth\.until = 0"):
+        load_config(Path("base"), overrides[:2])
+    with pytest.raises(UserError, match=r"growth\.layers"):
+        load_config(Path("base"), [*overrides, "growth.layers=3"])
