@@ -4,7 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpt2_flax.api.model import Model, load
+    from gpt2_flax.api.load import load
+    from gpt2_flax.api.model import Model
     from gpt2_flax.api.run import Run, train
     from gpt2_flax.api.text import Dataset, prepare, train_tokenizer
     from gpt2_flax.errors import ExitCode, UserError
@@ -13,7 +14,8 @@ __version__ = "0.2.0"
 __all__ = ["Dataset", "ExitCode", "Model", "Run", "UserError", "load", "prepare", "train", "train_tokenizer"]
 
 _MODULES = {
-    "gpt2_flax.api.model": ("Model", "load"),
+    "gpt2_flax.api.load": ("load",),
+    "gpt2_flax.api.model": ("Model",),
     "gpt2_flax.api.run": ("Run", "train"),
     "gpt2_flax.api.text": ("Dataset", "prepare", "train_tokenizer"),
     "gpt2_flax.errors": ("ExitCode", "UserError"),

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -12,9 +13,9 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gpt2_flax.errors import ExitCode, UserError, io_error, naming_file
 from gpt2_flax.interruption import cleaned_up, uninterrupted
@@ -120,6 +121,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def json_sha256(content: Any) -> str:
+    """Return the hexadecimal sha256 of the canonical JSON of `content`."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, even if the power fails. Make its folder; write through links."""
     path = Path(os.path.realpath(path))
@@ -131,6 +137,11 @@ def write_whole(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     temporary.rename(path)
     sync_folder(path.parent)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file for people, inside a folder that is not complete yet."""
+    path.write_text(json.dumps(values, ensure_ascii=False, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def sync_folder(folder: Path) -> None:

@@ -50,7 +50,7 @@ MUTANTS = (
     Mutant(
         "checksum of the metadata ignored",
         "checkpoint/step_meta.py",
-        'if written["sha256"] != _sha256(content):',
+        'if written["sha256"] != json_sha256(content):',
         "if False:",
         "checkpoint/test_checkpoint.py::test_metadata_is_what_was_written",
     ),

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from gpt2_flax.api.arguments import LocalPath, Positive, Rows, Step, checked
-from gpt2_flax.api.model import Model, load
+from gpt2_flax.api.load import load
+from gpt2_flax.api.model import Model
 from gpt2_flax.api.set_up import set_up_jax
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.input_files import MOST_ROWS

@@ -28,7 +28,7 @@ def download(model: HubModel) -> tuple[Path, str]:
             cannot be reached and the cache does not have the model.
     """
     before = "" if os.path.lexists(model.repo_id) else "no such path here, and "  # which the user may have meant
-    with connected(model.repo_id, _refusal, before) as hub:
+    with connected(model.repo_id, lambda error, name: _refusal(error, model), before) as hub:
         wanted = [*_SMALL_FILES, *_SAFETENSORS]
         folder = Path(hub.snapshot_download(model.repo_id, revision=model.revision, allow_patterns=wanted))
         if not any(folder.glob("*.safetensors")):
@@ -80,14 +80,14 @@ def said(error: Any) -> str:
     return quote(error.server_message or str(error), 200)
 
 
-def _refusal(error: Any, repo_id: str) -> UserError:
-    status, name = error.response.status_code, type(error).__name__
+def _refusal(error: Any, model: HubModel) -> UserError:
+    status, name, repo_id = error.response.status_code, type(error).__name__, model.repo_id
     if name == "GatedRepoError":
         fix = "ask for access on its page, then run: hf auth login, or set HF_TOKEN"
         return UserError(ExitCode.NO_INPUT, "the owner of the model must give you access", repo_id, fix)
     if name == "RevisionNotFoundError":
         fix = "give a branch, a tag or a commit of the repository"
-        return UserError(ExitCode.NO_INPUT, "the model has no such revision on the hub", repo_id, fix)
+        return UserError(ExitCode.NO_INPUT, "the model has no such revision on the hub", model, fix)
     if status in (401, 404):
         fix = "check the name; for a private model run: hf auth login, or set HF_TOKEN"
         return UserError(ExitCode.NO_INPUT, "no such model here or on the Hugging Face hub", repo_id, fix)

@@ -5,13 +5,13 @@ The content has `step`, `model`, `arrays` and the fields that the writer adds. `
 """
 
 import errno
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gpt2_flax.errors import UserError
+from gpt2_flax.folders import json_sha256
 from gpt2_flax.input_files import read_whole
 
 VALIDATION_LOSS = "validation/loss"  # the key in `metrics` of the content
@@ -39,7 +39,7 @@ def committed_steps(folder: Path) -> list[int]:
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the object to write for `content`."""
-    return {"content": content, "sha256": _sha256(content)}
+    return {"content": content, "sha256": json_sha256(content)}
 
 
 def read_meta(step_folder: Path, step: int) -> dict[str, Any]:
@@ -55,12 +55,8 @@ def read_meta(step_folder: Path, step: int) -> dict[str, Any]:
     if not isinstance(written, dict) or written.keys() != {"content", "sha256"}:
         raise DamagedCheckpoint("its metadata is of another form")
     content = written["content"]
-    if written["sha256"] != _sha256(content):
+    if written["sha256"] != json_sha256(content):
         raise DamagedCheckpoint("the sha256 of its metadata differs")
     if content["step"] != step:
         raise DamagedCheckpoint(f"it is step {content['step']}")
     return content
-
-
-def _sha256(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

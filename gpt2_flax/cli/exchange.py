@@ -22,6 +22,7 @@ from gpt2_flax.cli.app import (
     TextOption,
     app,
 )
+from gpt2_flax.folders import check_output
 from gpt2_flax.tokenizers.special_tokens import Ends
 
 Title = Annotated[str | None, TextOption(help="Title of the model card. Default: the folder's name.")]
@@ -59,10 +60,9 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Export a model as a transformers folder, and check that it computes the same there."""
-    from gpt2_flax.api.model import load
+    from gpt2_flax.api.load import load
     from gpt2_flax.export.transformers_folder import MARKER
     from gpt2_flax.export.weight_files import shard_size
-    from gpt2_flax.folders import check_output
 
     shard_size(max_shard_size)
     check_output(output, MARKER, overwrite)
@@ -99,7 +99,6 @@ def import_(
 ) -> None:
     """Import a GPT-2 of transformers, UER-py, TencentPretrain or nanoGPT, for training or any other use."""
     from gpt2_flax.checkpoint.source import IMPORTED, compare_with_original, load_source, save_as_run
-    from gpt2_flax.folders import check_output
 
     check_output(output, IMPORTED, overwrite)
     source = load_source(model, None, tokenizer, uer_config, Ends(bos, eos), revision=revision)
@@ -137,7 +136,6 @@ def convert(
     from gpt2_flax.export.publish import publish
     from gpt2_flax.export.transformers_folder import MARKER
     from gpt2_flax.export.verify import NOT_VERIFIED
-    from gpt2_flax.folders import check_output
     from gpt2_flax.formats.registry import writer
 
     check_output(output, writer("uer").MARKER if format == "uer" else MARKER, overwrite)

@@ -10,8 +10,9 @@ from typing import Annotated
 from typer import Option
 
 from gpt2_flax.cli.app import Average, Best, Model, PathOption, Revision, Step, TextOption, app
+from gpt2_flax.errors import ExitCode, UserError, io_error, missing_package
 from gpt2_flax.folders import HubModel
-from gpt2_flax.input_files import MOST_POSITIONS, MOST_ROWS, MOST_TOKENS
+from gpt2_flax.input_files import MOST_POSITIONS, MOST_ROWS, MOST_TOKENS, VOCABULARY_BYTES, read_whole
 
 
 @app.command()
@@ -45,10 +46,7 @@ def generate(
     revision: Revision = None,
 ) -> None:
     """Generate continuations of texts."""
-    from gpt2_flax.cli.prompts import read_prompts
-    from gpt2_flax.errors import ExitCode, UserError
-
-    prompts = [*(prompt or ()), *(read_prompts(prompt_file) if prompt_file else ())]
+    prompts = [*(prompt or ()), *(_read_prompts(prompt_file) if prompt_file else ())]
     if not prompts:
         raise UserError(ExitCode.USAGE, "no prompt", "generate", "give --prompt TEXT or --prompt-file FILE")
     one = len(prompts) == samples == 1
@@ -77,6 +75,31 @@ def generate(
         print(text, flush=True)
 
 
+def _read_prompts(path: Path) -> list[str]:
+    """Return the lines of a UTF-8 file that are not blank; `-` means standard input.
+
+    Raises:
+        UserError: NO_INPUT if there is no file or no prompt in it; DATA for a line that is not UTF-8.
+    """
+    where = "stdin" if str(path) == "-" else path
+    try:
+        data = sys.stdin.buffer.read() if where == "stdin" else read_whole(path, VOCABULARY_BYTES)
+    except FileNotFoundError:
+        raise UserError(ExitCode.NO_INPUT, "file of prompts not found", path, "check the name") from None
+    except OSError as error:
+        raise io_error(error, path) from None
+    lines = []
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        try:
+            lines.append(line.decode().removesuffix("\r"))
+        except UnicodeDecodeError:
+            what, fix = "prompt that is not UTF-8", "convert the file with: iconv -t UTF-8"
+            raise UserError(ExitCode.DATA, what, f"{where}:{number}", fix) from None
+    if prompts := [line for line in lines if line.strip()]:
+        return prompts
+    raise UserError(ExitCode.NO_INPUT, "no prompt in the file", where, "write one on each line")
+
+
 @app.command()
 def serve(
     model: Model,
@@ -94,8 +117,6 @@ def serve(
     The server generates one text at a time; other requests are queued. Ctrl-C, SIGTERM and similar signals end the
     server with exit code 0.
     """
-    from gpt2_flax.errors import missing_package
-
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise missing_package("serve", missing[0], "serve", "this environment")

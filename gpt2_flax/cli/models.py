@@ -303,7 +303,7 @@ def evaluate(
     Lines of --per-document have data, index (from 0), tokens, characters, loss, perplexity and bits_per_character. For
     a dataset, characters and bits_per_character are null, because it stores only the total number of characters.
     """
-    from gpt2_flax.api.model import load
+    from gpt2_flax.api.load import load
 
     result = load(model, step=step, best=best, average=average, revision=revision).evaluate(
         data,

@@ -1,6 +1,7 @@
 """From nested dicts to configs and back, and the sentence for a wrong key."""
 
 import difflib
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,11 @@ def config_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str
         else:
             keys[prefix + name] = field
     return keys
+
+
+def config_values(config: Config) -> dict[str, Any]:
+    """Return the value of every dotted key."""
+    return {key: operator.attrgetter(key)(config) for key in config_keys()}
 
 
 def parse_config(values: dict[str, Any], where: str) -> Config:

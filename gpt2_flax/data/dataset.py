@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from gpt2_flax.data.dataset_info import MARKER, OFFSET, SPLITS, DatasetInfo, Shard, read_info, shard_paths
+from gpt2_flax.data.dataset_info import MARKER, OFFSET, SPLITS, DatasetInfo, Shard, read_info, shard_paths, sum_if_known
 from gpt2_flax.data.flat_files import KEPT_BYTES, Advance, FlatFile, OpenFile, gather, ignore, ranges
 from gpt2_flax.data.integrity import FirstUse, Watch
 from gpt2_flax.errors import ExitCode, UserError
@@ -97,8 +97,7 @@ class TokenSplit:
         self.n_documents = sum(shard.documents for shard in shards)
         self.n_tokens = sum(shard.tokens for shard in shards)
         self.n_unknown = sum(shard.unknown for shard in shards)
-        characters = [shard.characters for shard in shards if shard.characters is not None]
-        self.n_characters = sum(characters) if len(characters) == len(shards) else None
+        self.n_characters = sum_if_known(shard.characters for shard in shards)
         """None if it is not known."""
         self._unk_id, self._dtype = info.unk_id, np.dtype(info.dtype).newbyteorder("<")
         self.watch = watch or Watch()

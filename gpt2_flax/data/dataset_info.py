@@ -1,17 +1,16 @@
 """The file dataset.json: its schema, and how it is read and written."""
 
-import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from gpt2_flax.errors import ExitCode, UserError, io_error, quote
-from gpt2_flax.folders import write_whole
+from gpt2_flax.folders import json_sha256, write_whole
 from gpt2_flax.input_files import VOCABULARY_BYTES, read_whole
 
 FORMAT = "gpt2_flax token dataset"
@@ -115,6 +114,12 @@ class DatasetInfo(Record):
         return sum(shard.unknown for shard in shards) / max(1, tokens)
 
 
+def sum_if_known(counts: Iterable[int | None]) -> int | None:
+    """Return the sum of the counts; None if one of them is not known."""
+    known = list(counts)
+    return None if None in known else sum(filter(None, known))
+
+
 def shard_paths(folder: Path, split: str, index: int) -> tuple[Path, Path]:
     """Return the paths of the token file and the offset file of a shard."""
     return folder / split / f"tokens-{index:05d}.bin", folder / split / f"offsets-{index:05d}.bin"
@@ -123,7 +128,7 @@ def shard_paths(folder: Path, split: str, index: int) -> tuple[Path, Path]:
 def write_info(folder: Path, info: DatasetInfo) -> None:
     """Write dataset.json, the last file of a dataset, with a checksum of its own content."""
     content = info.model_dump(mode="json")
-    text = json.dumps({"sha256": _checksum(content)} | content, ensure_ascii=False, indent=2)
+    text = json.dumps({"sha256": json_sha256(content)} | content, ensure_ascii=False, indent=2)
     write_whole(folder / MARKER, f"{text}\n".encode())
 
 
@@ -135,7 +140,7 @@ def read_info(folder: Path) -> DatasetInfo:
         _check_version(content, path)
         sha256 = content.pop("sha256", None)  # missing in old datasets
         info = DatasetInfo.model_validate(content)
-        if sha256 not in (None, _checksum(content)):
+        if sha256 not in (None, json_sha256(content)):
             fix = 'prepare it again; if it was changed on purpose, delete its line "sha256"'
             raise UserError(ExitCode.DATA, "damaged dataset (sha256 differs)", path, fix)
     except (FileNotFoundError, NotADirectoryError):
@@ -159,11 +164,6 @@ def read_info(folder: Path) -> DatasetInfo:
         if token >= info.vocab_size:
             raise _damaged(path, f"token id {token} of {name} is outside the vocabulary of {info.vocab_size}")
     return info
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    """Return the sha256 of the content of a dataset.json, which does not depend on its layout."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _check_version(content: object, path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from gpt2_flax.config.schema import Config
 from gpt2_flax.data.batches import deal
 from gpt2_flax.data.dataset import TokenDataset, TokenSplit
-from gpt2_flax.data.dataset_info import DatasetInfo
+from gpt2_flax.data.dataset_info import DatasetInfo, sum_if_known
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import IGNORE, Batch, RowLayout, row_layout
 from gpt2_flax.errors import ExitCode, UserError, printable
@@ -74,7 +74,7 @@ def split_figures(split: TokenSplit, lengths: Sequence[int] = (128, 1024)) -> Sp
     return SplitFigures(split.n_documents, split.n_characters, split.n_tokens, split.n_unknown, quantiles, rows)
 
 
-def inspection_lines(dataset: TokenDataset, samples: int = 3, lengths: Sequence[int] = (128, 1024)) -> Iterator[str]:
+def inspection_lines(dataset: TokenDataset, samples: int = 3) -> Iterator[str]:
     """Yield a description of a dataset, with the beginnings of up to `samples` documents of each split.
 
     Raises `UserError` (DATA) if document starts or the tokenizer are damaged, and at the end if a file changed
@@ -93,7 +93,7 @@ def inspection_lines(dataset: TokenDataset, samples: int = 3, lengths: Sequence[
         yield f"encodings     {', '.join(encoding_lines(info.encodings))}"
     yield from left_out_lines(info)
     yield ""
-    columns = (_cells(split.name, split_figures(split, lengths)) for split in splits)
+    columns = (_cells(split.name, split_figures(split)) for split in splits)
     for cells in zip(*columns, strict=True):
         yield f"{cells[0][0]:22}" + "".join(f"{value:>26}" for _, value in cells)
     for split in splits:
@@ -189,8 +189,8 @@ def split_line(info: DatasetInfo, split: str) -> str:
     """Return the counts of a split in one line."""
     shards = info.shards[split]
     documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
-    known = [shard.characters for shard in shards if shard.characters is not None]
-    characters = f"{sum(known):,} characters, " if len(known) == len(shards) else ""
+    count = sum_if_known(shard.characters for shard in shards)
+    characters = "" if count is None else f"{count:,} characters, "
     return f"{split}: {documents:,} documents, {characters}{tokens:,} tokens"
 
 

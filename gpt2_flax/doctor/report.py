@@ -24,17 +24,13 @@ class Report:
         """Add a fault of this machine or its software, and what to do."""
         self._write({"wrong": sentence})
 
-    def skipped(self, name: str) -> None:
-        """Add a case that was skipped because there was no time left."""
-        self._write({"skipped": name})
-
     def affordable(self, cases: Iterable[tuple[str, Case]]) -> Iterator[Case]:
         """Yield the named cases while there is time for another case as slow as the slowest; skip the rest."""
         slowest = 0.0
         for name, case in cases:
             start = time.monotonic()
             if self._end - start < 1.2 * slowest:
-                self.skipped(name)
+                self._write({"skipped": name})
                 continue
             yield case
             slowest = max(slowest, time.monotonic() - start)

@@ -57,7 +57,7 @@ def determinism(report: Report) -> None:
 
 def differences(config: ResolvedConfig) -> tuple[int, int, float, int]:
     """Run the same steps twice; return how many parameters differ, their number, the loss, and the skipped steps."""
-    with jax.set_mesh(_mesh(config)):
+    with jax.set_mesh(_mesh()):
         step, state, batch = prepared(config)
         start = jax.tree.map(np.asarray, state)
         shardings = jax.tree.map(lambda array: array.sharding, state)
@@ -139,7 +139,7 @@ def suggestion(measured: dict[int, tuple[str, float, float | None]], available: 
 def step_seconds(config: ResolvedConfig) -> tuple[float, float]:
     """Return the seconds of a step, in the fastest of three rounds, and the seconds until the first step was done."""
     start = time.perf_counter()
-    with jax.set_mesh(_mesh(config)):
+    with jax.set_mesh(_mesh()):
         step, state, batch = prepared(config)
 
         def run():
@@ -152,12 +152,12 @@ def step_seconds(config: ResolvedConfig) -> tuple[float, float]:
         return seconds_of(run, times=_STEPS), compiling
 
 
-def _mesh(config: ResolvedConfig) -> Mesh:
+def _mesh() -> Mesh:
     return make_mesh(devices=jax.local_devices()[:1])
 
 
 def prepared(config: ResolvedConfig) -> tuple[Step, TrainState, Batch]:
-    mesh = _mesh(config)
+    mesh = _mesh()
     layout = state_layout(config, mesh)
     rows = config.data.global_batch_size
     batch = device_batch(mesh, rows, lambda first, last: Batch(*(x_BT[first:last] for x_BT in _batch(config))))

@@ -8,6 +8,7 @@ from typing import Any
 from gpt2_flax.checkpoint.source import Source
 from gpt2_flax.config.schema import Config
 from gpt2_flax.data.dataset import TokenDataset
+from gpt2_flax.data.dataset_info import sum_if_known
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export.example import example_prompt
@@ -144,11 +145,10 @@ def run_facts(source: Source, config: Config, datasets: Mapping[str, TokenDatase
     if not datasets:
         return facts
     splits = [dataset.train for dataset in datasets.values()]
-    characters = [split.n_characters for split in splits if split.n_characters is not None]
     return facts | {
         "documents": sum(split.n_documents for split in splits),
         "tokens": sum(split.n_tokens for split in splits),
-        "characters": sum(characters) if len(characters) == len(splits) else None,
+        "characters": sum_if_known(split.n_characters for split in splits),
         "sources": tuple(dict.fromkeys(source for dataset in datasets.values() for source in dataset.info.sources)),
         "mixture": tuple((Path(folder).name, weight) for folder, weight in config.data.datasets.items()),
     }

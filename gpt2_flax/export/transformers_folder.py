@@ -8,7 +8,6 @@ README.md    the model card
 SHA256SUMS   of all other files, written last
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.export import weight_files
 from gpt2_flax.export.verify import Verification, verify_folder
-from gpt2_flax.folders import new_folder
+from gpt2_flax.folders import new_folder, write_json
 from gpt2_flax.formats.registry import writer
 from gpt2_flax.progress import status
 from gpt2_flax.tokenizers.tokenizer import Tokenizer
@@ -66,8 +65,8 @@ def export_folder(
     with new_folder(output, MARKER, overwrite) as folder, status("exporting: writing the files") as show:
         hf_config = to_hf_config(config, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
         hf_config |= {"dtype": dtype, "torch_dtype": dtype}  # `torch_dtype` is the name before transformers 4.56
-        _write_json(folder / CONFIG, hf_config | _task_defaults(config))
-        _write_json(folder / "generation_config.json", generation_config(config, tokenizer))
+        write_json(folder / CONFIG, hf_config | _task_defaults(config))
+        write_json(folder / "generation_config.json", generation_config(config, tokenizer))
         tokenizer.save(folder, model_max_length=config.n_positions)
         state_dict = weight_files.rounded(to_state_dict(weights), dtype, output)
         weight_files.write_safetensors(folder, state_dict, max_shard_size)
@@ -110,7 +109,3 @@ def _task_defaults(config: ModelConfig) -> dict[str, Any]:
     of them.
     """
     return {"task_specific_params": {"": {"max_new_tokens": None}}} if takes_pipeline_default(config) else {}
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")

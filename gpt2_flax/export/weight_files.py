@@ -4,7 +4,6 @@ float32 tensors are written without a copy, except to pytorch_model.bin; other d
 the model itself that is at most twice the memory of its parameters.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.numpy import save_file
 from gpt2_flax.checkpoint.huggingface import CONFIG
 from gpt2_flax.checkpoint.tensor_files import INDEX, TORCH_WEIGHTS, WEIGHTS, open_tensors
 from gpt2_flax.errors import ExitCode, UserError, missing_package, quote
+from gpt2_flax.folders import write_json
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 MAX_SHARD_SIZE = 5 * 10**9  # bytes, as in `transformers` 4
@@ -75,7 +75,7 @@ def write_safetensors(folder: Path, state_dict: Mapping[str, np.ndarray], max_sh
     arrays = state_dict.values()
     metadata = {"total_parameters": sum(a.size for a in arrays), "total_size": sum(a.nbytes for a in arrays)}
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / INDEX, index)
 
 
 def write_torch(folder: Path, state_dict: Mapping[str, np.ndarray]) -> None:

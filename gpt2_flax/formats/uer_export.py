@@ -5,7 +5,6 @@ uer_config.json   for --config_path
 vocab.txt         for --vocab_path
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 from gpt2_flax.checkpoint.source import Source
 from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.errors import ExitCode, UserError, missing_package
-from gpt2_flax.folders import new_folder
+from gpt2_flax.folders import new_folder, write_json
 from gpt2_flax.formats.uer import HEAD, WORDS, Comparison, compare, gain, open_uer, sizes_by_axis, views
 from gpt2_flax.formats.uer_config import to_uer_config
 from gpt2_flax.tokenizers.wordpiece import WordPieceTokenizer
@@ -41,7 +40,7 @@ def write_folder(source: Source, output: Path, overwrite: bool = False) -> Compa
     with new_folder(output, MARKER, overwrite) as folder:
         tensors = {id(array): torch.from_numpy(array) for array in arrays.values()}  # a tied array is stored once
         torch.save({name: tensors[id(array)] for name, array in arrays.items()}, folder / "model.bin")
-        (folder / MARKER).write_text(json.dumps(to_uer_config(source.model), indent=2) + "\n", encoding="utf-8")
+        write_json(folder / MARKER, to_uer_config(source.model))
         (folder / "vocab.txt").write_bytes(tokenizer.vocabulary)
         found = open_uer(folder / "model.bin")
         if found.keys() != arrays.keys() or any(not np.array_equal(found[n].load(), arrays[n]) for n in arrays):

@@ -14,7 +14,7 @@ from gpt2_flax.checkpoint.weights import model_from_weights
 from gpt2_flax.config.schema import Packing
 from gpt2_flax.data.batches import rows_of
 from gpt2_flax.data.dataset import TokenSplit
-from gpt2_flax.data.dataset_info import MARKER
+from gpt2_flax.data.dataset_info import MARKER, sum_if_known
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.data.packing import RowLayout
 from gpt2_flax.data.prepare import prepare_text
@@ -77,7 +77,9 @@ def evaluate_source(
         tokenizer = source.tokenizer()
         mixture, characters_M = None, None
         if corpus is not None:
-            splits = {corpus: _prepared(corpus, split_name, tokenizer, folder, options)}
+            if split_name is not None:
+                raise UserError(ExitCode.USAGE, "--split is for datasets", corpus, "leave it out, or prepare the text")
+            splits = {corpus: prepare_text([corpus], tokenizer, folder, options)}
             if per_document is not None and corpus != "-":  # a pipe cannot be read twice
                 characters_M = document_characters(corpus, options, tokenizer, splits[corpus])
         else:
@@ -97,14 +99,6 @@ def evaluate_source(
             evaluations = [evaluate(model, rows, mesh, n_rows, n_batches, advance) for rows in rows_of_splits]
         _check_data(mixture)
     return sum(evaluations, Evaluation())
-
-
-def _prepared(
-    data: str, split_name: Split | None, tokenizer: Tokenizer, folder: Path, options: CorpusOptions
-) -> TokenSplit:
-    if split_name is not None:
-        raise UserError(ExitCode.USAGE, "--split is for datasets", data, "leave it out, or prepare the text")
-    return prepare_text([data], tokenizer, folder, options)
 
 
 def _splits(mixture: Mixture, source: Source, split_name: Split, tokenizer: Tokenizer) -> dict[str, TokenSplit]:
@@ -135,9 +129,8 @@ def _each_document(
             documents = evaluate_documents(model, split, seq_length, packing, mesh, n_rows, characters_M, advance)
             lines += document_lines(name, documents)
             total = sum(documents, total)
-    known = [split.n_characters for split in splits.values() if split.n_characters is not None]
-    if total.characters is None and len(known) == len(splits):
-        total = replace(total, characters=sum(known))
+    if total.characters is None:
+        total = replace(total, characters=sum_if_known(split.n_characters for split in splits.values()))
     return lines, total
 
 

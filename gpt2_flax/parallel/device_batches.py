@@ -44,8 +44,8 @@ def device_batch(mesh: Mesh, n_rows: int, read: Callable[[int, int], Batch], sta
     return Batch(*map(place, read(start + first, start + last)))
 
 
-def prefetch(make: Callable[[int], T], items: Iterable[int], depth: int = 2) -> Generator[T]:
-    """Yield `make(item)` for each item in order; a thread computes up to `depth` items ahead.
+def prefetch(make: Callable[[int], T], items: Iterable[int]) -> Generator[T]:
+    """Yield `make(item)` for each item in order; a thread computes up to two items ahead.
 
     An exception of `make` is raised here, in its turn.
     """
@@ -54,7 +54,7 @@ def prefetch(make: Callable[[int], T], items: Iterable[int], depth: int = 2) -> 
         try:
             for item in items:
                 waiting.append(pool.submit(make, item))
-                if len(waiting) > depth:
+                if len(waiting) > 2:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -209,19 +209,19 @@ def _figure_lines(config: ResolvedConfig, counts: Figures, mixture: Mixture | No
     kept = config.training.keep_checkpoints + config.training.keep_best
     size = checkpoint_bytes(config)
     moments = "float32 parameters and moments"
-    yield _line("a checkpoint", f"{_bytes(size)}, {moments}; up to {kept} kept, {_bytes(size * kept)}")
+    yield _line("a checkpoint", f"{si(size, 'B')}, {moments}; up to {kept} kept, {si(size * kept, 'B')}")
 
 
 def _estimate_lines(config: ResolvedConfig, devices: Sequence[Device]) -> Iterator[str]:
     sizes, why = mesh_sizes(config, devices)
     bytes_of, available = memory(config, sizes), memory_bytes(devices[0])
     yield _mesh_line(sizes, why)
-    yield _line("memory a device", f"about {_bytes(bytes_of.total)}{_of(available)}")
-    yield _line("  parameters", _bytes(bytes_of.parameters))
-    yield _line("  gradients", _bytes(bytes_of.gradients))
-    yield _line("  optimizer", _bytes(bytes_of.optimizer))
-    yield _line("  activations", f"{_bytes(bytes_of.activations)}, with model.remat = {config.model.remat}")
-    yield _line("  loss", f"{_bytes(bytes_of.loss)}, the largest chunk of logits and its gradient")
+    yield _line("memory a device", f"about {si(bytes_of.total, 'B')}{_of(available)}")
+    yield _line("  parameters", si(bytes_of.parameters, "B"))
+    yield _line("  gradients", si(bytes_of.gradients, "B"))
+    yield _line("  optimizer", si(bytes_of.optimizer, "B"))
+    yield _line("  activations", f"{si(bytes_of.activations, 'B')}, with model.remat = {config.model.remat}")
+    yield _line("  loss", f"{si(bytes_of.loss, 'B')}, the largest chunk of logits and its gradient")
 
 
 def _compiled_lines(config: ResolvedConfig, devices: Sequence[Device], optimize: bool) -> Iterator[str]:
@@ -252,15 +252,15 @@ def _compiled_lines(config: ResolvedConfig, devices: Sequence[Device], optimize:
 def _step_lines(compiled: Compiled, optimize: bool) -> Iterator[str]:
     how = "with all optimizations" if optimize else "quickly; with all optimizations: --optimize"
     yield _line("compiled", f"in {compiled.seconds:.0f} s, {how}")
-    total, available = _bytes(compiled.total), _of(compiled.available)
-    items = f"{_bytes(compiled.arguments)} state and batch, {_bytes(compiled.temporaries)} temporaries"
+    total, available = si(compiled.total, "B"), _of(compiled.available)
+    items = f"{si(compiled.arguments, 'B')} state and batch, {si(compiled.temporaries, 'B')} temporaries"
     if compiled.collectives is None:
         yield _line("memory a device", f"{total} or more{available}, says the compiler: {items}")
         return
     yield _line("memory a device", f"{total}{available}: {items}")
     for kind, found in compiled.collectives.items():
         times = "once" if found.count == 1 else f"{found.count:,} times"
-        yield _line("sent a step", f"{kind} {times}, {_bytes(found.bytes_sent)} from a device")
+        yield _line("sent a step", f"{kind} {times}, {si(found.bytes_sent, 'B')} from a device")
     if not compiled.collectives:
         yield _line("sent a step", "nothing")
 
@@ -290,11 +290,7 @@ def _line(name: str, value: str) -> str:
 
 
 def _of(available: float | None) -> str:
-    return f" of {_bytes(available)}" if available else ""
-
-
-def _bytes(size: float) -> str:
-    return si(size, "B")
+    return f" of {si(available, 'B')}" if available else ""
 
 
 def _flop(count: float) -> str:

@@ -13,9 +13,9 @@ import numpy as np
 from gpt2_flax.checkpoint.listing import list_checkpoints
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.step_meta import DamagedCheckpoint, committed_steps, read_meta
-from gpt2_flax.config.parse import config_keys
+from gpt2_flax.config.parse import config_values
 from gpt2_flax.config.schema import Config
-from gpt2_flax.data.dataset_info import SPLITS, read_info
+from gpt2_flax.data.dataset_info import SPLITS, read_info, sum_if_known
 from gpt2_flax.errors import ExitCode, UserError
 from gpt2_flax.model.flops import flops_per_token
 from gpt2_flax.report.history import Curve, History, moving_mean, read_history, thin
@@ -95,7 +95,7 @@ class RunReport:
             "checkpoints": checkpoints,
             "prompts": config.training.prompts if config else [],
             "samples": self._samples(),
-            "config": config and flat(config),
+            "config": config and config_values(config),
             "datasets": [_dataset(*one) for one in config.data.datasets.items()] if config else [],
         }
 
@@ -141,17 +141,6 @@ class RunReport:
         return None
 
 
-def flat(config: Config) -> dict[str, Any]:
-    """Return the value of each dotted key of a config."""
-    values: dict[str, Any] = {}
-    for key in config_keys():
-        place: Any = config
-        for part in key.split("."):
-            place = getattr(place, part)
-        values[key] = place
-    return values
-
-
 def names_of(paths: Iterable[Path]) -> dict[Path, str]:
     """Return a short name for each folder: its last part, or as many parts as tell it from the others."""
     resolved = {path: Path(os.path.realpath(path)) for path in paths}
@@ -176,16 +165,11 @@ def _dataset(folder: str, weight: float) -> dict[str, Any]:
         split: {
             "documents": sum(shard.documents for shard in info.shards[split]),
             "tokens": info.n_tokens(split),
-            "characters": _sum_or_none(shard.characters for shard in info.shards[split]),
+            "characters": sum_if_known(shard.characters for shard in info.shards[split]),
         }
         for split in SPLITS
     }
     return values | {"vocab_size": info.vocab_size, "unknown_share": info.unknown_share, "splits": splits}
-
-
-def _sum_or_none(counts: Iterable[int | None]) -> int | None:
-    known = list(counts)
-    return None if None in known else sum(filter(None, known))
 
 
 def _short(values: np.ndarray) -> list[float]:

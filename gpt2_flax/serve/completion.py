@@ -137,22 +137,19 @@ class StopStrings:
 
     def __init__(self, stops: tuple[str, ...]):
         self.found = False
-        self._stops, self._held = stops, ""
+        self._stops, self.held = stops, ""
+        """The text that is held back; it belongs to the text when no more pieces come."""
 
     def feed(self, piece: str) -> str:
         """Return the text that is now certain; once a stop string is `found`, the text has ended."""
-        text = self._held + piece
+        text = self.held + piece
         places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
         if places:
-            self.found, self._held = True, ""
+            self.found, self.held = True, ""
             return text[: min(places)]
         held = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - held :]
+        self.held = text[len(text) - held :]
         return text[: len(text) - held]
-
-    def rest(self) -> str:
-        """Return the text that was held back, when no more pieces come."""
-        return self._held
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -103,7 +103,7 @@ class RequestQueue:
             counted.ended = True  # ends a step in the other thread, too, which may compute many tokens without a text
         full = counted.n >= min(text.max_tokens, self._generator.decoder.cfg.n_positions - len(prompt))
         reason = "length" if full and not stop.found else "stop"
-        put(Piece(text.index, stop.rest(), reason, len(prompt), counted.n))
+        put(Piece(text.index, stop.held, reason, len(prompt), counted.n))
 
     def _prompt_ids(self, text: Text) -> list[int]:
         (prompt,) = prompt_ids(self._generator.tokenizer, [text.prompt])

@@ -17,11 +17,7 @@ READ_BYTES = 2**16  # compressed, at once
 
 
 class DamagedStream(Exception):
-    """The content of a file does not follow its format."""
-
-    @property
-    def reason(self) -> str:
-        return str(self.args[0])
+    """The content of a file does not follow its format; the message says how."""
 
 
 class Decompressed:

@@ -114,7 +114,7 @@ class TextPieces:
             if self._decoder is not None:
                 yield from self._of_line(b"", last=True)
         except DamagedStream as damage:
-            yield Bad(self._lines, damage.reason)
+            yield Bad(self._lines, str(damage))
 
     def _block(self, block: bytes) -> Iterator[str | Bad]:
         if self._decoder is not None:

@@ -166,7 +166,7 @@ def _row_group_ranges(whole: FileRange, options: CorpusOptions, unit_bytes: int)
         rows = parquet.row_groups(whole.file.path)
     except DamagedStream as damage:
         if options.on_error == "stop":
-            raise UserError(ExitCode.DATA, damage.reason, whole.file.path, "restore it, or leave it out") from None
+            raise UserError(ExitCode.DATA, str(damage), whole.file.path, "restore it, or leave it out") from None
         yield whole  # reading it reports the damage
         return
     start = start_byte = n_rows = 0

@@ -52,10 +52,10 @@ def parquet_documents(
                         for some in in_slices([text for text in texts if text]):
                             yield some, row / n_rows
                 except DamagedStream as damage:
-                    faults.leave_out(Bad(row, damage.reason))
+                    faults.leave_out(Bad(row, str(damage)))
                 before += group.num_rows
     except DamagedStream as damage:
-        faults.leave_out(Bad(row, damage.reason))
+        faults.leave_out(Bad(row, str(damage)))
 
 
 @contextlib.contextmanager

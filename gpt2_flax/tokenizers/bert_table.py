@@ -132,11 +132,11 @@ class BertTable:
 
     def _encode_runs(self, runs: list[str]) -> RaggedIds:
         """Ask the tokenizer for the ids of runs, joined to one text, which takes half the time of many texts."""
-        (ids,) = _ask(self._backend, [self._mark.join([*runs, ""])])
+        (ids,) = ids_of(self._backend, [self._mark.join([*runs, ""])])
         ids_T = np.array(ids, self._dtype)
         ends = np.flatnonzero(ids_T == self._mark_id)
         if len(ends) != len(runs):  # some run has the id of the mark
-            return RaggedIds.from_lists(_ask(self._backend, runs), self._vocab_size)
+            return RaggedIds.from_lists(ids_of(self._backend, runs), self._vocab_size)
         return RaggedIds(np.delete(ids_T, ends), np.diff(ends, prepend=-1) - 1)
 
     def _build(self) -> np.ndarray:
@@ -149,10 +149,10 @@ class BertTable:
         probe = tokenizers.Tokenizer(models.WordLevel({"word": 0}, unk_token="word"))
         probe.normalizer, probe.pre_tokenizer = self._backend.normalizer, self._backend.pre_tokenizer
         characters = [chr(unit) for unit in range(_UNITS) if unit not in _SURROGATES]
-        words = dict(zip(characters, _ask(probe, [f"a{character}a" for character in characters]), strict=True))
+        words = dict(zip(characters, ids_of(probe, [f"a{character}a" for character in characters]), strict=True))
         separating = [character for character in characters if len(words[character]) > 1]
         table = np.full(_UNITS, self._run, self._dtype)
-        for character, ids in zip(separating, _ask(self._backend, separating), strict=True):
+        for character, ids in zip(separating, ids_of(self._backend, separating), strict=True):
             if len(ids) == len(words[character]) - 2 < 2:  # as many ids as words, since each word has an id
                 table[ord(character)] = ids[0] if ids else self._space
         return table
@@ -166,7 +166,7 @@ def _words(units_U: np.ndarray, is_run_U: np.ndarray, ends_R: np.ndarray) -> lis
     return spaced.tobytes().decode("utf-16-le").split(" ")[:-1]
 
 
-def _ask(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+def ids_of(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Return the ids of each text, asking for 512 at a time, since an encoding is much larger than its ids."""
     some = (texts[start : start + 512] for start in range(0, len(texts), 512))
     return [encoding.ids for batch in some for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)]

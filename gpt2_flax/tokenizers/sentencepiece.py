@@ -53,8 +53,9 @@ class SentencePieceTokenizer:
 
     def __init__(self, model: bytes, where: object, ends: Ends = FROM_FILES):
         self._model, self._where = model, str(where)
-        self._proto, processor = _parsed(model, where)
-        own = Ends(*(self._proto.pieces[i].piece if i >= 0 else None for i in (processor.bos_id(), processor.eos_id())))
+        self.proto, processor = _parsed(model, where)
+        """The content of the file, a `ModelProto`."""
+        own = Ends(*(self.proto.pieces[i].piece if i >= 0 else None for i in (processor.bos_id(), processor.eos_id())))
         eos = ends.eos or own.eos
         if eos is None:
             fix = "train it with eos_id, or name a piece: --eos PIECE"
@@ -68,10 +69,10 @@ class SentencePieceTokenizer:
         self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else None
         if not self._as_trained:
             for token in (self.bos_id, self.eos_id):
-                self._proto.pieces[token].type = _Piece.CONTROL  # no text is encoded as such a piece
-            processor = SentencePieceProcessor(model_proto=self._proto.SerializeToString(), num_threads=1)
+                self.proto.pieces[token].type = _Piece.CONTROL  # no text is encoded as such a piece
+            processor = SentencePieceProcessor(model_proto=self.proto.SerializeToString(), num_threads=1)
         self._processor = processor
-        spec = self._proto.trainer_spec
+        spec = self.proto.trainer_spec
         if spec.model_type not in (_Spec.BPE, _Spec.UNIGRAM, _Spec.CHAR) or spec.treat_whitespace_as_suffix:
             fix = "train it as bpe, unigram or char, with blanks before words"
             raise UserError(ExitCode.DATA, "SentencePiece model of an unknown kind", where, fix)
@@ -84,11 +85,6 @@ class SentencePieceTokenizer:
         ends = "" if self._as_trained else f"{self._ends}\n"  # the fingerprints of old datasets do not have it
         return hashlib.sha256(f"sentencepiece\n{ends}".encode() + self._model).hexdigest()
 
-    @property
-    def proto(self) -> Any:
-        """The content of the file, a `ModelProto`."""
-        return self._proto
-
     def encode_batch(self, texts: Sequence[str]) -> RaggedIds:
         # SentencePiece never matches control pieces in text, so there is no special id.
         return RaggedIds.from_arrays(self._processor.encode(list(texts), return_type="numpy"), self.vocab_size)
@@ -99,8 +95,8 @@ class SentencePieceTokenizer:
 
     def save(self, folder: Path, model_max_length: int | None = None) -> None:
         names = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id, "unk_token": self.unk_id}
-        tokens = {name: self._proto.pieces[token].piece for name, token in names.items() if token is not None}
-        spec = tokenizer_spec(_backend(self._proto, self._processor.unk_id()))
+        tokens = {name: self.proto.pieces[token].piece for name, token in names.items() if token is not None}
+        spec = tokenizer_spec(_backend(self.proto, self._processor.unk_id()))
         JsonTokenizer(spec, tokens).save(folder, model_max_length)
         (folder / "spiece.model").write_bytes(self._model)
 

@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from gpt2_flax.errors import ExitCode, UserError, quote
+from gpt2_flax.folders import write_json
 from gpt2_flax.input_files import VOCABULARY_BYTES, read_object
 from gpt2_flax.tokenizers.ragged_ids import RaggedIds
 from gpt2_flax.tokenizers.special_tokens import (
@@ -89,9 +90,9 @@ class JsonTokenizer:
 
     def save(self, folder: Path, model_max_length: int | None = None) -> None:
         config = self._config() | ({} if model_max_length is None else {"model_max_length": model_max_length})
-        _write_json(folder / "tokenizer.json", self._spec)
-        _write_json(folder / CONFIG, config)
-        _write_json(folder / SPECIAL_TOKENS_MAP, self.special_tokens)
+        write_json(folder / "tokenizer.json", self._spec)
+        write_json(folder / CONFIG, config)
+        write_json(folder / SPECIAL_TOKENS_MAP, self.special_tokens)
 
     def _config(self) -> dict[str, Any]:
         """Return the content of tokenizer_config.json."""
@@ -200,7 +201,3 @@ def _begin_of_document(token: str, token_id: int) -> dict[str, Any]:
         "pair": [special, first, second],
         "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}},
     }
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

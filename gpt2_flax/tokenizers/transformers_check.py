@@ -3,12 +3,14 @@
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import tokenizers
 
 from gpt2_flax.errors import ExitCode, UserError, quote
 from gpt2_flax.folders import scratch_folder
+from gpt2_flax.tokenizers.bert_table import ids_of
 from gpt2_flax.tokenizers.sentencepiece import SentencePieceTokenizer
 from gpt2_flax.tokenizers.tokenizer import Tokenizer
 
@@ -42,7 +44,7 @@ def check_exported(tokenizer: Tokenizer, samples: Sequence[str], where: object) 
             tokenizer.save(folder)
             saved = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
             saved.encode_special_tokens = True
-            different = differing_texts(tokenizer, lambda texts: _encoded(saved, texts), samples)
+            different = differing_texts(tokenizer, partial(ids_of, saved), samples)
         except BaseException as error:
             # `tokenizers` raises plain Exception; its panics are not even that.
             if type(error) is not Exception and type(error).__name__ != "PanicException":
@@ -79,7 +81,3 @@ def spread(texts: Sequence[str], count: int = SAMPLES) -> list[str]:
     """Return the beginnings of up to `count` evenly spread texts."""
     count = min(count, len(texts))
     return [texts[index * len(texts) // count][:SAMPLE_CHARACTERS] for index in range(count)]
-
-
-def _encoded(saved: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    return [encoding.ids for encoding in saved.encode_batch_fast(texts, add_special_tokens=False)]

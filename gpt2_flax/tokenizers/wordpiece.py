@@ -46,35 +46,30 @@ class WordPieceTokenizer(JsonTokenizer):
     """
 
     def __init__(self, vocabulary: bytes, where: object, lowercase: bool = True, ends: Ends = FROM_FILES):
-        self._vocabulary, self._where, self._lowercase = vocabulary, str(where), lowercase
+        self.vocabulary, self._where, self._lowercase = vocabulary, str(where), lowercase
         self._encoded_characters = 0
         ids = read_vocabulary(vocabulary, where)
         trimmed = "\n".join(ids).encode()
         if vocabulary.removesuffix(b"\n") != trimmed:
-            self._vocabulary = trimmed + b"\n"  # every program reads the same tokens from the saved file
+            self.vocabulary = trimmed + b"\n"  # every program reads the same tokens from the saved file
         special_tokens = SPECIAL_TOKENS | ({"mask_token": MASK} if MASK in ids else {})
         given = {"bos_token": ends.bos, "eos_token": ends.eos}
         special_tokens |= {name: token for name, token in given.items() if token is not None}
         super().__init__(tokenizer_spec(_backend(ids, special_tokens, lowercase)), special_tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return WordPieceTokenizer, (self._vocabulary, self._where, self._lowercase, self._ends)
+        return WordPieceTokenizer, (self.vocabulary, self._where, self._lowercase, self._ends)
 
     @property
     def fingerprint(self) -> str:
         settings = f"wordpiece lowercase={self._lowercase}\n"
         if self._ends != _ENDS:  # the fingerprints of old datasets do not have it
             settings += f"{self._ends}\n"
-        return hashlib.sha256(settings.encode() + self._vocabulary).hexdigest()
+        return hashlib.sha256(settings.encode() + self.vocabulary).hexdigest()
 
     @property
     def _ends(self) -> Ends:
         return Ends(self.special_tokens["bos_token"], self.special_tokens["eos_token"])
-
-    @property
-    def vocabulary(self) -> bytes:
-        """The content of `vocab.txt`."""
-        return self._vocabulary
 
     def encode_batch(self, texts: Sequence[str]) -> RaggedIds:
         # The table gives the same ids. A prompt does not wait until the table is built.
@@ -90,7 +85,7 @@ class WordPieceTokenizer(JsonTokenizer):
 
     def save(self, folder: Path, model_max_length: int | None = None) -> None:
         super().save(folder, model_max_length)
-        (folder / "vocab.txt").write_bytes(self._vocabulary)
+        (folder / "vocab.txt").write_bytes(self.vocabulary)
 
     def _config(self) -> dict[str, Any]:
         return super()._config() | {"do_lower_case": self._lowercase}  # what BertTokenizer reads

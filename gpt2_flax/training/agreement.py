@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax
 import numpy as np
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
-from gpt2_flax.config.parse import config_keys
+from gpt2_flax.config.parse import config_values
 from gpt2_flax.config.schema import Config
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import quote
@@ -48,7 +47,7 @@ def agree_on_start(
 
 def config_facts(config: Config, mixture: Mixture, prefix: str = "") -> dict[str, str]:
     """Return the value of each dotted key; datasets are represented by their fingerprints, not by their folders."""
-    facts = {prefix + key: _shown(operator.attrgetter(key)(config)) for key in config_keys() if key != "data.dataset"}
+    facts = {prefix + key: _shown(value) for key, value in config_values(config).items() if key != "data.dataset"}
     sums = mixture.fingerprints()
     return facts | {f"{prefix}data.dataset ({what})": f"sha256 {sums[name][:16]}" for what, name in _DATA.items()}
 

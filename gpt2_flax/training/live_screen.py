@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
@@ -165,12 +164,6 @@ class _Losses:
         low, high = min(means, default=0.0), max(means, default=0.0)
         scale = (len(_LEVELS) - 1) / (high - low) if high > low else 0.0
         return "".join(_LEVELS[round((mean - low) * scale)] for mean in means)
-
-
-class _Speed(NamedTuple):
-    tokens: float
-    """A second."""
-    flops: float
 
 
 @dataclass

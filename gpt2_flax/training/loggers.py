@@ -1,5 +1,6 @@
 """Other programs that show the metrics of a run: TensorBoard, Weights & Biases, MLflow."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
+from gpt2_flax.config.parse import config_values
 from gpt2_flax.config.schema import Config
 from gpt2_flax.errors import ExitCode, UserError, missing_package, quote
 from gpt2_flax.folders import write_whole
+from gpt2_flax.input_files import parse_json
 from gpt2_flax.training.tensorboard import TensorBoard
 
 PROJECT = "gpt2_flax"  # unless the environment of the logger names another
@@ -126,7 +129,7 @@ class MLflow:
             found = self._client.get_experiment_by_name(name)
             experiment = found.experiment_id if found else self._client.create_experiment(name)
             identity = self._client.create_run(experiment, run_name=run.path.name).info.run_id
-            values = [Param(key, str(value)) for key, value in _flat(config.model_dump(mode="json"))]
+            values = [Param(key, str(value)) for key, value in config_values(config).items()]
             for first in range(0, len(values), _PARAMETERS_AT_ONCE):
                 self._client.log_batch(identity, params=values[first : first + _PARAMETERS_AT_ONCE])
             return identity
@@ -148,22 +151,13 @@ class MLflow:
 
 def _remembered(run: RunFolder, name: str, make: Callable[[], str]) -> str:
     """Return the name of this run in a logger, from the file `loggers.json` of the run, or a new one."""
-    try:
-        known = json.loads(run.loggers.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        known = {}
-    if not isinstance(known, dict) or not isinstance(known.get(name), str):
-        known = {**(known if isinstance(known, dict) else {}), name: make()}
+    known: dict[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        known = parse_json(run.loggers.read_bytes())
+    if not isinstance(known.get(name), str):
+        known[name] = make()
         write_whole(run.loggers, json.dumps(known).encode())
     return known[name]
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
-    """Return the dotted keys and the values of nested dicts."""
-    pairs: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        pairs += _flat(value, f"{before}{key}.") if isinstance(value, dict) else [(before + key, value)]
-    return pairs
 
 
 def _shown(error: Exception) -> str:

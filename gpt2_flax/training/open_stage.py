@@ -1,6 +1,5 @@
 """What must hold before a stage of training begins; all that can be refused is refused here, before any step."""
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.config.model import ModelConfig
-from gpt2_flax.config.parse import config_keys
+from gpt2_flax.config.parse import config_keys, config_values
 from gpt2_flax.config.schema import Config, ResolvedConfig
 from gpt2_flax.data.mixture import Mixture
 from gpt2_flax.errors import ExitCode, UserError
@@ -140,8 +139,7 @@ def check_same_run(config: Config, run: RunFolder, allow_change: Sequence[str]) 
 
 def check_same_config(before: Config, config: Config, run: RunFolder, allow_change: Sequence[str]) -> None:
     """Raise `UserError` (CONFIG) for a key that has changed although it changes the numbers of a run."""
-    for key in config_keys():
-        old, new = map(operator.attrgetter(key), (before, config))
+    for (key, old), new in zip(config_values(before).items(), config_values(config).values(), strict=True):
         if old != new and key not in FREE_TO_CHANGE and key not in allow_change:
             what = f"{key} is {new} but the run has {old}"
             fix = f"change it back, choose another output, or add --allow-change {key}"

@@ -19,6 +19,7 @@ from gpt2_flax.folders import model_place
 from gpt2_flax.processes.watchdog import Watchdog
 from gpt2_flax.progress import si
 from gpt2_flax.training.agreement import agree_on_weights
+from gpt2_flax.training.failures import naming_stage
 from gpt2_flax.training.open_stage import Stage, check_fits, check_same_config
 from gpt2_flax.training.policy import Best
 from gpt2_flax.training.step import TrainState, initial_state, state_layout
@@ -94,10 +95,8 @@ def _initial_state(stage: Stage, layout: TrainState, say: Callable[[str], None],
         return initial_state(config, layout)
     from gpt2_flax.checkpoint.source import load_source  # readers of all formats: most runs need none
 
-    try:
+    with naming_stage("init_from: "):
         source = load_source(model_place(config.init_from, guess=False))
-    except UserError as error:
-        raise UserError(error.exit_code, f"init_from: {error.what}", error.where, error.fix) from None
     check_fits(config, source.model)
     agree_on_weights(source.weights, watchdog)
     _warn_of_tokenizer(source, stage.mixture, say)

@@ -194,7 +194,7 @@ def test_stop_strings_are_found_however_the_text_comes(text, stops, data):
     # What comes first as text grows: of stop strings that overlap, the one that is complete first.
     first = min((text.index(one) + len(one) for one in stops if one in text), default=None)
     if first is None:
-        assert shown + stop.rest() == text
+        assert shown + stop.held == text
     else:
         assert stop.found
         assert text.startswith(shown)
