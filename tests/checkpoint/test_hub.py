@@ -14,6 +14,7 @@ from support.fake_hub import fake_hub
 from support.weight_folders import CONFIG, random_weights
 
 import gpt2_flax
+from gpt2_flax import __main__ as cli
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.config.file import load_config
 from gpt2_flax.data.dataset import TokenDataset
@@ -235,6 +236,18 @@ def test_a_corpus_of_the_hub_is_read_as_its_files_are(hub, tmp_path):
 
 
 # The command line
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["generate {} --prompt 这是", "serve {}", "evaluate {}", "export {} out", "import {} out", "convert {} out"],
+)
+def test_every_command_reads_the_revision_that_is_asked_for(hub, capsys, command):
+    code = cli.exit_code([*command.format(NAME).split(), "--revision", "no-such-branch"])
+    error = capsys.readouterr().err
+    assert code == ExitCode.NO_INPUT
+    assert f"hf://{NAME}@no-such-branch" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.multiprocess
