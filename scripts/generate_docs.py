@@ -24,8 +24,8 @@ folder. Addresses such as `s3://bucket/x` work for a corpus and for `prepare --o
 folder, the linked folder is written. Every command except `train` replaces its output folder as a whole. Give such a
 command a folder inside a mounted volume, not the volume itself.
 
-A MODEL is a run folder, `RUN/checkpoints/STEP`, or a `transformers` folder. In a run folder, commands read the newest
-checkpoint, the one that `--step N` names, or the `--best`.
+A MODEL is a run folder, `RUN/checkpoints/STEP`, a `transformers` folder, or `OWNER/NAME` on the Hugging Face hub. In a
+run folder, commands read the newest checkpoint, the one that `--step N` names, or the `--best`.
 
 Errors are one sentence, and [exit codes](exit_codes.md) say what kind of error it is. `gpt2-flax --debug COMMAND` shows
 the traceback too. `gpt2-flax --install-completion` lets the shell complete commands and options.
