@@ -183,11 +183,6 @@ def choices(flops: float, corpus: Corpus, seq_length: int) -> list[Choice]:
     return found
 
 
-def best(found: list[Choice]) -> Choice:
-    """Return the choice with the lowest predicted loss."""
-    return min(found, key=lambda choice: choice.loss)
-
-
 def best_batch(tokens: float) -> float:
     """Return the batch size, in tokens, that reaches the lowest loss in a run of so many tokens.
 

@@ -19,7 +19,6 @@ from gpt2_flax.plan.budget import (
     SHAPES,
     Choice,
     Corpus,
-    best,
     best_batch,
     choices,
     parse_budget,
@@ -86,7 +85,7 @@ def budget_lines(budget: str, topology: str | None, mfu: float, corpus: Corpus, 
     hardware = _hardware(topology) if is_time or topology is not None else None
     flops = amount * hardware.peak * mfu if hardware and is_time else amount
     found = choices(flops, corpus, seq_length)
-    chosen = best(found)
+    chosen = min(found, key=lambda choice: choice.loss)
     values = run_values(chosen, hardware.n_devices if hardware else 1)
     lines = [
         _line("budget", f"{budget}: " * is_time + _flop(flops) + (f" on {hardware.name}" if hardware else "")),

@@ -31,8 +31,8 @@ Amsel et al., arXiv:2505.16932, describe how to compute the factors.
 """
 _LARGEST_SINGULAR_VALUE = 1 / 1.02  # below 1, because rounding could lift it above, where the polynomials explode
 _MUON_MOMENTUM = 0.95
-REST_RATE = 0.1
-"""With Muon, the share of the learning rate for position embeddings, biases and norms; docs/recipe.md has trials."""
+SMALL_RATE = 0.1
+"""With Muon, the share of the learning rate for position embeddings and biases; docs/recipe.md says what it gains."""
 
 
 def learning_rate(config: Config) -> optax.Schedule:
@@ -65,7 +65,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
     if optimizer.name == "muon":
         clip = _clip(optimizer.max_grad_norm)
-        direction = optax.partition({"muon": _muon(config.model.dtype), "adam": _gentle(_adam(optimizer))}, _label)
+        direction = optax.partition({"muon": _muon(config.model.dtype), "adam": _adam(optimizer)}, _label)
     else:
         clip, direction = optax.identity(), _adam(optimizer, optimizer.max_grad_norm)
     if optimizer.name == "adamw_uer":
@@ -73,8 +73,10 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         less = optax.scale_by_schedule(lambda count: 1 - optimizer.weight_decay * rate(count))
         direction = optax.chain(direction, optax.masked(less, decayed))
     decay = optax.add_decayed_weights(optimizer.weight_decay, decayed)
+    share = optax.scale(SMALL_RATE if optimizer.name == "muon" else 1.0)
+    slower = optax.masked(share, lambda params: _by_path(params, ("wpe/embedding", "/bias")))
     # Nested like `optax.adamw`: the paths of the moments in checkpoints follow from the places in these chains.
-    return optax.chain(clip, optax.chain(direction, decay, optax.scale_by_learning_rate(rate)))
+    return optax.chain(clip, optax.chain(direction, decay, optax.scale_by_learning_rate(rate), slower))
 
 
 def _clip(max_norm: float) -> optax.GradientTransformation:
@@ -118,22 +120,11 @@ def _adam(optimizer: OptimizerConfig, max_grad_norm: float = 0.0) -> optax.Gradi
     return optax.GradientTransformation(optax.scale_by_adam().init, update)
 
 
-def _gentle(adam: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Return `adam` with smaller updates of all parameters but token embeddings and an untied head."""
-
-    def update(updates, state, params=None):
-        updates, state = adam.update(updates, state, params)
-        of_tokens = _by_path(updates, ("wte/embedding", "lm_head/embedding"))
-        return jax.tree.map(lambda update, full: update if full else REST_RATE * update, updates, of_tokens), state
-
-    return optax.GradientTransformation(adam.init, update)
-
-
 def _muon(dtype: str) -> optax.GradientTransformation:
     """Return Muon: Nesterov momentum, then approximately the nearest orthogonal matrix, computed in `dtype`.
 
     The result for a matrix with sides m <= n has the spectral norm sqrt(n / m). So one learning rate fits all widths
-    (Yang et al., arXiv:2310.17813), and it suits Adam for token embeddings too.
+    (Yang et al., arXiv:2310.17813), and it suits Adam for token embeddings and norms too.
     """
 
     def orthogonalise(key_path, update):

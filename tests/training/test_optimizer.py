@@ -320,7 +320,7 @@ def test_muon_orthogonalises_each_matrix_of_each_layer():
         found, of_adamw = weights_of(updates), weights_of(adamw_updates)
         for path, gradient in weights_of(grads).items():
             if path not in KERNELS:
-                share = 1 if path == "wte/embedding" else 0.1
+                share = 0.1 if path.endswith(("wpe/embedding", "/bias")) else 1
                 np.testing.assert_allclose(found[path], share * of_adamw[path], rtol=1e-6, err_msg=path)
                 continue
             momenta[path] = 0.95 * momenta[path] + 0.05 * gradient.astype(np.float64)
