@@ -164,6 +164,19 @@ def test_programs_are_kept_even_if_jax_was_used_before(tmp_path):
     assert [path for path in Path(done.stdout.strip()).iterdir() if "cache" in path.name]
 
 
+def test_load_and_train_set_up_a_process_as_the_command_line_does(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("gpt2_flax.api.set_up.tune_cpu", lambda: pytest.fail("tuned"))
+    for call in (
+        lambda: gpt2_flax.load(tmp_path),
+        lambda: gpt2_flax.train(
+            None, {"data.dataset": "d", "output": str(tmp_path / "run"), "training.total_steps": 1}
+        ),
+    ):
+        with pytest.raises(pytest.fail.Exception, match="tuned"):
+            call()
+
+
 def test_a_process_joins_only_one_run_of_several_processes(monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     with pytest.raises(UserError, match="has joined a run of several processes already") as error:
