@@ -27,6 +27,7 @@ SMALLER = {
 }
 QUICK = {"optimizer.name": "adamw"}  # compiles in half the time of Muon
 GROWN = {"growth.n_layer": 1}
+STEPS = {"optimizer.warmup": 1, "growth.until": 2}  # in place of steps that a command names
 ELSEWHERE = {
     "hf://": "tests/checkpoint/test_hub.py has a fake hub",
     "import uer/": "tests/checkpoint/test_hub.py has a fake hub",
@@ -62,6 +63,7 @@ def run(line: str) -> None:
     if command in ("train", "plan") and "--budget" not in words:
         grown = words[0] in ("base", "quickstart", "run.toml")
         smaller = SMALLER | (GROWN if grown else {}) | ({} if "cluecorpussmall" in words[0] else QUICK)
+        smaller |= {key: value for key, value in STEPS.items() if any(word.startswith(f"{key}=") for word in words)}
         words += [f"{key}={value}" for key, value in smaller.items()]
     output = io.StringIO()
     with contextlib.redirect_stdout(output) if redirected else contextlib.nullcontext():
