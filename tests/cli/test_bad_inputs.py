@@ -78,7 +78,7 @@ def with_value(values: dict, key: str, value: object) -> dict:
 @pytest.mark.parametrize("key", INTEGERS)
 def test_every_integer_of_a_config_has_an_upper_bound(config, key):
     assert len(INTEGERS) >= 22
-    values = config.model_dump(exclude_none=True)
+    values = changed(config, growth__until=1, growth__n_layer=1).model_dump(exclude_none=True)
     for number in (2**32, 2**62, 2**63, 2**64, 10**30, 16**5000):
         with pytest.raises(UserError, match=key.rpartition(".")[2]) as error:
             parse_config(with_value(values, key, number), "a.toml")

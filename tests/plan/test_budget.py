@@ -187,7 +187,7 @@ def test_the_config_spends_the_budget_or_exhausts_the_corpus(exponent, corpus, l
     assert counts.parameters == chosen.model.parameters
     assert 0.98 * chosen.tokens < counts.tokens <= chosen.tokens
     if corpus is None or chosen.tokens < 0.999 * corpus * EPOCHS:
-        assert 0.98 * 10**exponent < counts.flops < 10**exponent * (1 + 0.5 / config.training.total_steps)
+        assert 0.98 * 10**exponent < counts.flops < 10**exponent * (1 + 1 / config.training.total_steps)
     assert config.growth_steps == pytest.approx(config.training.total_steps / 2, abs=0.5)
     assert config.growth.n_layer == max(1, config.model.n_layer // 4)
     rows = config.data.global_batch_size
