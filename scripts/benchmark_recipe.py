@@ -57,7 +57,7 @@ from gpt2_flax.text.documents import CorpusOptions
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 from gpt2_flax.tokenizers.train import sample_documents, train_wordpiece
 from gpt2_flax.training.loop import train
-from gpt2_flax.training.optimizer import POLAR_EXPRESS, SMALL_RATE
+from gpt2_flax.training.optimizer import POLAR_EXPRESS
 
 VOCAB_SIZE = 5000
 VALIDATION_TOKENS = 40_000
@@ -166,8 +166,6 @@ def run_key(config: Config, dataset: TokenDataset) -> str:
     averaged = {"save_every", "keep_checkpoints"} if config.training.keep_checkpoints > 1 else set()
     training = config.training.model_dump(include={"total_steps", "accumulation_steps", "seed"} | averaged)
     what = [config.model_dump(mode="json", include={"model", "data", "optimizer", "growth"}), training]
-    if config.optimizer.name == "muon":
-        what.append({"small_rate": SMALL_RATE})  # no key of a config; older runs had 1
     content = json.dumps([*what, dataset.fingerprints()["tokens_fingerprint"]], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 

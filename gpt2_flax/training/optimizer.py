@@ -31,8 +31,6 @@ Amsel et al., arXiv:2505.16932, describe how to compute the factors.
 """
 _LARGEST_SINGULAR_VALUE = 1 / 1.02  # below 1, because rounding could lift it above, where the polynomials explode
 _MUON_MOMENTUM = 0.95
-SMALL_RATE = 0.1
-"""With Muon, the share of the learning rate for position embeddings and biases; docs/recipe.md says what it gains."""
 
 
 def learning_rate(config: Config) -> optax.Schedule:
@@ -73,10 +71,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         less = optax.scale_by_schedule(lambda count: 1 - optimizer.weight_decay * rate(count))
         direction = optax.chain(direction, optax.masked(less, decayed))
     decay = optax.add_decayed_weights(optimizer.weight_decay, decayed)
-    share = optax.scale(SMALL_RATE if optimizer.name == "muon" else 1.0)
-    slower = optax.masked(share, lambda params: _by_path(params, ("wpe/embedding", "/bias")))
     # Nested like `optax.adamw`: the paths of the moments in checkpoints follow from the places in these chains.
-    return optax.chain(clip, optax.chain(direction, decay, optax.scale_by_learning_rate(rate), slower))
+    return optax.chain(clip, optax.chain(direction, decay, optax.scale_by_learning_rate(rate)))
 
 
 def _clip(max_norm: float) -> optax.GradientTransformation:
@@ -124,7 +120,7 @@ def _muon(dtype: str) -> optax.GradientTransformation:
     """Return Muon: Nesterov momentum, then approximately the nearest orthogonal matrix, computed in `dtype`.
 
     The result for a matrix with sides m <= n has the spectral norm sqrt(n / m). So one learning rate fits all widths
-    (Yang et al., arXiv:2310.17813), and it suits Adam for token embeddings and norms too.
+    (Yang et al., arXiv:2310.17813), and it suits Adam for embeddings, biases and norms too.
     """
 
     def orthogonalise(key_path, update):
