@@ -139,7 +139,7 @@ def _train_stage(
         else:
             more = "" if name else "; to go on add training.total_steps=N --allow-change training.total_steps"
             say(f"{config.output} has all its {training.total_steps} steps{more}")
-    if trained and leads:  # here, because all metrics are on the disk now
+    if leads:  # here, because all metrics are on the disk now; also for a run that was killed in its report
         from gpt2_flax.report.page import report_at_end  # here, because only the end of a run needs it
 
         report_at_end(run, screen.say)

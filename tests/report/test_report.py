@@ -127,6 +127,21 @@ def test_a_run_that_ends_leaves_a_report_with_its_numbers(trained, dataset_folde
     assert dataset["splits"]["train"]["documents"] == sum(shard["documents"] for shard in counts)
 
 
+def test_a_run_that_was_killed_in_its_report_gets_it_from_the_next_start(trained, capsys):
+    from gpt2_flax.training.loop import train
+
+    config, _ = trained
+    run = Path(config.output)
+    copied = run.parent / "killed"
+    shutil.copytree(run, copied)
+    (copied / "report.html").rename(copied / "report.html.tmp")
+    (copied / "report.html.tmp").write_text("half", encoding="utf-8")
+    train(changed(config, output=str(copied)))
+    assert "has all its 12 steps" in capsys.readouterr().out
+    assert data_of(copied / "report.html")["runs"][0]["last_step"] == 12
+    assert not (copied / "report.html.tmp").exists()
+
+
 @pytest.mark.slow
 def test_a_report_never_fails_its_run(trained, monkeypatch, capsys):
     from gpt2_flax.training.loop import train
