@@ -43,16 +43,26 @@ def doctor(
     seconds: Annotated[
         float, Option(min=10, max=86400, help="Seconds for the examination; the most important checks come first.")
     ] = 280,
-    json: Annotated[Path | None, PathOption("--json", metavar="FILE", help="New file for all results.")] = None,
+    json: Json = False,
 ) -> None:
     """Examine this machine: versions, devices, speed, attention kernels, training. Attach the output to bug reports.
 
     Each fault is a line WRONG with advice; the exit code is 69 then. Several GPUs of this machine are tested together;
     other machines are not tested.
     """
-    from gpt2_flax.doctor.examination import examine
+    from gpt2_flax.doctor.examination import count_of, examine
 
-    examine(seconds, json, lambda line: print(line, flush=True))
+    def say(line: str) -> None:
+        if not json:
+            print(line, flush=True)
+
+    found = examine(seconds, say)
+    if json:
+        print(to_json(found, ensure_ascii=False, indent=1))
+    if wrong := found["wrong"]:
+        what = f"{count_of(wrong)} wrong with this machine or what is installed"
+        fix = "see the list wrong in the JSON" if json else "see the lines that begin with WRONG"
+        raise UserError(ExitCode.UNAVAILABLE, what, "gpt2-flax doctor", fix)
 
 
 @app.command(epilog="The keys: gpt2-flax keys")

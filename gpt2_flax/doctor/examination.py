@@ -14,13 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import gpt2_flax
 from gpt2_flax.doctor.report import Record
-from gpt2_flax.errors import ExitCode, UserError, printable
-from gpt2_flax.folders import scratch_folder, write_whole
+from gpt2_flax.errors import printable
+from gpt2_flax.folders import scratch_folder
 from gpt2_flax.interruption import cleaned_up
 from gpt2_flax.progress import duration, status
 
@@ -68,14 +67,11 @@ class Outcome:
     """The end of the log of a check that is not done."""
 
 
-def examine(seconds: float, output: Path | None, say: Callable[[str], None]) -> None:
-    """Run all checks within `seconds`; print the results with `say`, and write them to the new JSON file `output`.
+def examine(seconds: float, say: Callable[[str], object]) -> dict[str, Any]:
+    """Run all checks within `seconds`, print the results with `say`, and return them for JSON.
 
-    Raises:
-        UserError: CANT_CREATE when the file exists, UNAVAILABLE when a check has found a fault.
+    The list `wrong` in the results has a sentence for each fault.
     """
-    if output is not None and os.path.lexists(output):
-        raise UserError(ExitCode.CANT_CREATE, "output exists", output, "choose another name, or remove it")
     start, outcomes = time.monotonic(), {}
     for number, check in enumerate(CHECKS, 1):
         left = seconds - (time.monotonic() - start)
@@ -93,19 +89,14 @@ def examine(seconds: float, output: Path | None, say: Callable[[str], None]) -> 
     wrong = [sentence for outcome in outcomes.values() for sentence in outcome.wrong]
     skipped = sum(len(outcome.skipped) for outcome in outcomes.values())
     unseen = f", {skipped} skipped" if skipped else ""
-    say(f"{'result':<{_COLUMN}}{_count(wrong)} wrong{unseen}, in {duration(time.monotonic() - start)}")
-    if output is not None:
-        content = {
-            "gpt2_flax": gpt2_flax.__version__,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "seconds": round(time.monotonic() - start, 1),
-            "wrong": wrong,
-            "parts": {name: asdict(outcome) for name, outcome in outcomes.items()},
-        }
-        write_whole(output, (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode())
-    if wrong:
-        what = f"{_count(wrong)} wrong with this machine or what is installed"
-        raise UserError(ExitCode.UNAVAILABLE, what, "gpt2-flax doctor", "see the lines above that begin with WRONG")
+    say(f"{'result':<{_COLUMN}}{count_of(wrong)} wrong{unseen}, in {duration(time.monotonic() - start)}")
+    return {
+        "gpt2_flax": gpt2_flax.__version__,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "seconds": round(time.monotonic() - start, 1),
+        "wrong": wrong,
+        "parts": {name: asdict(outcome) for name, outcome in outcomes.items()},
+    }
 
 
 def run_check(check: Check, left: float, tick: Callable[[], object] = lambda: None) -> Outcome:
@@ -170,5 +161,6 @@ def _lines(check: Check, outcome: Outcome) -> Iterator[str]:
         yield f"  {name:<{_COLUMN - 2}}{printable(text)}"
 
 
-def _count(wrong: list[str]) -> str:
+def count_of(wrong: list[str]) -> str:
+    """Return "nothing", "1 thing" or "N things"."""
     return f"{len(wrong) or 'nothing'}{' thing' if len(wrong) == 1 else ' things' if wrong else ''}"
