@@ -28,7 +28,7 @@ def download(model: HubModel) -> tuple[Path, str]:
             cannot be reached and the cache does not have the model.
     """
     before = "" if os.path.lexists(model.repo_id) else "no such path here, and "  # which the user may have meant
-    with connected(model.repo_id, lambda error, name: _refusal(error, model), before) as hub:
+    with connected(model.repo_id, lambda error: _refusal(error, model), before) as hub:
         wanted = [*_SMALL_FILES, *_SAFETENSORS]
         folder = Path(hub.snapshot_download(model.repo_id, revision=model.revision, allow_patterns=wanted))
         if not any(folder.glob("*.safetensors")):
@@ -38,12 +38,12 @@ def download(model: HubModel) -> tuple[Path, str]:
 
 
 @contextlib.contextmanager
-def connected(repo_id: str, refusal: Callable[[Any, str], UserError], before: str = "") -> Iterator[Any]:
+def connected(repo_id: str, refusal: Callable[[Any], UserError], before: str = "") -> Iterator[Any]:
     """Yield the package `huggingface_hub`, and turn its errors in the block into `UserError`.
 
     Args:
         repo_id: The repository that the block reads or writes.
-        refusal: Makes a `UserError` from an `HfHubHTTPError` and `repo_id`.
+        refusal: Makes a `UserError` from an `HfHubHTTPError`.
         before: Begins the sentence that says why there is no hub.
     """
     try:
@@ -59,7 +59,7 @@ def connected(repo_id: str, refusal: Callable[[Any, str], UserError], before: st
     try:
         yield hub
     except errors.HfHubHTTPError as error:
-        raise refusal(error, repo_id) from None
+        raise refusal(error) from None
     except (network_error, OSError) as error:
         if constants.HF_HUB_OFFLINE:
             fix = "unset HF_HUB_OFFLINE and run the same command again"

@@ -160,8 +160,11 @@ class GrowthConfig(Section, frozen=True):
     def _keys_fit(self) -> "GrowthConfig":
         if isinstance(self.until, float) and self.until >= 1:
             raise ValueError(f"growth.until {self.until} is neither a whole number of steps nor a share below 1.0")
-        if bool(self.until) != (self.n_layer is not None or self.seq_length is not None):
-            raise ValueError("growth.until needs growth.n_layer or growth.seq_length, and they need it")
+        sizes = [f"growth.{name}" for name in ("n_layer", "seq_length") if getattr(self, name) is not None]
+        if self.until and not sizes:
+            raise ValueError("growth.until needs growth.n_layer or growth.seq_length: how much less to train until then")
+        if sizes and not self.until:
+            raise ValueError(f"{sizes[0]} needs growth.until: the steps or the share of the steps that train less")
         return self
 
 

@@ -26,7 +26,7 @@ def push(folder: Path, repo_id: str, *, private: bool = False, revision: str | N
             repository was to be private; IO if the hub cannot be reached.
     """
     check_whole(folder)
-    with connected(repo_id, _refusal) as hub:
+    with connected(repo_id, lambda error: _refusal(error, repo_id)) as hub:
         if hub.get_token() is None:
             fix = "run: hf auth login, or set HF_TOKEN to a token that may write"
             raise UserError(ExitCode.USAGE, "no token for the Hugging Face hub", repo_id, fix)

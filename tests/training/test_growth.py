@@ -193,7 +193,7 @@ def test_a_growth_that_cannot_be_is_refused(config, keys, problem):
 
 
 def test_a_growth_of_a_config_can_be_switched_off():
-    with pytest.raises(UserError, match=r"growth\.until needs growth\.n_layer or growth\.seq_length, and they need it"):
+    with pytest.raises(UserError, match=r"growth\.n_layer needs growth\.until: the steps or the share of the steps"):
         load_config(None, ["data.dataset=d", "output=r", "training.total_steps=9", "growth.n_layer=1"])
     overrides = ["data.dataset=d", "init_from=runs/before", "growth.until=0"]
     config = load_config(Path("base"), overrides)
