@@ -28,10 +28,25 @@ def lines_of(out):
     return dict(re.findall(r"^(\w[\w ]*?)  +(\S.*)$", out, re.MULTILINE))
 
 
-@pytest.mark.slow(5)
-def test_lines_without_a_terminal(config, capsys):
+@pytest.fixture
+def doings(monkeypatch):
+    """What a screen says that a run is doing, in order."""
+    said, doing = [], Screen.doing
+
+    def noted(screen, what, total=None):
+        said.append(what)
+        return doing(screen, what, total)
+
+    monkeypatch.setattr(Screen, "doing", noted)
+    return said
+
+
+@pytest.mark.slow(8)
+def test_lines_without_a_terminal(config, capsys, doings):
     config = changed(config, training__total_steps=5, training__log_every=1000)
     loop.train(config)
+    assert doings[0] == "making the model"
+    assert {"evaluating", "saving step 5"} < set(doings)
     out = capsys.readouterr().out
     shown = lines_of(out)
     run, data = RunFolder(config.output), TokenDataset(config.data.dataset)
@@ -64,6 +79,13 @@ def test_lines_without_a_terminal(config, capsys):
     assert shown["loss"] == f"training {losses[5]:.4f}, validation {validation:.4f}"
     best = min((record["validation/loss"], record["step"]) for record in logged if "validation/loss" in record)
     assert shown["best step"] == f"{best[1]}, validation loss {best[0]:.4f}"
+
+    doings.clear()
+    loop.train(changed(config, training__total_steps=6), allow_change=["training.total_steps"])
+    assert doings[0] == "restoring the newest checkpoint"
+    assert re.fullmatch(
+        r"\S+ \S+, in \w+, at the speed before the stop", lines_of(capsys.readouterr().out)["estimated end"]
+    )
 
 
 def test_a_quiet_screen_prints_warnings(capsys):
