@@ -57,7 +57,7 @@ from gpt2_flax.text.documents import CorpusOptions
 from gpt2_flax.tokenizers.tokenizer import load_tokenizer
 from gpt2_flax.tokenizers.train import sample_documents, train_wordpiece
 from gpt2_flax.training.loop import train
-from gpt2_flax.training.optimizer import POLAR_EXPRESS
+from gpt2_flax.training.optimizer import BIAS_WARMUP, POLAR_EXPRESS
 
 VOCAB_SIZE = 5000
 VALIDATION_TOKENS = 40_000
@@ -166,6 +166,8 @@ def run_key(config: Config, dataset: TokenDataset) -> str:
     averaged = {"save_every", "keep_checkpoints"} if config.training.keep_checkpoints > 1 else set()
     training = config.training.model_dump(include={"total_steps", "accumulation_steps", "seed"} | averaged)
     what = [config.model_dump(mode="json", include={"model", "data", "optimizer", "growth"}), training]
+    if config.optimizer.name == "muon":
+        what.append({"bias_warmup": BIAS_WARMUP})  # no key of a config; older runs had none
     content = json.dumps([*what, dataset.fingerprints()["tokens_fingerprint"]], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 

@@ -31,6 +31,12 @@ Amsel et al., arXiv:2505.16932, describe how to compute the factors.
 """
 _LARGEST_SINGULAR_VALUE = 1 / 1.02  # below 1, because rounding could lift it above, where the polynomials explode
 _MUON_MOMENTUM = 0.95
+BIAS_WARMUP = 200
+"""With Muon, the steps in which biases and position embeddings come to their full rate.
+
+Each of them moves all tokens at once, so at first their updates agree, and the model gets worse as its width grows.
+docs/recipe.md has what was measured.
+"""
 
 
 def learning_rate(config: Config) -> optax.Schedule:
@@ -71,8 +77,22 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         less = optax.scale_by_schedule(lambda count: 1 - optimizer.weight_decay * rate(count))
         direction = optax.chain(direction, optax.masked(less, decayed))
     decay = optax.add_decayed_weights(optimizer.weight_decay, decayed)
+    scale = _scale_by_rate(rate) if optimizer.name == "muon" else optax.scale_by_learning_rate(rate)
     # Nested like `optax.adamw`: the paths of the moments in checkpoints follow from the places in these chains.
-    return optax.chain(clip, optax.chain(direction, decay, optax.scale_by_learning_rate(rate)))
+    return optax.chain(clip, optax.chain(direction, decay, scale))
+
+
+def _scale_by_rate(rate: optax.Schedule) -> optax.GradientTransformation:
+    """Return `optax.scale_by_learning_rate`, with a warm-up of `BIAS_WARMUP` steps for biases and positions."""
+
+    def update(updates, state, params=None):
+        step = -rate(state.count)
+        late = step * jnp.minimum(1.0, (state.count + 1) / BIAS_WARMUP)
+        is_late = _by_path(updates, ("/bias", "wpe/embedding"))
+        updates = jax.tree.map(lambda update, is_late: (late if is_late else step) * update, updates, is_late)
+        return updates, optax.ScaleByScheduleState(state.count + 1)
+
+    return optax.GradientTransformation(optax.scale_by_learning_rate(rate).init, update)
 
 
 def _clip(max_norm: float) -> optax.GradientTransformation:

@@ -18,7 +18,7 @@ from gpt2_flax.folders import new_folder
 from gpt2_flax.interruption import FirstSignal
 
 ROOT = Path(__file__).parents[2]
-MOMENTS = 7
+MOMENTS = 5
 HEAD = "import hashlib, os, signal, sys, threading, time; from pathlib import Path; "
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 138, signal.SIGUSR2: 140}
 COMPUTE = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"  # an hour in C code that does not handle signals

@@ -13,11 +13,11 @@ pytestmark = pytest.mark.multiprocess
 SCRIPT = Path(__file__).parents[2] / "scripts" / "damage_loop.py"
 
 
-@pytest.mark.slow(90)
+@pytest.mark.slow(60)
 @pytest.mark.parametrize(
     "damages",
     [
-        80,
+        50,
         pytest.param(
             400,
             marks=pytest.mark.skipif(

@@ -31,7 +31,7 @@ def kill(folder, *arguments):
 
 
 @pytest.mark.slow(60)
-@pytest.mark.parametrize("kills", [10, pytest.param(40, marks=at_night)])
+@pytest.mark.parametrize("kills", [7, pytest.param(40, marks=at_night)])
 def test_kills_give_the_bits_of_a_run_that_nobody_disturbed(folder, kills):
     code, said = kill(folder, "--kills", str(kills), "--seed", "1")
     assert code == 0, said
