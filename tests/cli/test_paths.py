@@ -170,6 +170,7 @@ def given(corpus, tokenizer_folder, dataset_folder, tmp_path_factory):
         output = "run"
         model = {{n_positions = 32, n_layer = 1, n_head = 2, n_embd = 16, dtype = "float32"}}
         data = {{dataset = "{dataset_folder}", seq_length = 16, global_batch_size = 8}}
+        optimizer = {{name = "adamw"}}
         training = {{total_steps = 1, evaluation_batches = 1}}
         """,
         encoding="utf-8",
