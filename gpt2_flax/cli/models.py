@@ -1,6 +1,7 @@
 """Commands about training: doctor, train, plan, configs, init, checkpoints, report, keys, evaluate."""
 
 from collections.abc import Mapping
+from functools import partial
 from json import dumps as to_json
 from pathlib import Path
 from typing import Annotated, Literal
@@ -52,11 +53,7 @@ def doctor(
     """
     from gpt2_flax.doctor.examination import count_of, examine
 
-    def say(line: str) -> None:
-        if not json:
-            print(line, flush=True)
-
-    found = examine(seconds, say)
+    found = examine(seconds, (lambda line: None) if json else partial(print, flush=True))
     if json:
         print(to_json(found, ensure_ascii=False, indent=1))
     if wrong := found["wrong"]:

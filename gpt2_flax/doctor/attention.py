@@ -97,7 +97,8 @@ def examine(case: Case, dtype: str) -> tuple[dict[str, float], float | None]:
     q_BTHK, k_BTHK, v_BTHK, d_out_BTHK = (np.asarray(array, np.float64) for array in arrays)
     expected = reference(q_BTHK, k_BTHK, v_BTHK, d_out_BTHK, seen_BTS, kept_BHTS, rate)
     results = (np.asarray(array, np.float64) for array in both_ways(*arrays))
-    errors = map(_relative_error, results, expected)
+    norm = np.linalg.norm
+    errors = [float(norm(result - exact) / norm(exact)) for result, exact in zip(results, expected, strict=True)]
     return dict(zip(_LETTERS, errors, strict=True)), dropped
 
 
@@ -175,7 +176,3 @@ def _config(kernel: str, dropout: bool) -> ModelConfig:
     sizes = {"vocab_size": 64, "n_positions": _T, "n_layer": 1, "n_head": _H, "n_embd": _H * _K}
     how = {"attention": kernel, "dtype": compute_dtype(), "attn_pdrop": _RATE if dropout else 0.0}
     return ModelConfig.model_validate(sizes | how)
-
-
-def _relative_error(result: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(result - expected) / np.linalg.norm(expected))

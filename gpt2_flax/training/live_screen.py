@@ -207,18 +207,13 @@ class _Steps:
             if self.throughput.peak_flops:
                 parts.append(f"MFU {flops_per_second / self.throughput.peak_flops:.1%}")
             parts.append(f"ETA {duration(flops_of_steps(self.config, step, training.total_steps) / flops_per_second)}")
-        parts.append(f"memory {si(memory, 'B')}" if memory else f"host memory {si(_host_memory(), 'B')}")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        parts.append(f"memory {si(memory, 'B')}" if memory else f"host memory {si(peak, 'B')}")
         ahead = {"evaluation": training.evaluate_every, "save": training.save_every}
         nearest = [
             f"{what} {min((step // every + 1) * every, training.total_steps):,}" for what, every in ahead.items()
         ]
         return "  ".join([*parts, f"next {', '.join(nearest)}"])
-
-
-def _host_memory() -> int:
-    """Return the peak bytes in use of this process, which trains on a CPU."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _bar(total: float, done: float) -> ProgressBar:

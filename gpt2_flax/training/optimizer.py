@@ -32,11 +32,7 @@ Amsel et al., arXiv:2505.16932, describe how to compute the factors.
 _LARGEST_SINGULAR_VALUE = 1 / 1.02  # below 1, because rounding could lift it above, where the polynomials explode
 _MUON_MOMENTUM = 0.95
 BIAS_WARMUP = 200
-"""With Muon, the steps in which biases and position embeddings come to their full rate.
-
-Each of them moves all tokens at once, so at first their updates agree, and the model gets worse as its width grows.
-docs/recipe.md has what was measured.
-"""
+"""With Muon, the steps in which biases and position embeddings, which move all tokens, come to their full rate."""
 
 
 def learning_rate(config: Config) -> optax.Schedule:
@@ -68,8 +64,11 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         return _by_path(params, ("/kernel", "/embedding") if optimizer.decay_embeddings else ("/kernel",))
 
     if optimizer.name == "muon":
-        clip = _clip(optimizer.max_grad_norm)
-        direction = optax.partition({"muon": _muon(config.model.dtype), "adam": _adam(optimizer)}, _label)
+        clip = optax.stateless(lambda grads, _: optax.tree.scale(_clipping(grads, optimizer.max_grad_norm), grads))
+        direction = optax.partition(
+            {"muon": _muon(config.model.dtype), "adam": _adam(optimizer)},
+            lambda params: jax.tree.map(lambda kernel: "muon" if kernel else "adam", _by_path(params, ("/kernel",))),
+        )
     else:
         clip, direction = optax.identity(), _adam(optimizer, optimizer.max_grad_norm)
     if optimizer.name == "adamw_uer":
@@ -86,7 +85,7 @@ def _scale_by_rate(rate: optax.Schedule) -> optax.GradientTransformation:
     """Return `optax.scale_by_learning_rate`, with a warm-up of `BIAS_WARMUP` steps for biases and positions."""
 
     def update(updates, state, params=None):
-        step = -rate(state.count)
+        step = -jnp.asarray(rate(state.count))
         late = step * jnp.minimum(1.0, (state.count + 1) / BIAS_WARMUP)
         is_late = _by_path(updates, ("/bias", "wpe/embedding"))
         updates = jax.tree.map(lambda update, is_late: (late if is_late else step) * update, updates, is_late)
@@ -95,13 +94,8 @@ def _scale_by_rate(rate: optax.Schedule) -> optax.GradientTransformation:
     return optax.GradientTransformation(optax.scale_by_learning_rate(rate).init, update)
 
 
-def _clip(max_norm: float) -> optax.GradientTransformation:
-    """Return clipping by global norm; a `max_norm` of 0 clips nothing."""
-    return optax.stateless(lambda grads, params=None: optax.tree.scale(_clipping(grads, max_norm), grads))
-
-
 def _clipping(grads: optax.Updates, max_norm: float) -> jax.Array | float:
-    """Return the factor that brings the global norm of the gradients down to `max_norm`, or 1."""
+    """Return the factor that brings the global norm of the gradients down to `max_norm`, or 1; 0 clips nothing."""
     return max_norm / jnp.maximum(optax.tree.norm(grads), max_norm) if max_norm else 1.0
 
 
@@ -192,10 +186,6 @@ def _orthogonal(x: jax.Array, axes: str, dtype: str) -> jax.Array:
         x = a * x + jnp.einsum(f"{stack}DE,{others}->{axes}", b * gram + c * gram @ gram, x)
     size, side = math.prod(x.shape[index] for index in of_matrix), x.shape[axes.index("D")]
     return x * (size**0.5 / side)  # D is the shorter side, so the longer side is size / side
-
-
-def _label(params: Any) -> Any:
-    return jax.tree.map(lambda matrix: "muon" if matrix else "adam", _by_path(params, ("/kernel",)))
 
 
 def _by_path(params: Any, endings: tuple[str, ...]) -> Any:
