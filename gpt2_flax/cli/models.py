@@ -58,7 +58,7 @@ def doctor(
         print(to_json(found, ensure_ascii=False, indent=1))
     if wrong := found["wrong"]:
         what = f"{count_of(wrong)} wrong with this machine or what is installed"
-        fix = "see the list wrong in the JSON" if json else "see the lines that begin with WRONG"
+        fix = 'see the list "wrong" in the JSON' if json else "see the lines that begin with WRONG"
         raise UserError(ExitCode.UNAVAILABLE, what, "gpt2-flax doctor", fix)
 
 

@@ -162,9 +162,7 @@ class GrowthConfig(Section, frozen=True):
             raise ValueError(f"growth.until {self.until} is neither a whole number of steps nor a share below 1.0")
         sizes = [f"growth.{name}" for name in ("n_layer", "seq_length") if getattr(self, name) is not None]
         if self.until and not sizes:
-            raise ValueError(
-                "growth.until needs growth.n_layer or growth.seq_length: how much less to train until then"
-            )
+            raise ValueError("growth.until needs growth.n_layer or growth.seq_length: how much less to train")
         if sizes and not self.until:
             raise ValueError(f"{sizes[0]} needs growth.until: the steps or the share of the steps that train less")
         return self

@@ -65,18 +65,16 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
     if optimizer.name == "muon":
         clip = optax.stateless(lambda grads, _: optax.tree.scale(_clipping(grads, optimizer.max_grad_norm), grads))
-        direction = optax.partition(
-            {"muon": _muon(config.model.dtype), "adam": _adam(optimizer)},
-            lambda params: jax.tree.map(lambda kernel: "muon" if kernel else "adam", _by_path(params, ("/kernel",))),
-        )
+        direction = optax.partition({"muon": _muon(config.model.dtype), "adam": _adam(optimizer)}, _label)
+        scale = _scale_by_rate(rate)
     else:
         clip, direction = optax.identity(), _adam(optimizer, optimizer.max_grad_norm)
+        scale = optax.scale_by_learning_rate(rate)
     if optimizer.name == "adamw_uer":
         # Decay after the step equals decay before it, with a step that is smaller by the decay.
         less = optax.scale_by_schedule(lambda count: 1 - optimizer.weight_decay * rate(count))
         direction = optax.chain(direction, optax.masked(less, decayed))
     decay = optax.add_decayed_weights(optimizer.weight_decay, decayed)
-    scale = _scale_by_rate(rate) if optimizer.name == "muon" else optax.scale_by_learning_rate(rate)
     # Nested like `optax.adamw`: the paths of the moments in checkpoints follow from the places in these chains.
     return optax.chain(clip, optax.chain(direction, decay, scale))
 
@@ -186,6 +184,10 @@ def _orthogonal(x: jax.Array, axes: str, dtype: str) -> jax.Array:
         x = a * x + jnp.einsum(f"{stack}DE,{others}->{axes}", b * gram + c * gram @ gram, x)
     size, side = math.prod(x.shape[index] for index in of_matrix), x.shape[axes.index("D")]
     return x * (size**0.5 / side)  # D is the shorter side, so the longer side is size / side
+
+
+def _label(params: Any) -> Any:
+    return jax.tree.map(lambda matrix: "muon" if matrix else "adam", _by_path(params, ("/kernel",)))
 
 
 def _by_path(params: Any, endings: tuple[str, ...]) -> Any:

@@ -608,7 +608,7 @@ def test_a_gpu_that_jax_does_not_see_is_exit_code_69(nvidia_smi, monkeypatch, ca
     assert cli.exit_code(["doctor", "--json"]) == 69
     out, err = capsys.readouterr()
     assert "an NVIDIA GPU is here but JAX" in " ".join(json.loads(out)["wrong"])
-    assert re.fullmatch(error + r"ist wrong in the JSON\n", err)
+    assert re.fullmatch(error + r'ist "wrong" in the JSON\n', err)
 
 
 @pytest.mark.multiprocess

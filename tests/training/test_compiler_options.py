@@ -62,7 +62,7 @@ def sent(config, devices):
 
 @pytest.mark.slow
 def test_gradients_of_eight_gpus_are_sent_while_products_run(h200s, monkeypatch):
-    config = config_of()
+    config = config_of(optimizer={"name": "muon"})
     size, hidden = sent(config, h200s)
     monkeypatch.setattr(train_step, "compiler_options", lambda config, mesh: {})
     same_size, exposed = sent(config, h200s)
@@ -73,7 +73,7 @@ def test_gradients_of_eight_gpus_are_sent_while_products_run(h200s, monkeypatch)
 
 @pytest.mark.slow
 def test_parameters_shared_by_eight_gpus_are_gathered_while_products_run(h200s):
-    config = config_of(mesh={"fsdp": 8}, model={"n_layer": 3})
+    config = config_of(mesh={"fsdp": 8}, model={"n_layer": 3}, optimizer={"name": "muon"})
     mesh = mesh_of(config, h200s)
     found = collectives(lower_step(config, mesh).compile().as_text(), overlapped=True)
     assert found["all-gather"].count >= 2
